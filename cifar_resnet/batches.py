@@ -1,0 +1,199 @@
+"""Batches for the loop: whole-split tensors on the device, or Albumentations behind a DataLoader.
+
+What a batch holds depends on (seed, epoch, step) and nothing else, so a run can be resumed in the middle of an
+epoch, and any number of workers gives the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import Split, hole_pixel, pad_pixel, test_transform, train_transform
+from .recipe import Recipe
+
+ORDER, AUGMENT = 0, 1  # purposes of a random stream
+Batch = tuple[Tensor, Tensor]  # images, float32 (B, 3, 32, 32) in channels-last layout; labels, int64 (B,)
+
+
+def stream(recipe: Recipe, epoch: int, step: int, purpose: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence((recipe.seed, epoch, step, purpose))
+
+
+def epoch_order(recipe: Recipe, epoch: int, count: int) -> np.ndarray:
+    """The order in which an epoch shows its `count` images."""
+    return np.random.default_rng(stream(recipe, epoch, 0, ORDER)).permutation(count)
+
+
+class Batches(Protocol):
+    """Training batches, epoch by epoch, and evaluation batches of the same images."""
+
+    count: int  # images
+    steps: int  # an epoch has
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]: ...
+
+    def plain(self, batch_size: int) -> Iterator[Batch]:
+        """Every image once, in order, normalised only."""
+        ...
+
+
+class Choices(NamedTuple):
+    """What augmentation does to each image of a batch of B."""
+
+    offsets: Tensor  # int64 (B, 2): top and left of the crop in the padded image
+    flips: Tensor  # bool (B,)
+    holes: Tensor  # int64 (B, holes, 2): top and left in the cropped image; -32, -32 for none
+
+
+def draw(recipe: Recipe, epoch: int, step: int, count: int) -> Choices:
+    """The augmentations of a batch of `count` images, each image's independent of the others'."""
+    rng = np.random.default_rng(stream(recipe, epoch, step, AUGMENT))
+    offsets = rng.integers(0, 2 * recipe.pad + 1, (count, 2))
+    flips = rng.random(count) < recipe.flip_probability
+    holes = rng.integers(0, 32 - recipe.cutout_size + 1, (count, recipe.cutout_count, 2))
+    holes[rng.random(count) >= recipe.cutout_probability] = -32
+    return Choices(*(torch.from_numpy(array) for array in (offsets, flips, holes)))
+
+
+class TensorBatches:
+    """The whole split once on the device as uint8, augmented a batch at a time."""
+
+    def __init__(self, split: Split, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.images = torch.from_numpy(split.images).to(device)  # (N, 32, 32, 3)
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self.count, self.steps = len(split), math.ceil(len(split) / recipe.batch_size)
+        # As albumentations.Normalize does it, so that both loaders give the same bits.
+        self.mean = torch.tensor(recipe.mean, device=device) * 255
+        self.scale = 1 / (torch.tensor(recipe.std, device=device) * 255)
+        self.hole = torch.tensor(hole_pixel(recipe), dtype=torch.uint8, device=device)
+        self.fill = torch.tensor(pad_pixel(recipe), dtype=torch.uint8, device=device)
+        self.range = torch.arange(32, device=device)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        size = self.recipe.batch_size
+        order = torch.from_numpy(epoch_order(self.recipe, epoch, len(self.labels)))
+        rows = [order[step * size : (step + 1) * size] for step in range(first_step, self.steps)]
+        drawn = [draw(self.recipe, epoch, first_step + k, len(row)) for k, row in enumerate(rows)]
+        # One transfer an epoch, so that nothing waits for the device inside it.
+        order = order[first_step * size :].to(self.device).split(size)
+        every = Choices(*(torch.cat(kind).to(self.device) for kind in zip(*drawn, strict=True)))
+        for index, choices in zip(order, zip(*(kind.split(size) for kind in every), strict=True), strict=True):
+            yield self.augment(index, Choices(*choices)), self.labels[index]
+
+    def augment(self, index: Tensor, choices: Choices) -> Tensor:
+        """Pad, crop and flip as one gather by rows and columns, then holes, then normalise."""
+        rows, columns = (self.range + choices.offsets[:, axis, None] - self.recipe.pad for axis in (0, 1))  # (B, 32)
+        columns = torch.where(choices.flips[:, None], columns.flip(1), columns)
+        if self.recipe.pad_mode == "reflect":
+            images = self.images[index[:, None, None], reflect(rows)[:, :, None], reflect(columns)[:, None, :]]
+        else:
+            inside = (rows == rows.clamp(0, 31))[:, :, None] & (columns == columns.clamp(0, 31))[:, None, :]
+            images = self.images[index[:, None, None], rows.clamp(0, 31)[:, :, None], columns.clamp(0, 31)[:, None, :]]
+            images = torch.where(inside[..., None], images, self.fill)
+        for top, left in (hole.unbind(1) for hole in choices.holes.unbind(1)):
+            in_rows, in_columns = (
+                (self.range >= start[:, None]) & (self.range < start[:, None] + self.recipe.cutout_size) for start in (top, left)
+            )
+            images = torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], self.hole, images)
+        return self.normalise(images)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 32, 32, 3) to float32 (B, 3, 32, 32), channels last in memory as they were."""
+        return ((images.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
+
+    def plain(self, batch_size: int) -> Iterator[Batch]:
+        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
+            yield self.normalise(images), labels
+
+
+def reflect(position: Tensor) -> Tensor:
+    """Positions outside 0 to 31 mirrored at the edge pixels, which are not repeated."""
+    position = position.abs()
+    return torch.where(position > 31, 62 - position, position)
+
+
+class AlbumentationsBatches:
+    """Albumentations, image by image, in a DataLoader with `workers` processes (0: in this one)."""
+
+    def __init__(self, split: Split, recipe: Recipe, device: torch.device, workers: int) -> None:
+        self.recipe, self.device = recipe, device
+        self.count, self.steps = len(split), math.ceil(len(split) / recipe.batch_size)
+        self.order = _Order()
+        self.loader = torch.utils.data.DataLoader(
+            _Augmented(split, recipe),
+            sampler=self.order,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        order, size = epoch_order(self.recipe, epoch, self.count), self.recipe.batch_size
+        keys = [(epoch, step, order[step * size : (step + 1) * size]) for step in range(first_step, self.steps)]
+        return self._batches(keys)
+
+    def plain(self, batch_size: int) -> Iterator[Batch]:
+        starts = range(0, self.count, batch_size)
+        return self._batches([(None, 0, np.arange(start, min(start + batch_size, self.count))) for start in starts])
+
+    def _batches(self, keys: list) -> Iterator[Batch]:
+        self.order.keys = keys
+        for images, labels in self.loader:
+            images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            yield images, labels.to(self.device, non_blocking=True)
+
+
+class _Order(torch.utils.data.Sampler):
+    """Hands the workers (epoch, step, indices), a batch each."""
+
+    keys: list = []
+
+    def __iter__(self) -> Iterator:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class _Augmented(torch.utils.data.Dataset):
+    def __init__(self, split: Split, recipe: Recipe) -> None:
+        # In shared memory: kept once, however many workers there are and however they are started.
+        self.images = torch.from_numpy(split.images).share_memory_()
+        self.labels = torch.from_numpy(split.labels)
+        self.recipe, self.train, self.test = recipe, train_transform(recipe), test_transform(recipe)
+
+    def __getitem__(self, key: tuple) -> Batch:
+        epoch, step, indices = key
+        if epoch is not None:
+            reseed(self.train, stream(self.recipe, epoch, step, AUGMENT))
+        transform = self.test if epoch is None else self.train
+        images = self.images.numpy()
+        return torch.stack([transform(image=images[index])["image"] for index in indices]), self.labels[indices]
+
+
+def reseed(pipeline, seeds: np.random.SeedSequence) -> None:
+    """Sets the random stream of each transform of an Albumentations pipeline, each from a seed of its own.
+
+    `Compose.set_random_seed` would hand all transforms the same stream: a flip and a hole of equal probability
+    would then always come together.
+    """
+    for part, seed in zip(pipeline.transforms, seeds.spawn(len(pipeline.transforms)), strict=True):
+        numpy_seed, python_seed = seed.generate_state(2, np.uint64)
+        part.set_random_state(np.random.default_rng(numpy_seed), random.Random(int(python_seed)))
+
+
+def make_batches(split: Split, recipe: Recipe, device: torch.device, loader: str = "auto", workers: int | None = None) -> Batches:
+    """`loader`: "tensor", "albumentations", or "auto" (tensor). `workers`: None for one on a CPU, four beside a GPU."""
+    if loader == "albumentations":
+        workers = (1 if device.type == "cpu" else 4) if workers is None else workers
+        return AlbumentationsBatches(split, recipe, device, workers)
+    return TensorBatches(split, recipe, device)

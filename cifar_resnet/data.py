@@ -1,0 +1,222 @@
+"""Where images come from: CIFAR-10 through torchvision, digits through scikit-learn; and the Albumentations pipelines."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import DataError, UsageError
+from .recipe import CIFAR10_MEAN, CIFAR10_STD, Recipe
+
+DIGITS_MEAN, DIGITS_STD = (0.3054,) * 3, (0.3237,) * 3  # of the 1,437 training images, scaled to 32x32
+HOLDOUT_SEED, SUBSET_SEED = 20_09, 20_12  # fixed, so that runs with different seeds hold out the same images
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: uint8 (N, 32, 32, 3); labels: int64 (N,); indices: int64 (N,), each image's place in the published split."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+
+    def take(self, positions: np.ndarray) -> Split:
+        return Split(self.images[positions], self.labels[positions], self.indices[positions])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and what it is judged by; `evaluated_on` is "test" or "holdout"."""
+
+    train: Split
+    evaluation: Split
+    classes: tuple[str, ...]
+    evaluated_on: str
+
+
+def load(recipe: Recipe, data_dir: Path | None = None) -> Data:
+    """The recipe's images, its holdout and its limits applied.
+
+    Raises:
+        DataError: a file is missing and cannot be downloaded, or is damaged.
+        UsageError: the holdout, a limit or the batch does not fit the split.
+    """
+    if recipe.dataset == "digits":
+        train, evaluation, classes = _digits()
+    else:
+        train, evaluation, classes = _cifar10(data_directory(data_dir))
+    if recipe.holdout:
+        _check_size("--holdout", recipe.holdout, len(train) - 1, len(classes))
+        held = stratified(train.labels, recipe.holdout, HOLDOUT_SEED)
+        evaluation, train = train.take(held), train.take(np.setdiff1d(np.arange(len(train)), held))
+    if recipe.train_limit:
+        _check_size("--train-limit", recipe.train_limit, len(train), len(classes))
+        train = train.take(stratified(train.labels, recipe.train_limit, SUBSET_SEED))
+    if recipe.test_limit:
+        _check_size("--test-limit", recipe.test_limit, len(evaluation), len(classes))
+        evaluation = evaluation.take(stratified(evaluation.labels, recipe.test_limit, SUBSET_SEED))
+    if recipe.batch_size > len(train):
+        raise UsageError(f"--batch-size {recipe.batch_size} is more than the {len(train)} training images")
+    return Data(train, evaluation, classes, "holdout" if recipe.holdout else "test")
+
+
+def with_statistics(recipe: Recipe) -> Recipe:
+    """The recipe with the mean and standard deviation that it leaves to the dataset written in."""
+    mean, std = (DIGITS_MEAN, DIGITS_STD) if recipe.dataset == "digits" else (CIFAR10_MEAN, CIFAR10_STD)
+    return recipe.replace(mean=recipe.mean or mean, std=recipe.std or std)
+
+
+def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Sorted positions of `count` images, each class in proportion to its size; a smaller count gives a subset."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    place = np.empty(len(labels))  # of each image among its class, from 0 to 1
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.sort(order[np.argsort(place[order], kind="stable")[:count]])
+
+
+def _check_size(option: str, size: int, most: int, classes: int) -> None:
+    if not classes <= size <= most:
+        raise UsageError(f"{option} {size} does not fit: it takes {classes} to {most} images here")
+
+
+def _digits() -> tuple[Split, Split, tuple[str, ...]]:
+    """1,437 and 360 of the 8x8 handwritten digits, scaled bilinearly to 32x32, grey in three channels."""
+    import cv2
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    grey = [cv2.resize(image.astype(np.float32) * (255 / 16), (32, 32), interpolation=cv2.INTER_LINEAR) for image in digits.images]
+    images = np.repeat(np.clip(np.rint(grey), 0, 255).astype(np.uint8)[..., None], 3, axis=3)
+    every = Split(images, digits.target.astype(np.int64), np.arange(len(images)))
+    train, test = train_test_split(every.indices, test_size=360, random_state=0, stratify=every.labels)
+    return every.take(np.sort(train)), every.take(np.sort(test)), tuple(str(name) for name in digits.target_names)
+
+
+def data_directory(data_dir: Path | None = None) -> Path:
+    """The folder given, else CIFAR_RESNET_DATA_DIR, else `cifar-resnet` in the user's cache folder."""
+    if chosen := data_dir or os.environ.get("CIFAR_RESNET_DATA_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar-resnet"
+
+
+def _cifar10(folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
+    from torchvision.datasets import CIFAR10
+
+    if not (folder / CIFAR10.base_folder).exists():
+        _download(folder)
+    splits = []
+    for train in (True, False):
+        try:
+            dataset = CIFAR10(folder, train=train)
+        except (RuntimeError, OSError):
+            raise _damage(folder) from None
+        splits.append(Split(dataset.data, np.array(dataset.targets, np.int64), np.arange(len(dataset.targets))))
+    return splits[0], splits[1], tuple(dataset.classes)
+
+
+def _damage(folder: Path) -> DataError:
+    """What is wrong in a folder that torchvision's integrity check turned down."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import calculate_md5
+
+    for name, expected in [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]:
+        path = folder / CIFAR10.base_folder / name
+        try:
+            found = calculate_md5(path)
+        except OSError as error:
+            return DataError(f"{path} cannot be read ({error.strerror}); expected a file of MD5 {expected}. {_ADVICE}")
+        if found != expected:
+            return DataError(f"{path} is damaged: expected MD5 {expected}, found {found}. {_ADVICE}")
+    return DataError(f"{folder / CIFAR10.base_folder} was changed while it was read; try again")
+
+
+_ADVICE = "Remove its folder to have it downloaded again, or use --dataset digits, which needs no download"
+
+
+def _download(folder: Path) -> None:
+    """Into a temporary folder beside it, checked, then renamed; a second process waits for the first."""
+    from torchvision.datasets import CIFAR10
+
+    target = folder / CIFAR10.base_folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / ".download.lock"):
+            if target.exists():
+                return
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as part:
+                CIFAR10(part, download=True)
+                os.replace(Path(part) / CIFAR10.base_folder, target)
+    except (OSError, RuntimeError, EOFError, shutil.ReadError) as error:
+        raise DataError(
+            f"CIFAR-10 is not in {folder} (expected {target / 'data_batch_1'} and the others), and downloading "
+            f"{CIFAR10.url} there failed: {str(error).splitlines()[0]}. Give its folder with --data-dir, "
+            "or use --dataset digits, which needs no download"
+        ) from None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def hole_pixel(recipe: Recipe) -> tuple[int, ...]:
+    """The uint8 value by channel that fills the cutout."""
+    level = recipe.mean if recipe.cutout_fill is None else (recipe.cutout_fill,) * 3
+    return tuple(round(255 * value) for value in level)
+
+
+def pad_pixel(recipe: Recipe) -> tuple[int, ...]:
+    """The uint8 value by channel of padding, for the pad modes that are one colour."""
+    return tuple(round(255 * value) for value in recipe.mean) if recipe.pad_mode == "mean" else (0, 0, 0)
+
+
+def albumentations():
+    """The library, kept from asking the network for a newer one, as its import does."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations
+
+    return albumentations
+
+
+def train_transform(recipe: Recipe, **compose):
+    """Pad, random crop 32, flip, cutout, normalise, to tensor. Takes image=uint8 (32, 32, 3), gives float32 (3, 32, 32)."""
+    import cv2
+
+    A = albumentations()
+    steps = []
+    if recipe.pad:
+        side = 32 + 2 * recipe.pad
+        border = cv2.BORDER_REFLECT_101 if recipe.pad_mode == "reflect" else cv2.BORDER_CONSTANT
+        steps += [A.PadIfNeeded(side, side, border_mode=border, fill=pad_pixel(recipe)), A.RandomCrop(32, 32)]
+    if recipe.flip_probability:
+        steps.append(A.HorizontalFlip(p=recipe.flip_probability))
+    if recipe.cutout_count and recipe.cutout_probability:
+        count, size = (recipe.cutout_count,) * 2, (recipe.cutout_size,) * 2
+        steps.append(A.CoarseDropout(count, size, size, fill=hole_pixel(recipe), p=recipe.cutout_probability))
+    return A.Compose([*steps, *_to_tensor(recipe)], **compose)
+
+
+def test_transform(recipe: Recipe):
+    """Normalise, to tensor."""
+    return albumentations().Compose(_to_tensor(recipe))
+
+
+def _to_tensor(recipe: Recipe) -> list:
+    A = albumentations()
+    return [A.Normalize(recipe.mean, recipe.std), A.ToTensorV2()]

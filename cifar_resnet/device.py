@@ -1,0 +1,83 @@
+"""Where a run happens: device, precision, memory allocator; and what of it a run's files record."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+
+import torch
+
+from . import __version__
+from .errors import UsageError
+from .recipe import Recipe
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """"auto" is CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    if not there.get(name.split(":")[0], False):
+        have = ", ".join(device for device, available in there.items() if available)
+        raise UsageError(f"--device {name}: not there; this machine and this torch have {have}")
+    if name == "cpu":
+        keep_large_blocks()
+    return torch.device(name)
+
+
+def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with precision "auto" made float32 or bfloat16: bfloat16 where the device multiplies in it."""
+    if recipe.precision != "auto":
+        return recipe
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and any(
+            torch.cpu.get_capabilities().get(feature, False) for feature in ("avx512_bf16", "amx_bf16", "bf16")
+        )
+    return recipe.replace(precision="bfloat16" if native else "float32")
+
+
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+
+
+def keep_large_blocks() -> None:
+    """Tells glibc to reuse freed blocks of any size instead of unmapping them; nothing elsewhere.
+
+    Every training step allocates and frees gigabytes of activations. By default glibc maps and unmaps each, and the
+    page faults cost a quarter of the time. It must be called before the blocks are allocated to have an effect.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a run's result does not depend on, but its speed does, and what its last bits may."""
+    import torchvision
+
+    return {
+        "cifar_resnet": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
+    return name or platform.processor() or platform.machine()

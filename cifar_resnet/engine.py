@@ -1,0 +1,216 @@
+"""The training loop and the evaluation loop.
+
+`train()` is a generator: it yields a `Step` after every step and an `Epoch` after every epoch, and whoever drives
+it saves, draws or stops at any of them. All that it needs to go on later is in `State`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .batches import Batch, Batches
+from .device import autocast
+from .errors import NonFiniteLossError
+from .model import ResNet, build_model
+from .recipe import Recipe
+from .schedule import one_cycle
+
+EVALUATION_BATCH = 1000
+
+
+class Step(NamedTuple):
+    """After one step. `loss` is a tensor on the device: reading it waits for the step, and is the reader's choice."""
+
+    epoch: int  # from 1
+    step: int  # in its epoch, from 1
+    steps: int  # an epoch has
+    lr: float
+    loss: Tensor
+
+
+class Epoch(NamedTuple):
+    """After one epoch: what `metrics.json` says of it."""
+
+    metrics: dict[str, float]
+
+
+@dataclass
+class State:
+    """Where a run stands. `epoch` and `step` count what is done; `totals` sums loss and hits over the epoch so far."""
+
+    model: ResNet
+    optimizer: torch.optim.Optimizer
+    averaged: ResNet | None
+    totals: Tensor  # float64 (2,): sum over images of the loss, and of hits
+    bad_step: Tensor  # int64 (): first step of the run whose loss was not finite; -1 for none
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0  # of the epoch so far
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def tested(self) -> ResNet:
+        """The model that is evaluated: the averaged one where there is averaging."""
+        return self.averaged or self.model
+
+    def check_finite(self, recipe: Recipe, steps: int) -> None:
+        """Reads from the device whether every loss so far, and every weight, is a finite number.
+
+        Raises:
+            NonFiniteLossError: one is not; says at which step and learning rate.
+        """
+        bad = int(self.bad_step)
+        if bad < 0 and not all(bool(torch.isfinite(tensor).all()) for tensor in self.model.state_dict().values()):
+            bad = self.epoch * steps + self.step - 1
+        if bad >= 0:
+            lr, _ = rates(recipe, bad, recipe.epochs * steps)
+            raise NonFiniteLossError(
+                f"the loss is not finite since step {bad % steps + 1} of epoch {bad // steps + 1} (LR {lr:.4g}); "
+                f"try a lower --max-lr than {recipe.max_lr:g}, or --precision float32"
+            )
+
+
+def start(recipe: Recipe, device: torch.device, classes: int = 10) -> State:
+    """A run before its first step."""
+    model = build_model(recipe, classes).to(device)
+    return State(
+        model=model,
+        optimizer=make_optimizer(recipe, model),
+        averaged=copy.deepcopy(model) if recipe.ema_decay else None,
+        totals=torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device),
+        bad_step=torch.tensor(-1, device=device),
+    )
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    common: dict[str, Any] = dict(lr=recipe.max_lr, weight_decay=recipe.weight_decay, fused=parameters[0].device.type != "mps")
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, **common)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, betas=(recipe.momentum, 0.999), **common)
+
+
+def rates(recipe: Recipe, step: int, total_steps: int) -> tuple[float, float]:
+    """Learning rate and momentum at a step of the run."""
+    fraction, first = recipe.peak_epoch / recipe.epochs, recipe.max_lr / recipe.div_factor
+    lr = one_cycle(step, total_steps, fraction, first, recipe.max_lr, first / recipe.final_div_factor)
+    if recipe.base_momentum is None:
+        return lr, recipe.momentum
+    return lr, one_cycle(step, total_steps, fraction, recipe.momentum, recipe.base_momentum, recipe.momentum)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        else:
+            group["momentum"] = momentum
+
+
+def make_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
+    """The training objective: mean over the batch, in float32, of the model's output."""
+    if recipe.loss == "nll":
+        return lambda output, labels: functional.nll_loss(output.float(), labels)
+    return lambda output, labels: functional.cross_entropy(output.float(), labels, label_smoothing=recipe.label_smoothing)
+
+
+def train(
+    recipe: Recipe, state: State, batches: Batches, evaluation: Callable[[], Iterable[Batch]], device: torch.device
+) -> Iterator[Step | Epoch]:
+    """Trains from where `state` stands to the recipe's last epoch, changing `state` in place.
+
+    Raises:
+        NonFiniteLossError: at the end of an epoch with a loss that was not finite.
+    """
+    loss_of, total_steps = make_loss(recipe), recipe.epochs * batches.steps
+    while state.epoch < recipe.epochs:
+        state.model.train()
+        clock = time.perf_counter()
+        for images, labels in batches.epoch(state.epoch, state.step):
+            done = state.epoch * batches.steps + state.step
+            lr, momentum = rates(recipe, done, total_steps)
+            set_rates(state.optimizer, lr, momentum)
+            with autocast(recipe, device):
+                output = state.model(images)
+            loss = loss_of(output, labels)
+            loss.backward()
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            if state.averaged is not None and (done + 1) % recipe.ema_every == 0:
+                update_average(state.averaged, state.model, recipe.ema_decay)
+
+            loss = loss.detach()
+            state.totals += torch.stack([loss * len(labels), (output.argmax(1) == labels).sum()])
+            state.bad_step = torch.where((state.bad_step < 0) & ~loss.isfinite(), done, state.bad_step)
+            state.step += 1
+            state.seconds += time.perf_counter() - clock
+            yield Step(state.epoch + 1, state.step, batches.steps, lr, loss)
+            clock = time.perf_counter()
+
+        state.check_finite(recipe, batches.steps)  # waits for the device, so the clock after it is right
+        state.seconds += time.perf_counter() - clock
+        yield _finish_epoch(recipe, state, batches, evaluation, device)
+
+
+def _finish_epoch(recipe, state: State, batches: Batches, evaluation, device) -> Epoch:
+    lr, _ = rates(recipe, (state.epoch + 1) * batches.steps - 1, recipe.epochs * batches.steps)
+    loss, hits = (state.totals / batches.count).tolist()
+    metrics = {
+        "epoch": state.epoch + 1,
+        "lr": lr,
+        "train_loss": loss,
+        "train_accuracy": 100 * hits,
+        **evaluate(recipe, state.tested, evaluation(), device),
+        "seconds": state.seconds,
+        "images_per_second": batches.count / state.seconds,
+    }
+    state.history.append(metrics)
+    state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
+    state.totals.zero_()
+    return Epoch(metrics)
+
+
+@torch.no_grad()
+def update_average(averaged: ResNet, model: ResNet, decay: float) -> None:
+    """averaged = decay * averaged + (1 - decay) * model, for parameters and BatchNorm running statistics."""
+    pairs = zip(averaged.state_dict().values(), model.state_dict().values(), strict=True)
+    old, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    torch._foreach_lerp_(list(old), list(new), 1 - decay)
+
+
+@torch.inference_mode()
+def predict(recipe: Recipe, model: ResNet, batches: Iterable[Batch], device: torch.device, tta: str = "none") -> tuple[Tensor, Tensor]:
+    """Logits, float32 (N, classes), and labels, int64 (N,), on the CPU. `tta` "flip": the mean with the mirrored image's."""
+    model.eval()
+    logits, labels = [], []
+    for images, targets in batches:
+        with autocast(recipe, device):
+            scores = model.logits(images).float()
+            if tta == "flip":
+                scores = (scores + model.logits(images.flip(3)).float()) / 2
+        logits.append(scores)
+        labels.append(targets)
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+
+
+def evaluate(recipe: Recipe, model: ResNet, batches: Iterable[Batch], device: torch.device, tta: str = "none") -> dict[str, float]:
+    """Mean negative log likelihood and accuracy in percent."""
+    logits, labels = predict(recipe, model, batches, device, tta)
+    return scores(logits, labels)
+
+
+def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Mean negative log likelihood, and accuracy in percent, of logits (N, classes)."""
+    loss = functional.cross_entropy(logits.double(), labels)
+    hits = (logits.argmax(1) == labels).double().mean()
+    return {"test_loss": float(loss), "test_accuracy": 100 * float(hits)}

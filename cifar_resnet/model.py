@@ -1,0 +1,69 @@
+"""The ResNet: 6.57 million parameters, four convolutions, two residual blocks, one fully connected layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .recipe import Recipe
+
+
+def conv(inputs: int, outputs: int, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel_size=3, stride=1, padding=1, bias=bias)
+
+
+class ResBlock(nn.Module):
+    """y = x + relu(bn(conv(relu(bn(conv(x)))))): the sum comes after the last ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers = [module for _ in range(2) for module in (conv(channels, channels), nn.BatchNorm2d(channels), nn.ReLU())]
+        self.block = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
+class ResNet(nn.Module):
+    """prep 3>64, layer1 64>128 with a residual block, layer2 128>256, layer3 256>512 with a residual block, FC.
+
+    The variants are the `Recipe` fields of the panel Model.
+    """
+
+    def __init__(self, recipe: Recipe, classes: int = 10) -> None:
+        super().__init__()
+        bias = recipe.conv_bias
+        after_prep = [nn.BatchNorm2d(64), nn.ReLU()]
+        self.prep = nn.Sequential(conv(3, 64, bias), *(after_prep if recipe.prep_order == "bn-relu" else reversed(after_prep)))
+
+        def layer(inputs: int, outputs: int, *then: nn.Module) -> nn.Sequential:
+            pool, rest = nn.MaxPool2d(2), [nn.BatchNorm2d(outputs), nn.ReLU()]
+            after_conv = [pool, *rest] if recipe.pool_position == "before-bn" else [*rest, pool]
+            return nn.Sequential(conv(inputs, outputs, bias), *after_conv, *then)
+
+        self.layer1 = layer(64, 128, ResBlock(128))
+        self.layer2 = layer(128, 256)
+        self.layer3 = layer(256, 512, ResBlock(512))
+        self.pool = nn.MaxPool2d(4)
+        self.fc = nn.Linear(512, classes, bias=recipe.fc_bias)
+        self.logit_scale = recipe.logit_scale
+        self.output = recipe.output
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Scaled logits, (N, classes), of normalised images, (N, 3, 32, 32); in every variant."""
+        x = self.layer3(self.layer2(self.layer1(self.prep(x))))
+        return self.fc(self.pool(x).flatten(1)) * self.logit_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the variant puts out: logits, probabilities or log-probabilities, (N, classes)."""
+        logits = self.logits(x)
+        if self.output == "softmax":
+            return torch.softmax(logits, dim=1)
+        return torch.log_softmax(logits, dim=1) if self.output == "log-softmax" else logits
+
+
+def build_model(recipe: Recipe, classes: int = 10) -> ResNet:
+    """A ResNet in channels-last layout, initialised from the recipe's seed; torch's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return ResNet(recipe, classes).to(memory_format=torch.channels_last)

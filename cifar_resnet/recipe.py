@@ -1,0 +1,258 @@
+"""`Recipe`: every hyperparameter that changes a run's result, as one frozen and validated value.
+
+The field descriptions here are the help texts of the command line, and the defaults here are the
+`default` recipe; the other presets are stated as what they change, whole. Nothing else in the
+package holds a default for any of these.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UsageError
+
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+Channels = tuple[float, float, float]
+
+
+def _field(default: Any, panel: str, description: str, **bounds: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"panel": panel}, **bounds)
+
+
+class Recipe(BaseModel):
+    """A run's hyperparameters. `Recipe()` is the default recipe, `Recipe.build("page", epochs=8)` another.
+
+    Raises:
+        UsageError: from `build` and `from_json`, where a value is out of its range or two contradict.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    recipe: str = _field("default", "Recipe", "Named preset to start from; `cifar-resnet recipes` lists them.", min_length=1)
+
+    dataset: Literal["cifar10", "digits"] = _field("cifar10", "Data", "Images: CIFAR-10, or scikit-learn's digits (no download).")
+    holdout: int = _field(0, "Data", "Training images kept back and evaluated on instead of the test set.", ge=0)
+    train_limit: int | None = _field(None, "Data", "Train on a class-balanced subset of this many images.", ge=1)
+    test_limit: int | None = _field(None, "Data", "Evaluate on a class-balanced subset of this many images.", ge=1)
+    mean: Channels | None = _field(None, "Data", "Mean by channel, of pixels in 0 to 1; the dataset's own if not given.")
+    std: Channels | None = _field(None, "Data", "Standard deviation by channel; the dataset's own if not given.")
+
+    conv_bias: bool = _field(False, "Model", "Bias on the four convolutions outside the residual blocks.")
+    fc_bias: bool = _field(True, "Model", "Bias on the fully connected layer.")
+    prep_order: Literal["bn-relu", "relu-bn"] = _field("bn-relu", "Model", "What follows the first convolution, in which order.")
+    pool_position: Literal["before-bn", "after-relu"] = _field("before-bn", "Model", "Where the three layers max-pool.")
+    output: Literal["logits", "softmax", "log-softmax"] = _field("logits", "Model", "What the model puts after its logits.")
+    logit_scale: float = _field(0.125, "Model", "Constant that the logits are multiplied by.", gt=0)
+
+    optimizer: Literal["sgd", "adam", "adamw"] = _field("sgd", "Optimizer", "Optimizer.")
+    max_lr: float = _field(0.4, "Optimizer", "Learning rate at the peak of the schedule.", gt=0)
+    momentum: float = _field(0.9, "Optimizer", "Momentum of SGD, or beta1 of Adam, at the lowest learning rate.", ge=0, lt=1)
+    base_momentum: float | None = _field(
+        None, "Optimizer", "Momentum at the highest learning rate; the same throughout if not given.", ge=0, lt=1
+    )
+    nesterov: bool = _field(True, "Optimizer", "Nesterov's form of SGD momentum.")
+    weight_decay: float = _field(5e-4, "Optimizer", "Weight decay: L2 for SGD and Adam, decoupled for AdamW.", ge=0)
+    loss: Literal["cross-entropy", "nll"] = _field("cross-entropy", "Optimizer", "Loss on the model's output.")
+    label_smoothing: float = _field(0.1, "Optimizer", "Label smoothing of the cross entropy.", ge=0, lt=1)
+    ema_decay: float = _field(0.0, "Optimizer", "Decay of the averaged weights at each update; 0 for no averaging.", ge=0, lt=1)
+    ema_every: int = _field(5, "Optimizer", "Steps between two updates of the averaged weights.", ge=1)
+
+    epochs: int = _field(24, "Schedule", "Passes over the training images.", ge=1)
+    batch_size: int = _field(512, "Schedule", "Images a step; the last step of an epoch takes what is left.", ge=1)
+    peak_epoch: float = _field(
+        5.0, "Schedule", "Epoch at which the learning rate peaks; where only --epochs is given it moves in proportion.", gt=0
+    )
+    div_factor: float = _field(25.0, "Schedule", "Peak learning rate over the first one.", ge=1)
+    final_div_factor: float = _field(100.0, "Schedule", "First learning rate over the last one.", gt=0)
+
+    pad: int = _field(4, "Augmentation", "Pixels added on each side before the random crop to 32x32; 0 for no crop.", ge=0, le=16)
+    pad_mode: Literal["reflect", "mean", "black"] = _field("reflect", "Augmentation", "What the added pixels show.")
+    flip_probability: float = _field(0.5, "Augmentation", "Probability of a horizontal flip.", ge=0, le=1)
+    cutout_size: int = _field(8, "Augmentation", "Side of the square holes, in pixels.", ge=1, le=32)
+    cutout_count: int = _field(1, "Augmentation", "Holes an image; 0 for no cutout.", ge=0, le=16)
+    cutout_probability: float = _field(1.0, "Augmentation", "Probability that an image gets its holes.", ge=0, le=1)
+    cutout_fill: float | None = _field(
+        None, "Augmentation", "Grey level of the holes, in 0 to 1; the mean by channel if not given.", ge=0, le=1
+    )
+
+    seed: int = _field(0, "Run", "Seed of the weights, the order of the images and the augmentations.", ge=0, lt=2**32)
+    precision: Literal["auto", "float32", "bfloat16"] = _field(
+        "auto", "Run", "Arithmetic; auto is bfloat16 where the hardware multiplies in it."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        def refuse(wrong: bool, message: str) -> None:
+            if wrong:
+                raise ValueError(message)
+
+        refuse(self.peak_epoch >= self.epochs, f"peak_epoch {self.peak_epoch:g} is not before the last of {self.epochs} epochs")
+        refuse(
+            (self.loss == "nll") != (self.output == "log-softmax"),
+            f"loss {self.loss} does not fit output {self.output}: nll takes log-softmax, cross-entropy the other two",
+        )
+        refuse(self.loss == "nll" and self.label_smoothing > 0, "label_smoothing needs loss cross-entropy, not nll")
+        refuse(
+            self.base_momentum is not None and self.base_momentum > self.momentum,
+            f"base_momentum {self.base_momentum} is above momentum {self.momentum}",
+        )
+        refuse(
+            self.optimizer == "sgd" and self.nesterov and min(self.momentum, self.base_momentum or self.momentum) == 0,
+            "nesterov needs a momentum above 0",
+        )
+        refuse(self.std is not None and min(self.std) <= 0, f"std {self.std} has a channel that is not above 0")
+        return self
+
+    @classmethod
+    def build(cls, recipe: str | None = None, file: Path | None = None, **options: Any) -> Recipe:
+        """Preset < recipe file < options; an option of None is one not given.
+
+        Without a preset's name the dataset chooses it: `digits` for the digits, else `default`.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        from_file = read_json(file, "recipe file") if file else {}
+        if recipe is None:
+            dataset = options.get("dataset", from_file.get("dataset"))
+            recipe = from_file.get("recipe") or ("digits" if dataset == "digits" else "default")
+        fields = {**preset(recipe).fields, "recipe": recipe, **from_file}
+        if "epochs" in options and "peak_epoch" not in options:
+            given = {name: fields.get(name, cls.model_fields[name].default) for name in ("epochs", "peak_epoch")}
+            if isinstance(options["epochs"], int) and options["epochs"] > 0:
+                options["peak_epoch"] = given["peak_epoch"] * options["epochs"] / given["epochs"]
+        return cls.parse({**fields, **options})
+
+    @classmethod
+    def parse(cls, fields: Any, source: str = "") -> Recipe:
+        """A Recipe from plain values, as JSON holds them.
+
+        Raises:
+            UsageError: one line that names each wrong field as its option, with its value.
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise UsageError(source + "; ".join(_one_line(problem) for problem in error.errors())) from None
+
+    def replace(self, **changes: Any) -> Recipe:
+        return self.parse({**self.model_dump(), **changes})
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UsageError: the file is missing, or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise UsageError(f"{what} {path} cannot be read: {reason}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{what} {path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _one_line(problem: Any) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    option = "--" + str(problem["loc"][0]).replace("_", "-")
+    return f"{option} {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+class Preset(NamedTuple):
+    origin: str
+    assumed: str  # what the source leaves open, and what stands here for it
+    fields: dict[str, Any]
+
+
+# What the five documented systems share; each preset states the rest in full.
+_DOCUMENTED = dict(
+    conv_bias=False, fc_bias=True, prep_order="bn-relu", pool_position="before-bn", output="logits", logit_scale=1.0,
+    loss="cross-entropy", label_smoothing=0.0, ema_decay=0.0, epochs=24, batch_size=512, peak_epoch=5.0,
+    momentum=0.95, base_momentum=0.85, weight_decay=0.0, div_factor=25.0, final_div_factor=1e4,
+    pad=4, pad_mode="black", flip_probability=0.5, cutout_size=8, cutout_count=1, cutout_probability=0.5, cutout_fill=None,
+)  # fmt: skip
+
+PRESETS: dict[str, Preset] = {
+    "default": Preset("ours: the specified network, tuned as docs/EXPERIMENTS.md tells", "nothing", {}),
+    "digits": Preset(
+        "ours, for scikit-learn's 1,797 digits: no flip, a smaller batch",
+        "nothing",
+        dict(dataset="digits", flip_probability=0.0, batch_size=64, epochs=8, peak_epoch=2.0, max_lr=0.1),
+    ),
+    "page": Preset(
+        "cifar10-fast (David Page, 2018): pool after ReLU, no FC bias, logits times 0.125, reflection padding",
+        "the last short batch is kept, not dropped; the LR starts and ends just above 0 instead of at it",
+        dict(
+            pool_position="after-relu", fc_bias=False, conv_bias=False, logit_scale=0.125, optimizer="sgd", max_lr=0.4,
+            momentum=0.9, base_momentum=None, nesterov=True, weight_decay=5e-4, label_smoothing=0.0, ema_decay=0.0,
+            epochs=24, batch_size=512, peak_epoch=5.0, div_factor=490.0, final_div_factor=4.0, pad=4, pad_mode="reflect",
+            flip_probability=0.5, cutout_size=8, cutout_count=1, cutout_probability=1.0, cutout_fill=None,
+        ),
+    ),
+    "eva6-s9": Preset(
+        "Session 9, Custom ResNet and Higher Receptive Fields",
+        "SGD with Nesterov momentum cycled 0.95 to 0.85, no weight decay, black padding, final_div_factor 1e4",
+        {
+            **_DOCUMENTED, "conv_bias": True, "prep_order": "relu-bn", "optimizer": "sgd", "max_lr": 0.507, "batch_size": 128,
+            "div_factor": 16.0, "flip_probability": 0.1, "cutout_probability": 0.1, "cutout_fill": 0.473363,
+            "mean": (0.49139968, 0.48215841, 0.44653091), "std": (0.24703223, 0.24348513, 0.26158784),
+        },
+    ),
+    "eva8-s8": Preset(
+        "Higher Receptive Fields in CNNs: softmax inside the model, cross entropy on top of it",
+        "no flip, black padding, hole probability 0.5, div_factor 25, final_div_factor 1e4, beta1 cycled 0.95 to 0.85",
+        {
+            **_DOCUMENTED, "output": "softmax", "optimizer": "adam", "max_lr": 1.14e-4, "peak_epoch": 7.0,
+            "flip_probability": 0.0, "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
+        },
+    ),
+    "eva4-s11": Preset(
+        "S11 assignment: log-softmax and NLL, weight decay 1e-2, two holes",
+        "max LR 0.035 (its later version: between 0.03 and 0.04), reflection padding, hole probability 0.5",
+        {
+            **_DOCUMENTED, "conv_bias": True, "output": "log-softmax", "loss": "nll", "optimizer": "sgd", "nesterov": True,
+            "max_lr": 0.035, "weight_decay": 1e-2, "peak_epoch": 6.0, "div_factor": 24.0, "final_div_factor": 1.0,
+            "pad_mode": "reflect", "cutout_count": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
+        },
+    ),
+    "era-s10": Preset(
+        "ERA session 10: no FC bias",
+        "max LR 0.01, no weight decay, beta1 cycled 0.95 to 0.85",
+        {
+            **_DOCUMENTED, "fc_bias": False, "optimizer": "adam", "max_lr": 0.01, "div_factor": 100.0,
+            "final_div_factor": 100.0, "pad_mode": "mean", "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010),
+        },
+    ),
+    "week5-s10": Preset(
+        "Week 5 submission",
+        "max LR 1.73e-2 (the later of its two), flip and hole probability 0.5, black padding, div_factor 25, "
+        "final_div_factor 1e4, beta1 cycled 0.95 to 0.85, CIFAR-10's own mean and std",
+        {
+            **_DOCUMENTED, "optimizer": "adam", "max_lr": 1.73e-2, "weight_decay": 1e-4,
+            "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
+        },
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        UsageError: there is none; the near ones are named.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.4) or list(PRESETS)
+    raise UsageError(f"no recipe {name!r}; did you mean {', '.join(near)}? `cifar-resnet recipes` lists all")
