@@ -1,6 +1,39 @@
-"""One small ResNet through CIFAR-10: find the learning rate, train, evaluate, see what it gets wrong and why."""
+"""One small ResNet through CIFAR-10: find the learning rate, train, evaluate, see what it gets wrong and why.
+
+Importing the package imports nothing heavy; torch comes with the first name that needs it.
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import CifarResnetError
+    from .experiment import Watcher, evaluate, find_lr, misclassified, train
+    from .model import ResNet, build_model
+    from .recipe import PRESETS, Recipe
+    from .run import Checkpoint, load_checkpoint
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "errors": ("CifarResnetError",),
+    "experiment": ("Watcher", "evaluate", "find_lr", "misclassified", "train"),
+    "model": ("ResNet", "build_model"),
+    "recipe": ("PRESETS", "Recipe"),
+    "run": ("Checkpoint", "load_checkpoint"),
+}
+__all__ = [  # noqa: PLE0604
+    "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "build_model",
+    "evaluate", "find_lr", "load_checkpoint", "misclassified", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -43,6 +43,10 @@ class Batches(Protocol):
         """Every image once, in order, normalised only."""
         ...
 
+    def describe(self) -> dict[str, object]:
+        """The run options that these batches came from."""
+        ...
+
 
 class Choices(NamedTuple):
     """What augmentation does to each image of a batch of B."""
@@ -113,6 +117,9 @@ class TensorBatches:
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
             yield self.normalise(images), labels
 
+    def describe(self) -> dict[str, object]:
+        return {"loader": "tensor", "workers": 0}
+
 
 def reflect(position: Tensor) -> Tensor:
     """Positions outside 0 to 31 mirrored at the edge pixels, which are not repeated."""
@@ -150,6 +157,9 @@ class AlbumentationsBatches:
         for images, labels in self.loader:
             images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             yield images, labels.to(self.device, non_blocking=True)
+
+    def describe(self) -> dict[str, object]:
+        return {"loader": "albumentations", "workers": self.loader.num_workers}
 
 
 class _Order(torch.utils.data.Sampler):

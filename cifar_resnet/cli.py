@@ -6,10 +6,11 @@ Torch and what pulls it in are imported inside the commands, so that help and us
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 
@@ -25,24 +26,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+WHERE, STEPS, RANGE = "Where and how", "The four steps", "Range test"
+
 DataDir = Annotated[
     Path | None,
     typer.Option(
         help="Folder with CIFAR-10, downloaded there if missing.",
         envvar="CIFAR_RESNET_DATA_DIR",
         show_default="the user's cache folder",
-        rich_help_panel="Where and how",
+        rich_help_panel=WHERE,
     ),
 ]
 Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto is the first there of cuda, mps, cpu.", rich_help_panel="Where and how")
+    str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto is the first there of cuda, mps, cpu.", rich_help_panel=WHERE)
 ]
 Loader = Annotated[
     Literal["auto", "tensor", "albumentations"],
     typer.Option(
         help="tensor: the split on the device, augmented a batch at a time. albumentations: image by image in worker processes. "
         "auto: tensor.",
-        rich_help_panel="Where and how",
+        rich_help_panel=WHERE,
     ),
 ]
 Workers = Annotated[
@@ -51,7 +54,7 @@ Workers = Annotated[
         min=0,
         help="Worker processes of the albumentations loader.",
         show_default="1 on a CPU, 4 beside a GPU",
-        rich_help_panel="Where and how",
+        rich_help_panel=WHERE,
     ),
 ]
 
@@ -67,7 +70,9 @@ def recipe_options(*, leave_out: tuple[str, ...] = ()) -> Callable:
             options = {name: arguments.pop(name) for name in names}
             return command(**arguments, options=options)
 
-        options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name)) for name in names]
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name)) for name in names
+        ]
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
         wrapped.__signature__ = inspect.Signature([*own, *options])
         wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
@@ -83,7 +88,7 @@ def _option(name: str) -> Any:
     kind = field.annotation
     if type(None) in get_args(kind):
         kind = next(part for part in get_args(kind) if part is not type(None))
-    default = {None: "none", True: "yes", False: "no"}[field.default] if field.default in (None, True, False) else str(field.default)
+    default = {"None": "none", "True": "yes", "False": "no"}.get(str(field.default), str(field.default))
     flags = [f"--{name.replace('_', '-')}"]
     if kind is bool:
         flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
@@ -92,7 +97,8 @@ def _option(name: str) -> Any:
 
 
 RecipeFile = Annotated[
-    Path | None, typer.Option(help="recipe.json of a run, or a part of one, to start from.", rich_help_panel="Recipe", show_default="none")
+    Path | None,
+    typer.Option(help="recipe.json of a run, or a part of one, to start from.", rich_help_panel="Recipe", show_default="none"),
 ]
 
 
@@ -105,44 +111,138 @@ def root(
         raise typer.Exit
 
 
-@app.command(rich_help_panel="The four steps")
-@recipe_options()
+CheckpointPath = Annotated[Path, typer.Argument(help="A checkpoint file, or the folder of a run.", show_default=False)]
+ResultDir = Annotated[
+    Path | None,
+    typer.Option("--run-dir", help="Folder for what is written.", show_default="beside the checkpoint", rich_help_panel=WHERE),
+]
+# What a range test sweeps or never reaches, and so does not take.
+NOT_SWEPT = (
+    "holdout",
+    "test_limit",
+    "max_lr",
+    "base_momentum",
+    "epochs",
+    "peak_epoch",
+    "div_factor",
+    "final_div_factor",
+    "ema_decay",
+    "ema_every",
+)
+
+
+@app.command("find-lr", rich_help_panel=STEPS)
+@recipe_options(leave_out=NOT_SWEPT)
+def find_lr(
+    options: dict[str, Any],
+    recipe_file: RecipeFile = None,
+    start_lr: Annotated[float, typer.Option(help="Learning rate of the first step.", rich_help_panel=RANGE)] = 1e-4,
+    end_lr: Annotated[float, typer.Option(help="Learning rate of the last step.", rich_help_panel=RANGE)] = 10.0,
+    num_iter: Annotated[int, typer.Option(help="Steps.", rich_help_panel=RANGE)] = 200,
+    step_mode: Annotated[Literal["exp", "linear"], typer.Option(help="How the LR rises.", rich_help_panel=RANGE)] = "exp",
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for lr_finder.json and .png.",
+            show_default="runs/find-lr-<recipe>-<dataset>-s<seed>-<UTC time>",
+            rich_help_panel=WHERE,
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    loader: Loader = "auto",
+    workers: Workers = None,
+) -> None:
+    """Find the learning rate: a range test, and what it suggests.
+
+    A fresh model is trained for some steps while the LR rises; the loss tells at which LRs it learns.
+    """
+    recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
+    from . import console
+    from .run import default_directory
+
+    folder = run_dir or default_directory(recipe, "find-lr-")
+    _, found = _range_test(recipe, folder, data_dir, device, loader, workers, start_lr, end_lr, num_iter, step_mode)
+    console.lr_suggestions(found, folder)
+
+
+def _range_test(
+    recipe: Recipe, folder: Path | None, data_dir: Path | None, device: str, loader: str, workers: int | None, *settings: Any
+) -> Any:
+    from . import console, experiment
+
+    names = ("start_lr", "end_lr", "num_iter", "step_mode")
+    with console.bar("steps") as progress:
+        task = progress.add_task("range test")
+        return experiment.find_lr(
+            recipe, folder, data_dir=data_dir, device=device, loader=loader, workers=workers,
+            **dict(zip(names, settings, strict=False)),
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            notify=console.say,
+        )  # fmt: skip
+
+
+@app.command(rich_help_panel=STEPS)
+@recipe_options(leave_out=("max_lr",))
 def train(
     options: dict[str, Any],
     recipe_file: RecipeFile = None,
+    max_lr: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<float|find>",
+            help="Learning rate at the peak of the schedule; find runs the range test first and takes its minimum and maximum.",
+            show_default=str(Recipe.model_fields["max_lr"].default),
+            rich_help_panel="Optimizer",
+        ),
+    ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(
             help="Empty or new folder for what the run writes.",
             show_default="runs/<recipe>-<dataset>-s<seed>-<UTC time>",
-            rich_help_panel="Where and how",
+            rich_help_panel=WHERE,
         ),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", rich_help_panel="Where and how")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder.", show_default=False, rich_help_panel=WHERE)
+    ] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
     loader: Loader = "auto",
     workers: Workers = None,
     save_every_minutes: Annotated[
-        float, typer.Option(min=0.01, help="Minutes inside an epoch between two checkpoints.", rich_help_panel="Where and how")
+        float, typer.Option(min=0.01, help="Minutes inside an epoch between two checkpoints.", rich_help_panel=WHERE)
     ] = 5.0,
 ) -> None:
     """Train a recipe, and keep the run in a folder.
 
     Without options: the default recipe, 24 epochs of CIFAR-10 at batch 512. The accuracy reported is the last epoch's.
     """
-    from . import experiment
-    from .console import TrainingTable
-
+    find = max_lr == "find"
+    try:
+        options["max_lr"] = None if find or max_lr is None else float(max_lr)
+    except ValueError:
+        raise UsageError(f"--max-lr {max_lr!r} is neither a number nor find") from None
     if resume is None:
         recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
     else:
+        given = {"--run-dir": run_dir, "--recipe-file": recipe_file, "--max-lr find": find}
+        if wrong := [option for option, value in given.items() if value]:
+            raise UsageError(f"{wrong[0]} does not go with --resume, which takes folder and recipe from the run")
         recipe = None
-    with TrainingTable() as watcher:
-        experiment.train(
+    from . import console, experiment
+
+    if find:
+        _, found = _range_test(recipe, None, data_dir, device, loader, workers)
+        recipe = experiment.with_found_lr(recipe, found)
+        console.say(f"range test: LR from {found.min_lr:.3g} to {found.max_lr:.3g}")
+    with console.TrainingTable() as watcher:
+        result = experiment.train(
             recipe,
             run_dir,
             resume=resume,
+            must_match={name: value for name, value in options.items() if value is not None},
             data_dir=data_dir,
             device=device,
             loader=loader,
@@ -150,13 +250,87 @@ def train(
             save_every_minutes=save_every_minutes,
             watcher=watcher,
         )
+    if not watcher.begun:
+        console.say(f"the run in {resume} is finished; nothing to do")
+    console.training_result(result)
+
+
+@app.command(rich_help_panel=STEPS)
+def evaluate(
+    checkpoint: CheckpointPath,
+    tta: Annotated[
+        Literal["none", "flip"],
+        typer.Option(help="flip: also with the mean logits of each image and its mirror image.", rich_help_panel=WHERE),
+    ] = "none",
+    run_dir: ResultDir = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:
+    """Evaluate a checkpoint: loss, accuracy, calibration, a table by class, the confusion matrix."""
+    from . import console, experiment
+
+    with console.console.status("evaluating"):
+        content = experiment.evaluate(checkpoint, run_dir, data_dir=data_dir, device=device, tta=tta, notify=console.say)
+    console.evaluation(content, run_dir or Path(content["checkpoint"]).parent)
+
+
+@app.command(rich_help_panel=STEPS)
+def misclassified(
+    checkpoint: CheckpointPath,
+    count: Annotated[int, typer.Option(min=1, help="Images in the two pictures.", rich_help_panel=WHERE)] = 25,
+    layer: Annotated[
+        Literal["prep", "layer1", "layer2", "layer3"],
+        typer.Option(help="Whose output Grad-CAM weighs: 32x32, 16x16, 8x8 or 4x4.", rich_help_panel=WHERE),
+    ] = "layer2",
+    run_dir: ResultDir = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:
+    """Show what a checkpoint gets wrong, the surest mistakes first, and where it looked (Grad-CAM)."""
+    from . import console, experiment
+    from .run import find_checkpoint
+
+    with console.console.status("looking for mistakes"):
+        wrong = experiment.misclassified(
+            checkpoint, run_dir, count=count, layer=layer, data_dir=data_dir, device=device, notify=console.say
+        )
+    console.mistakes(wrong, run_dir or find_checkpoint(checkpoint).parent)
+
+
+@app.command(rich_help_panel="About")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print every field of this one, as recipe.json.", show_default=False)] = None,
+) -> None:
+    """List the named recipes, their origin and what was assumed; or print one."""
+    if name is not None:
+        print(Recipe.build(name).to_json(), end="")
+        return
+    from . import console
+
+    console.recipes()
 
 
 def main() -> None:
     """Runs the command line; every failure is one line on standard error, with its exit code."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
     try:
-        app()
+        code = app(standalone_mode=False)
     except CifarResnetError as error:
-        prefix = "usage: " if isinstance(error, UsageError) else "error: "
-        print(f"{prefix}{error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except (OSError, MemoryError) as error:
+        _fail(str(error) or "out of memory; try a smaller --batch-size", 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type
+            _fail(error.format_message(), error.exit_code)
+        if type(error).__name__ == "OutOfMemoryError":
+            _fail("the device is out of memory; try a smaller --batch-size", 1)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    if message:
+        print(f"cifar-resnet: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(exit_code)

@@ -2,47 +2,204 @@
 
 from __future__ import annotations
 
-import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-from .data import Data
-from .engine import Epoch, State, Step
-from .experiment import Watcher
-from .recipe import Recipe
+from .recipe import PRESETS, Recipe
 
-COLUMNS = ("epoch", "LR", "train loss", "train acc %", "test loss", "test acc %", "seconds", "images/s")
+if TYPE_CHECKING:  # torch stays out of what only prints
+    from .analysis import Mistake
+    from .data import Data
+    from .engine import Epoch, State, Step
+    from .lr_finder import Suggestions
+    from .run import Checkpoint
+
+console = Console(highlight=False, soft_wrap=False)
 
 
-class TrainingTable(Watcher):
-    """One row an epoch, and a bar with the time left inside it."""
+def say(message: str, style: str | None = None) -> None:
+    """One line, never wrapped by us: a path in it can be copied."""
+    console.print(message, style=style, markup=False, soft_wrap=True)
+
+
+def bar(unit: str) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+class TrainingTable:
+    """A Watcher that shows one row an epoch and a bar inside it; without a terminal, one plain line an epoch."""
 
     def __init__(self) -> None:
-        self.console = Console()
+        self.begun = False
+        self.stack = ExitStack()
+        self.evaluated_on = "test"
+        self.progress = bar("steps")
 
     def __enter__(self) -> TrainingTable:
         return self
 
-    def __exit__(self, *_: Any) -> None: ...
+    def __exit__(self, *_: Any) -> None:
+        self.stack.close()
 
     def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: Data, state: State) -> None:
-        print(f"run directory: {run_dir}", flush=True)
-        print(
-            f"{recipe.recipe} on {recipe.dataset}: {recipe.epochs} epochs of {len(data.train):,} images at batch {recipe.batch_size}, "
-            f"{recipe.optimizer} to LR {recipe.max_lr:g} at epoch {recipe.peak_epoch:g}, {recipe.precision} on {environment['device']}",
-            flush=True,
+        self.begun, self.evaluated_on = True, data.evaluated_on
+        where = (
+            f"{environment['device_name']}, {environment['threads']} threads"
+            if environment["device"] == "cpu"
+            else environment["device_name"]
         )
+        say(
+            f"{recipe.recipe} on {recipe.dataset}: {len(data.train):,} training images, {recipe.epochs} epochs at batch "
+            f"{recipe.batch_size}, {recipe.optimizer} to LR {recipe.max_lr:.4g} at epoch {recipe.peak_epoch:.4g}, seed {recipe.seed}"
+        )
+        say(
+            f"{len(data.evaluation):,} {data.evaluated_on} images; {recipe.precision} on {environment['device']} ({where}); run directory {run_dir}"
+        )
+        if state.epoch or state.step:
+            say(f"going on after epoch {state.epoch}, step {state.step}")
+        if console.is_terminal:
+            self.table = Table(box=None, header_style="bold", pad_edge=False)
+            for name in (
+                "epoch",
+                "LR",
+                "train loss",
+                "train acc",
+                f"{self.evaluated_on} loss",
+                f"{self.evaluated_on} acc",
+                "seconds",
+                "images/s",
+            ):
+                self.table.add_column(name, justify="right", no_wrap=True)
+            self.task = self.progress.add_task("", total=None)
+            self.stack.enter_context(Live(Group(self.table, self.progress), console=console, refresh_per_second=4))
+            for metrics in state.history:
+                self.row(metrics)
+
+    def step(self, step: Step, state: State) -> None:
+        if console.is_terminal:
+            self.progress.update(
+                self.task, description=f"epoch {step.epoch}, LR {step.lr:.4f}", completed=step.step, total=step.steps
+            )
 
     def epoch(self, epoch: Epoch) -> None:
         m = epoch.metrics
-        print(
-            f"epoch {m['epoch']:2d}  LR {m['lr']:.5f}  train loss {m['train_loss']:.4f}  accuracy {m['train_accuracy']:.2f} %  "
-            f"test loss {m['test_loss']:.4f}  accuracy {m['test_accuracy']:.2f} %  {m['seconds']:.1f} s  "
-            f"{m['images_per_second']:.0f} images/s",
-            flush=True,
+        if console.is_terminal:
+            self.row(m)
+            self.progress.reset(self.task)
+            return
+        say(
+            f"epoch {m['epoch']:2d}  LR {m['lr']:.5f}  train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.2f} %  "
+            f"{self.evaluated_on} loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.2f} %  "
+            f"{m['seconds']:.1f} s  {m['images_per_second']:,.0f} images/s"
         )
 
+    def row(self, m: dict[str, float]) -> None:
+        self.table.add_row(
+            f"{m['epoch']}", f"{m['lr']:.5f}", f"{m['train_loss']:.4f}", f"{m['train_accuracy']:.2f} %", f"{m['test_loss']:.4f}",
+            f"[bold]{m['test_accuracy']:.2f} %[/]", f"{m['seconds']:.1f}", f"{m['images_per_second']:,.0f}",
+        )  # fmt: skip
+
     def warn(self, message: str) -> None:
-        print(message, file=sys.stderr)
+        say(message, style="yellow")
+
+
+def training_result(checkpoint: Checkpoint) -> None:
+    last = checkpoint.history[-1]
+    folder = checkpoint.path.parent
+    say(
+        f"last epoch: {last['test_accuracy']:.2f} % {checkpoint.evaluated_on} accuracy, loss {last['test_loss']:.4f}, "
+        f"after {sum(row['seconds'] for row in checkpoint.history):,.0f} s of training",
+        style="bold",
+    )
+    say(f"next: cifar-resnet evaluate {folder}, cifar-resnet misclassified {folder}")
+
+
+def evaluation(content: dict[str, Any], folder: Path) -> None:
+    """The report by class, and the figures over all images."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("class")
+    for name in ("precision", "recall", "F1", "count"):
+        table.add_column(name, justify="right")
+    for name, row in content["classes"].items():
+        table.add_row(name, f"{row['precision']:.2f} %", f"{row['recall']:.2f} %", f"{row['f1']:.2f} %", f"{row['count']:,}")
+    console.print(table)
+    console.print()
+    say(
+        f"{content['evaluated_on']} accuracy {content['accuracy']:.2f} % of {content['images']:,} images, loss {content['loss']:.4f}, "
+        f"expected calibration error {content['calibration_error']:.2f} %",
+        style="bold",
+    )
+    if content["tta"]:
+        flip = content["tta"]["flip"]
+        say(f"with flips at test time: accuracy {flip['accuracy']:.2f} %, loss {flip['loss']:.4f}")
+    say(f"written: {folder / 'evaluation.json'}, {folder / 'confusion_matrix.png'}")
+
+
+def mistakes(wrong: list[Mistake], folder: Path) -> None:
+    """The surest mistakes."""
+    if not wrong:
+        say("no image is misclassified")
+        return
+    table = Table(
+        box=None, header_style="bold", pad_edge=False, title=f"the surest of {len(wrong)} mistakes", title_justify="left"
+    )
+    for name in ("image", "true class", "predicted", "confidence"):
+        table.add_column(name, justify="right" if name in ("image", "confidence") else "left")
+    for mistake in wrong[:10]:
+        table.add_row(str(mistake.index), mistake.true, mistake.predicted, f"{100 * mistake.confidence:.1f} %")
+    console.print(table)
+    console.print()
+    say(f"written: {folder / 'misclassified.json'} (all of them), {folder / 'misclassified.png'}, {folder / 'gradcam.png'}")
+
+
+def lr_suggestions(found: Suggestions, folder: Path) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("rule")
+    table.add_column("LR", justify="right")
+    table.add_column("what it is")
+    table.add_row("steepest", f"{found.steepest:.3g}", "where the lagging mean falls fastest, as torch-lr-finder suggests")
+    table.add_row("valley", f"{found.valley:.3g}", "the middle of the longest fall")
+    table.add_row("minimum / 10", f"{found.minimum_tenth:.3g}", "a tenth of the LR of the lowest lagging mean")
+    if found.max_lr is not None:
+        table.add_row(
+            "[bold]recommended maximum[/]",
+            f"[bold]{found.max_lr:.3g}[/]",
+            "the highest LR at which the loss is still at its bottom",
+        )
+        table.add_row(
+            "[bold]recommended minimum[/]", f"[bold]{found.min_lr:.3g}[/]", "the lowest LR at which the loss has begun to fall"
+        )
+    console.print(table)
+    console.print()
+    if found.max_lr is None:
+        say("the loss never fell clearly, so no LR is recommended: give more --num-iter, or another range", style="yellow")
+    else:
+        say(f"next: cifar-resnet train --max-lr {found.max_lr:.3g}", style="bold")
+    say(f"written: {folder / 'lr_finder.json'}, {folder / 'lr_finder.png'}")
+
+
+def recipes() -> None:
+    """Every preset with where it comes from and what was assumed."""
+    table = Table(header_style="bold", show_lines=True)
+    for name in ("recipe", "origin", "assumed where the origin is silent"):
+        table.add_column(name)
+    for name, preset in PRESETS.items():
+        table.add_row(f"[bold]{name}[/]", preset.origin, preset.assumed)
+    console.print(table)
+    say("all fields of one: cifar-resnet recipes NAME")

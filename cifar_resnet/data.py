@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
-import shutil
+import sys
+import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +47,7 @@ class Data:
     evaluated_on: str
 
 
-def load(recipe: Recipe, data_dir: Path | None = None) -> Data:
+def load(recipe: Recipe, data_dir: Path | None = None, notify: Callable[[str], None] = print) -> Data:
     """The recipe's images, its holdout and its limits applied.
 
     Raises:
@@ -55,7 +57,7 @@ def load(recipe: Recipe, data_dir: Path | None = None) -> Data:
     if recipe.dataset == "digits":
         train, evaluation, classes = _digits()
     else:
-        train, evaluation, classes = _cifar10(data_directory(data_dir))
+        train, evaluation, classes = _cifar10(data_directory(data_dir), notify)
     if recipe.holdout:
         _check_size("--holdout", recipe.holdout, len(train) - 1, len(classes))
         held = stratified(train.labels, recipe.holdout, HOLDOUT_SEED)
@@ -99,7 +101,9 @@ def _digits() -> tuple[Split, Split, tuple[str, ...]]:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    grey = [cv2.resize(image.astype(np.float32) * (255 / 16), (32, 32), interpolation=cv2.INTER_LINEAR) for image in digits.images]
+    grey = [
+        cv2.resize(image.astype(np.float32) * (255 / 16), (32, 32), interpolation=cv2.INTER_LINEAR) for image in digits.images
+    ]
     images = np.repeat(np.clip(np.rint(grey), 0, 255).astype(np.uint8)[..., None], 3, axis=3)
     every = Split(images, digits.target.astype(np.int64), np.arange(len(images)))
     train, test = train_test_split(every.indices, test_size=360, random_state=0, stratify=every.labels)
@@ -113,11 +117,11 @@ def data_directory(data_dir: Path | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar-resnet"
 
 
-def _cifar10(folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
+def _cifar10(folder: Path, notify: Callable[[str], None]) -> tuple[Split, Split, tuple[str, ...]]:
     from torchvision.datasets import CIFAR10
 
     if not (folder / CIFAR10.base_folder).exists():
-        _download(folder)
+        _download(folder, notify)
     splits = []
     for train in (True, False):
         try:
@@ -147,7 +151,7 @@ def _damage(folder: Path) -> DataError:
 _ADVICE = "Remove its folder to have it downloaded again, or use --dataset digits, which needs no download"
 
 
-def _download(folder: Path) -> None:
+def _download(folder: Path, notify: Callable[[str], None]) -> None:
     """Into a temporary folder beside it, checked, then renamed; a second process waits for the first."""
     from torchvision.datasets import CIFAR10
 
@@ -158,9 +162,11 @@ def _download(folder: Path) -> None:
             if target.exists():
                 return
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as part:
-                CIFAR10(part, download=True)
+                notify(f"CIFAR-10 is not in {folder}; downloading {CIFAR10.url}")
+                with redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # where its bar goes
+                    CIFAR10(part, download=True)
                 os.replace(Path(part) / CIFAR10.base_folder, target)
-    except (OSError, RuntimeError, EOFError, shutil.ReadError) as error:
+    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
         raise DataError(
             f"CIFAR-10 is not in {folder} (expected {target / 'data_batch_1'} and the others), and downloading "
             f"{CIFAR10.url} there failed: {str(error).splitlines()[0]}. Give its folder with --data-dir, "

@@ -15,7 +15,7 @@ from .recipe import Recipe
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """"auto" is CUDA, then MPS, then the CPU.
+    """ "auto" is CUDA, then MPS, then the CPU.
 
     Raises:
         UsageError: the device is not there.

@@ -170,7 +170,7 @@ def _finish_epoch(recipe, state: State, batches: Batches, evaluation, device) ->
         "lr": lr,
         "train_loss": loss,
         "train_accuracy": 100 * hits,
-        **evaluate(recipe, state.tested, evaluation(), device),
+        **scores(*predict(recipe, state.tested, evaluation(), device)),
         "seconds": state.seconds,
         "images_per_second": batches.count / state.seconds,
     }
@@ -189,24 +189,17 @@ def update_average(averaged: ResNet, model: ResNet, decay: float) -> None:
 
 
 @torch.inference_mode()
-def predict(recipe: Recipe, model: ResNet, batches: Iterable[Batch], device: torch.device, tta: str = "none") -> tuple[Tensor, Tensor]:
-    """Logits, float32 (N, classes), and labels, int64 (N,), on the CPU. `tta` "flip": the mean with the mirrored image's."""
+def predict(
+    recipe: Recipe, model: ResNet, batches: Iterable[Batch], device: torch.device, mirrored: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Logits of the images, or of their mirror images, float32 (N, classes), and labels, int64 (N,); on the CPU."""
     model.eval()
     logits, labels = [], []
     for images, targets in batches:
         with autocast(recipe, device):
-            scores = model.logits(images).float()
-            if tta == "flip":
-                scores = (scores + model.logits(images.flip(3)).float()) / 2
-        logits.append(scores)
+            logits.append(model.logits(images.flip(3) if mirrored else images).float())
         labels.append(targets)
     return torch.cat(logits).cpu(), torch.cat(labels).cpu()
-
-
-def evaluate(recipe: Recipe, model: ResNet, batches: Iterable[Batch], device: torch.device, tta: str = "none") -> dict[str, float]:
-    """Mean negative log likelihood and accuracy in percent."""
-    logits, labels = predict(recipe, model, batches, device, tta)
-    return scores(logits, labels)
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import analysis, engine, figures
 from . import data as datasets
-from . import engine
-from .batches import make_batches
+from .batches import Batches, make_batches
 from .device import environment, resolve_device, resolve_precision
 from .engine import Epoch, State, Step
 from .errors import CifarResnetError, RunDirectoryError, UsageError
+from .lr_finder import MIN_POINTS, History, Suggestions, range_test, suggest
+from .model import ResNet
 from .recipe import Recipe
 from .run import (
     CHECKPOINT,
+    SCHEMA,
     Checkpoint,
     create_directory,
     default_directory,
@@ -27,6 +34,8 @@ from .run import (
     read_recipe,
     remove_parts,
     save_checkpoint,
+    writable,
+    write_json,
     write_metrics,
     write_whole,
 )
@@ -60,6 +69,7 @@ def train(
     run_dir: Path | str | None = None,
     *,
     resume: Path | str | None = None,
+    must_match: dict[str, Any] | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
     loader: str = "auto",
@@ -72,7 +82,10 @@ def train(
     Args:
         recipe: what to train; `Recipe()` if not given. Left out where `resume` is given.
         run_dir: an empty or new folder; `runs/<recipe>-<dataset>-s<seed>-<UTC time>` if not given.
-        resume: the folder of a run to go on with.
+        resume: the folder of a run to go on with; a run that is finished is returned as it is.
+        must_match: recipe fields that the resumed run must have.
+        loader: "auto", "tensor" or "albumentations".
+        workers: processes of the albumentations loader.
         save_every_minutes: how long inside an epoch until a checkpoint is saved.
 
     Returns:
@@ -81,23 +94,15 @@ def train(
     Raises:
         CifarResnetError: one line that says what was wrong. A run that had begun can be resumed.
     """
-    watcher = watcher or Watcher()
-    folder, checkpoint = (Path(run_dir) if run_dir else None), None
+    watcher, checkpoint = watcher or Watcher(), None
+    folder = Path(run_dir) if run_dir else None
     if resume is not None:
         folder = Path(resume)
-        if not folder.is_dir():
-            raise UsageError(f"--resume {folder}: there is no such run directory")
-        if (folder / CHECKPOINT).exists():
-            checkpoint = load_checkpoint(folder)
-            recipe = checkpoint.recipe
-        elif (folder / "recipe.json").exists():
-            recipe = read_recipe(folder)  # stopped before its first checkpoint
-        else:
-            raise UsageError(f"--resume {folder}: holds neither {CHECKPOINT} nor recipe.json, so no run")
+        recipe, checkpoint = _standing(folder, must_match or {})
         if checkpoint and checkpoint.finished:
             return checkpoint
     recipe, place = prepare(recipe or Recipe(), device)
-    data = datasets.load(recipe, Path(data_dir) if data_dir else None)
+    data = datasets.load(recipe, Path(data_dir) if data_dir else None, watcher.warn)
     folder = folder or default_directory(recipe)
     if resume is None:
         create_directory(folder)
@@ -109,40 +114,63 @@ def train(
         batches = make_batches(data.train, recipe, place, loader, workers)
         evaluation = make_batches(data.evaluation, recipe, place)
         state = checkpoint.state(place) if checkpoint else engine.start(recipe, place, len(data.classes))
-        described = {**environment(place), "loader": type(batches).__name__.removesuffix("Batches").lower()}
+        described = {**environment(place), **batches.describe()}
         watcher.begin(recipe, folder, described, data, state)
 
-        def save() -> bool:
+        def save(metrics_only: bool = False) -> str:
+            """Gives what kept the run from being saved, or ""."""
             state.check_finite(recipe, batches.steps)
             try:
-                save_checkpoint(folder / CHECKPOINT, recipe, state, data.classes, data.evaluated_on, described)
+                if not metrics_only:
+                    save_checkpoint(folder / CHECKPOINT, recipe, state, data.classes, data.evaluated_on, described)
                 write_metrics(folder, recipe, state.history, data.evaluated_on, described)
             except RunDirectoryError as error:
-                watcher.warn(f"{error}; the run goes on unsaved")
-                return False
-            return True
+                return str(error)
+            return ""
 
-        saved = time.monotonic()
+        saved = checked = time.monotonic()
         with signals() as received:
             for record in engine.train(recipe, state, batches, lambda: evaluation.plain(engine.EVALUATION_BATCH), place):
-                since = time.monotonic() - saved
+                now, done = time.monotonic(), state.epoch == recipe.epochs
                 if isinstance(record, Epoch):
-                    due = since >= 20 or state.epoch == recipe.epochs
                     watcher.epoch(record)
-                    with suppress(RunDirectoryError):
-                        write_metrics(folder, recipe, state.history, data.evaluated_on, described)
+                    due = done or now - saved >= 20
                 else:
-                    due = since >= 60 * save_every_minutes
                     watcher.step(record, state)
-                if received and state.epoch < recipe.epochs:
-                    if not save():
-                        raise RunDirectoryError(f"stopped, and {folder / CHECKPOINT} could not be written")
+                    due = now - saved >= 60 * save_every_minutes
+                    if now - checked >= 10:
+                        state.check_finite(recipe, batches.steps)
+                        checked = now
+                if due or received or isinstance(record, Epoch):
+                    trouble = save(metrics_only=not (due or received))
+                    saved = time.monotonic() if due else saved
+                    if trouble and (done or received):
+                        raise RunDirectoryError(trouble)
+                    if trouble:
+                        watcher.warn(f"{trouble}; the run goes on, unsaved")
+                if received and not done:
                     raise Interrupted(received[0], folder)
-                if due:
-                    whole, saved = save(), time.monotonic()
-    if not whole:
-        raise RunDirectoryError(f"the run ended, but {folder / CHECKPOINT} could not be written")
+        figures.save(figures.curves(state.history, recipe, data.evaluated_on), folder / "curves.png")
+        figures.save(figures.learning_rate(recipe, batches.steps), folder / "learning_rate.png")
     return load_checkpoint(folder)
+
+
+def _standing(folder: Path, must_match: dict[str, Any]) -> tuple[Recipe, Checkpoint | None]:
+    """The recipe of the run in a folder, and its checkpoint where it lived to write one."""
+    if (folder / CHECKPOINT).exists():
+        checkpoint = load_checkpoint(folder)
+        recipe = checkpoint.recipe
+    elif (folder / "recipe.json").exists():
+        checkpoint, recipe = None, read_recipe(folder)
+    else:
+        raise UsageError(f"--resume {folder}: holds neither {CHECKPOINT} nor recipe.json, so no run to go on with")
+    for name, value in must_match.items():
+        planned = getattr(recipe, name)
+        if value != planned and (name, value) != ("precision", "auto"):
+            reason = " (the schedule would change)" if name == "epochs" else ""
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} {value} contradicts the run in {folder}, which has {planned}{reason}; leave it out")
+    return recipe, checkpoint
 
 
 @contextmanager
@@ -166,3 +194,179 @@ def signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def find_lr(
+    recipe: Recipe | None = None,
+    run_dir: Path | str | None = None,
+    *,
+    data_dir: Path | str | None = None,
+    device: str = "auto",
+    loader: str = "auto",
+    workers: int | None = None,
+    start_lr: float = 1e-4,
+    end_lr: float = 10.0,
+    num_iter: int = 200,
+    step_mode: str = "exp",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> tuple[History, Suggestions]:
+    """Runs the learning-rate range test; with `run_dir`, writes `lr_finder.json` and `lr_finder.png` there.
+
+    Raises:
+        CifarResnetError: one line that says what was wrong.
+    """
+    if not 0 < start_lr < end_lr:
+        raise UsageError(f"--start-lr {start_lr:g} must be above 0 and below --end-lr {end_lr:g}")
+    if num_iter < MIN_POINTS:
+        raise UsageError(f"--num-iter {num_iter} must be at least {MIN_POINTS}")
+    recipe, place = prepare(recipe or Recipe(), device)
+    data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify)
+    batches = make_batches(data.train, recipe, place, loader, workers)
+    settings = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
+    history = range_test(recipe, batches, place, len(data.classes), **settings, progress=progress)
+    suggestions = suggest(history)
+    if run_dir is not None:
+        folder = writable(Path(run_dir))
+        content = {
+            "schema": SCHEMA,
+            "environment": environment(place),
+            "recipe": recipe.model_dump(mode="json"),
+            **settings,
+            "suggestions": suggestions._asdict(),
+            "history": {"lr": history.lr.tolist(), "loss": history.loss.tolist()},
+        }
+        write_json(folder / "lr_finder.json", content)
+        figures.save(figures.lr_finder(history, suggestions, recipe, step_mode), folder / "lr_finder.png")
+    return history, suggestions
+
+
+def with_found_lr(recipe: Recipe, suggestions: Suggestions) -> Recipe:
+    """The recipe at the recommended maximum, starting from the recommended minimum.
+
+    Raises:
+        CifarResnetError: the range test recommends nothing.
+    """
+    if suggestions.max_lr is None or suggestions.min_lr is None:
+        raise CifarResnetError("the range test's loss never fell clearly, so there is no LR to recommend; give --max-lr a number")
+    return recipe.replace(max_lr=suggestions.max_lr, div_factor=suggestions.max_lr / suggestions.min_lr)
+
+
+class Prediction(NamedTuple):
+    """A checkpoint's logits, float32 (N, classes), on the images that it is judged by."""
+
+    checkpoint: Checkpoint
+    model: ResNet
+    data: datasets.Data
+    images: Batches
+    logits: Tensor
+    labels: Tensor
+    device: torch.device
+
+
+def predict(checkpoint: Path | str, data_dir: Path | str | None, device: str, notify: Callable[[str], None]) -> Prediction:
+    """Dataset, recipe and precision are the checkpoint's, so that the figures are those that `train` reported."""
+    place = resolve_device(device)
+    loaded = load_checkpoint(checkpoint)
+    data = datasets.load(loaded.recipe, Path(data_dir) if data_dir else None, notify)
+    if len(data.classes) != len(loaded.classes):
+        raise CifarResnetError(f"{loaded.path} has {len(loaded.classes)} classes, the images have {len(data.classes)}")
+    model, images = loaded.model(place), make_batches(data.evaluation, loaded.recipe, place)
+    logits, labels = engine.predict(loaded.recipe, model, images.plain(engine.EVALUATION_BATCH), place)
+    return Prediction(loaded, model, data, images, logits, labels, place)
+
+
+def evaluate(
+    checkpoint: Path | str,
+    run_dir: Path | str | None = None,
+    *,
+    data_dir: Path | str | None = None,
+    device: str = "auto",
+    tta: str = "none",
+    notify: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """What `evaluation.json` holds: loss, accuracy, calibration and the report by class, of the single view.
+
+    Args:
+        checkpoint: a checkpoint file, or a run directory.
+        run_dir: where `evaluation.json` and `confusion_matrix.png` go; beside the checkpoint if not given.
+        tta: "flip" adds loss and accuracy of the mean logits of the image and its mirror image.
+
+    Raises:
+        CifarResnetError: one line that says what was wrong.
+    """
+    found = predict(checkpoint, data_dir, device, notify)
+    loaded = found.checkpoint
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "checkpoint": str(loaded.path),
+        "epoch": loaded.content["epoch"],
+        "evaluated_on": found.data.evaluated_on,
+        "environment": environment(found.device),
+        **analysis.report(found.logits, found.labels, found.data.classes),
+        "tta": None,
+    }
+    if tta == "flip":
+        plain = found.images.plain(engine.EVALUATION_BATCH)
+        mirrored, _ = engine.predict(loaded.recipe, found.model, plain, found.device, mirrored=True)
+        both = engine.scores((found.logits + mirrored) / 2, found.labels)
+        content["tta"] = {"flip": {"loss": both["test_loss"], "accuracy": both["test_accuracy"]}}
+    folder = writable(Path(run_dir) if run_dir else loaded.path.parent)
+    write_json(folder / "evaluation.json", content)
+    title = (
+        f"{loaded.recipe.recipe}, {found.data.evaluated_on} images: {content['accuracy']:.2f} % of {content['images']:,} right"
+    )
+    figure = figures.confusion_matrix(content["confusion_matrix"], found.data.classes, title)
+    figures.save(figure, folder / "confusion_matrix.png")
+    return content
+
+
+def misclassified(
+    checkpoint: Path | str,
+    run_dir: Path | str | None = None,
+    *,
+    count: int = 25,
+    layer: str = "layer2",
+    data_dir: Path | str | None = None,
+    device: str = "auto",
+    notify: Callable[[str], None] = lambda message: None,
+) -> list[analysis.Mistake]:
+    """Every mistake, the surest first; writes `misclassified.json`, `misclassified.png` and `gradcam.png`.
+
+    Args:
+        checkpoint: a checkpoint file, or a run directory.
+        run_dir: where the files go; beside the checkpoint if not given.
+        count: how many of the mistakes the two pictures show.
+        layer: whose output Grad-CAM weighs; see `analysis.grad_cam`.
+
+    Raises:
+        CifarResnetError: one line that says what was wrong.
+    """
+    if count < 1:
+        raise UsageError(f"--count {count} must be at least 1")
+    found = predict(checkpoint, data_dir, device, notify)
+    loaded, split, classes = found.checkpoint, found.data.evaluation, found.data.classes
+    wrong = analysis.mistakes(found.logits, found.labels, split, classes)
+    folder = writable(Path(run_dir) if run_dir else loaded.path.parent)
+    listed = [
+        {
+            "index": mistake.index,
+            "true": mistake.true,
+            "predicted": mistake.predicted,
+            "confidence": mistake.confidence,
+            "probabilities": dict(zip(classes, mistake.probabilities, strict=True)),
+        }
+        for mistake in wrong
+    ]
+    content = {"schema": SCHEMA, "checkpoint": str(loaded.path), "evaluated_on": found.data.evaluated_on, "images": len(split)}
+    write_json(folder / "misclassified.json", {**content, "mistakes": listed})
+    if shown := wrong[:count]:
+        chosen = split.take(np.array([mistake.position for mistake in shown]))
+        images = next(make_batches(chosen, loaded.recipe, found.device).plain(len(chosen)))[0]
+        predicted = torch.tensor([classes.index(mistake.predicted) for mistake in shown], device=found.device)
+        maps = analysis.grad_cam(found.model, images, predicted, layer)
+        what = f"the {len(shown)} surest of {len(wrong)} mistakes in {len(split):,} {found.data.evaluated_on} images"
+        figures.save(figures.misclassified(chosen.images, shown, what), folder / "misclassified.png")
+        title = f"Grad-CAM of the class predicted, at {layer}: {what}"
+        figures.save(figures.grad_cam(chosen.images, maps, shown, title), folder / "gradcam.png")
+    return wrong

@@ -56,8 +56,8 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def default_directory(recipe: Recipe) -> Path:
-    return Path("runs") / f"{recipe.recipe}-{recipe.dataset}-s{recipe.seed}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+def default_directory(recipe: Recipe, prefix: str = "") -> Path:
+    return Path("runs") / f"{prefix}{recipe.recipe}-{recipe.dataset}-s{recipe.seed}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
 def create_directory(path: Path) -> None:
@@ -66,17 +66,25 @@ def create_directory(path: Path) -> None:
     Raises:
         RunDirectoryError: it cannot be made, or is not empty.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        taken = [name for name in os.listdir(path) if name != LOCK]
-    except OSError as error:
-        raise RunDirectoryError(f"run directory {path} cannot be made: {error.strerror}") from None
-    if taken:
+    if any(name != LOCK for name in os.listdir(writable(path))):
         raise RunDirectoryError(
             f"run directory {path} is not empty; choose another, or go on with the run in it: cifar-resnet train --resume {path}"
         )
+
+
+def writable(path: Path) -> Path:
+    """The folder, made if it is missing.
+
+    Raises:
+        RunDirectoryError: it cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"folder {path} cannot be made: {error.strerror}") from None
     if not os.access(path, os.W_OK):
-        raise RunDirectoryError(f"run directory {path} cannot be written")
+        raise RunDirectoryError(f"folder {path} cannot be written")
+    return path
 
 
 @contextmanager
@@ -202,9 +210,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         if content["schema"] != SCHEMA:
             raise CheckpointError(f"{path} has schema {content['schema']}; this version of cifar-resnet reads {SCHEMA}")
         recipe = Recipe.parse({**ADDED, **content["recipe"]}, source=f"{path}: its recipe is not valid: ")
-        checkpoint = Checkpoint(
-            path, recipe, tuple(content["classes"]), content["evaluated_on"], content["environment"], content
-        )
+        checkpoint = Checkpoint(path, recipe, tuple(content["classes"]), content["evaluated_on"], content["environment"], content)
         _check_content(checkpoint)
     except CheckpointError:
         raise
@@ -249,6 +255,10 @@ def _check_content(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} stands at a place that its run does not have")
     if (content["averaged"] is not None) != (recipe.ema_decay > 0):
         raise CheckpointError(f"{checkpoint.path} has averaged weights or not, against its recipe")
+    shapes = [parameter.shape for parameter in build_model(recipe, len(checkpoint.classes)).parameters()]
+    for index, slots in content["optimizer"]["state"].items():
+        if any(value.shape not in ((), shapes[index]) for value in slots.values() if torch.is_tensor(value)):
+            raise CheckpointError(f"{checkpoint.path} has an optimizer state of another model")
     state = checkpoint.state(torch.device("cpu"))
     tensors = [*state.model.state_dict().values(), *state.tested.state_dict().values(), state.totals]
     tensors += [value for slot in state.optimizer.state.values() for value in slot.values() if torch.is_tensor(value)]

@@ -1,0 +1,94 @@
+"""What a model gets right and wrong: by class, calibration, the mistakes, and where it looked."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import Split
+from .engine import scores
+from .model import ResNet
+
+LAYERS = ("prep", "layer1", "layer2", "layer3")
+BINS = 15  # of the reliability diagram
+
+
+class Mistake(NamedTuple):
+    """One misclassified image. `index` is its place in the published split, `position` in the split given."""
+
+    index: int
+    position: int
+    true: str
+    predicted: str
+    confidence: float  # probability of the predicted class
+    probabilities: list[float]  # of every class
+
+
+def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Loss, accuracy, calibration, scikit-learn's figures by class, and the confusion matrix (rows: true classes)."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
+    predicted, true, every = logits.argmax(1).numpy(), labels.numpy(), range(len(classes))
+    by_class = classification_report(true, predicted, labels=every, target_names=classes, output_dict=True, zero_division=0)
+    score = scores(logits, labels)
+    return {
+        "images": len(labels),
+        "loss": score["test_loss"],
+        "accuracy": score["test_accuracy"],
+        "calibration_error": calibration_error(logits, labels),
+        "classes": {
+            name: {
+                "precision": 100 * by_class[name]["precision"],
+                "recall": 100 * by_class[name]["recall"],
+                "f1": 100 * by_class[name]["f1-score"],
+                "count": int(by_class[name]["support"]),
+            }
+            for name in classes
+        },
+        "confusion_matrix": confusion_matrix(true, predicted, labels=every).tolist(),
+    }
+
+
+def calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """Expected calibration error in percent, over 15 equal bins of confidence (Guo et al. 2017, arXiv:1706.04599)."""
+    confidence, predicted = torch.softmax(logits.double(), dim=1).max(1)
+    bins = (confidence * BINS).ceil().clamp(1, BINS) - 1
+    gaps = [((predicted == labels).double() - confidence)[bins == each].sum().abs() for each in range(BINS)]
+    return 100 * float(sum(gaps)) / len(labels)
+
+
+def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...]) -> list[Mistake]:
+    """Every misclassified image, the surest first."""
+    probabilities = torch.softmax(logits.double(), dim=1)
+    confidence, predicted = probabilities.max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist()
+    return [
+        Mistake(
+            int(split.indices[i]), i, classes[labels[i]], classes[predicted[i]], float(confidence[i]), probabilities[i].tolist()
+        )
+        for i in wrong
+    ]
+
+
+def grad_cam(model: ResNet, images: Tensor, classes: Tensor, layer: str = "layer2") -> np.ndarray:
+    """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) of the logits of `classes`, by captum.
+
+    Args:
+        images: normalised, (N, 3, 32, 32).
+        classes: int64 (N,), the class to explain for each image.
+        layer: whose output is weighed: prep (32x32), layer1 (16x16), layer2 (8x8) or layer3 (4x4).
+
+    Returns:
+        float32 (N, 32, 32): positive attributions, scaled to a maximum of 1 for each image.
+    """
+    from captum.attr import LayerAttribution, LayerGradCam
+
+    model.eval()
+    explain = LayerGradCam(model.logits, getattr(model, layer))
+    maps = explain.attribute(images, target=classes, relu_attributions=True)
+    maps = LayerAttribution.interpolate(maps.float(), (32, 32), interpolate_mode="bilinear")[:, 0].detach()
+    return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu().numpy()

@@ -1,0 +1,161 @@
+"""The learning-rate range test (Smith 2017, https://arxiv.org/abs/1506.01186), run by torch-lr-finder, and what it suggests."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batches import Batch, Batches
+from .device import autocast
+from .engine import make_loss, start
+from .errors import CifarResnetError
+from .recipe import Recipe
+
+MIN_POINTS = 20
+SHARE = 0.05  # of the whole drop of the loss: what counts as having begun to fall, and as still being at the bottom
+
+
+class History(NamedTuple):
+    """float64 (N,) each: the learning rates of a range test and the training loss at each, unsmoothed."""
+
+    lr: np.ndarray
+    loss: np.ndarray
+
+
+class Suggestions(NamedTuple):
+    """Learning rates read off a range test. The recommended two are None where the loss never fell."""
+
+    steepest: float  # where the smoothed loss falls fastest, as the reference systems read it
+    valley: float  # the middle of the longest fall, as fastai reads it
+    minimum_tenth: float  # a tenth of the LR of the lowest smoothed loss
+    max_lr: float | None
+    min_lr: float | None
+
+
+def range_test(
+    recipe: Recipe,
+    batches: Batches,
+    device: torch.device,
+    classes: int = 10,
+    *,
+    start_lr: float = 1e-4,
+    end_lr: float = 10.0,
+    num_iter: int = 200,
+    step_mode: str = "exp",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> History:
+    """Trains a fresh model of the recipe for `num_iter` steps while the learning rate rises from `start_lr` to `end_lr`.
+
+    The recipe's optimizer, augmentation and precision are used; torch's random state is left as it was. The test
+    ends early where the loss passes five times its lowest, or is not finite.
+
+    Raises:
+        CifarResnetError: fewer than 20 points are left.
+    """
+    from torch_lr_finder import LRFinder, TrainDataLoaderIter
+    from torch_lr_finder import lr_finder as library
+
+    state, loss_of = start(recipe, device, classes), make_loss(recipe)
+
+    def finite_loss(output: Tensor, labels: Tensor) -> Tensor:
+        loss = loss_of(output, labels)
+        if not torch.isfinite(loss):  # the library would go on
+            raise _NotFinite
+        return loss
+
+    def stream() -> Iterator[Batch]:
+        steps = (batch for epoch in itertools.count() for batch in batches.epoch(epoch))
+        for done, batch in enumerate(steps):
+            progress(done, num_iter)
+            yield batch
+
+    finder = LRFinder(_Autocast(state.model, recipe, device), state.optimizer, finite_loss, device=device)
+    quiet = mock.patch.object(library, "tqdm", lambda steps: steps), contextlib.redirect_stdout(io.StringIO())
+    with torch.random.fork_rng(), quiet[0], quiet[1], contextlib.suppress(_NotFinite):
+        finder.range_test(
+            TrainDataLoaderIter(stream()), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, smooth_f=0
+        )
+    progress(num_iter, num_iter)
+    lr, loss = (np.array(finder.history[key]) for key in ("lr", "loss"))
+    if len(loss) < MIN_POINTS:
+        raise CifarResnetError(
+            f"the range test has only {len(loss)} points before the loss diverged, and needs {MIN_POINTS}: "
+            f"give more --num-iter than {num_iter}, or a lower --start-lr than {start_lr:g}"
+        )
+    return History(lr, loss)
+
+
+class _NotFinite(Exception):
+    pass
+
+
+class _Autocast(nn.Module):
+    """The model in the recipe's precision, as the training loop runs it."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.recipe, self.place = model, recipe, device
+
+    def forward(self, x: Tensor) -> Tensor:
+        with autocast(self.recipe, self.place):
+            return self.model(x)
+
+
+def suggest(history: History) -> Suggestions:
+    """Reads the suggestions off a range test.
+
+    `max_lr` is the highest learning rate, up to where the loss leaves its lowest value for good, at which the smoothed
+    loss is within 5 % of its whole drop from the lowest; `min_lr` is the lowest at which it has fallen by 5 % of it.
+    """
+    lr, level = history.lr, smooth(history.loss)
+    lagging = exponential(history.loss)
+    inner = slice(10, -5)  # as LRFinder.plot skips them
+    steepest = lr[inner][np.gradient(lagging[inner]).argmin()]
+    lowest = int(level.argmin())
+    before = level[: lowest + 1]
+    drop = before.max() - level[lowest]
+    noise = np.std(history.loss - level)
+    max_lr = min_lr = None
+    if drop > 3 * noise / np.sqrt(len(lr) / 10) and drop > 0.02 * abs(before.max()) and lowest > 0:
+        top = int(before.argmax())
+        fallen = top + np.flatnonzero(level[top : lowest + 1] <= level[top] - SHARE * drop)
+        past = np.flatnonzero(level[lowest:] > level[lowest] + SHARE * drop)
+        end = lowest + int(past[0]) - 1 if len(past) else len(lr) - 1
+        max_lr, min_lr = float(lr[end]), float(lr[fallen[0]])
+    return Suggestions(float(steepest), float(lr[valley(lagging)]), float(lr[lagging.argmin()] / 10), max_lr, min_lr)
+
+
+def exponential(loss: np.ndarray, weight: float = 0.05) -> np.ndarray:
+    """torch-lr-finder's smoothing: each value moves the last one by `weight`. It lags behind the loss."""
+    smoothed = loss.astype(float).copy()
+    for i in range(1, len(smoothed)):
+        smoothed[i] = weight * smoothed[i] + (1 - weight) * smoothed[i - 1]
+    return smoothed
+
+
+def smooth(loss: np.ndarray) -> np.ndarray:
+    """A centred Gaussian mean, 2 % of the points wide: it does not lag. Near the ends it takes what there is."""
+    places = np.arange(len(loss))
+    width = max(1.0, 0.02 * len(loss))
+    weights = np.exp(-0.5 * ((places[:, None] - places[None, :]) / width) ** 2)
+    return weights @ loss / weights.sum(1)
+
+
+def valley(loss: np.ndarray) -> int:
+    """Index in the middle of the longest fall: fastai's `valley` (https://docs.fast.ai/callback.schedule.html)."""
+    length = np.ones(len(loss), int)  # of the longest falling subsequence that ends here
+    for i in range(1, len(loss)):
+        longer = length[:i][loss[:i] > loss[i]]
+        length[i] = 1 + (longer.max() if len(longer) else 0)
+    end = int(length.argmax())
+    begin = max(end - int(length[end]), 0)
+    third = (end - begin) / 3
+    return begin + int(third) + int(third / 2)

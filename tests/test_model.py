@@ -1,0 +1,89 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cifar_resnet import Recipe, build_model
+
+PARAMETERS = {
+    "eva6-s9": 6_574_090, "eva4-s11": 6_574_090, "eva8-s8": 6_573_130, "week5-s10": 6_573_130, "era-s10": 6_573_120,
+    "default": 6_573_130, "page": 6_573_120,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_parameter_counts(name, count):
+    assert sum(p.numel() for p in build_model(Recipe.build(name)).parameters()) == count
+
+
+@pytest.mark.parametrize(("name", "giga"), [("eva8-s8", 194.18), ("era-s10", 194.18), ("eva6-s9", 194.34)])
+def test_multiply_adds_at_batch_512(name, giga):
+    import torchinfo
+
+    with torch.device("meta"):
+        model = build_model(Recipe.build(name))
+        statistics = torchinfo.summary(model, input_data=torch.zeros(512, 3, 32, 32), verbose=0, device="meta")
+    assert round(statistics.total_mult_adds / 1e9, 2) == giga
+
+
+def by_hand(model, recipe, x):
+    """The specification, written out with functions, on the model's parameters in the order that they were made."""
+    weights = dict(model.named_parameters())
+    convs = [(n[: -len("weight")], w) for n, w in weights.items() if w.dim() == 4]
+    norms = iter([m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)])
+    convs = iter([F_conv(w, weights.get(n + "bias")) for n, w in convs])
+
+    def norm(x):
+        bn = next(norms)
+        return (x - bn.running_mean[:, None, None]) / (bn.running_var[:, None, None] + bn.eps).sqrt() * bn.weight[
+            :, None, None
+        ] + bn.bias[:, None, None]
+
+    def layer(x):
+        x = next(convs)(x)
+        if recipe.pool_position == "after-relu":
+            return F.max_pool2d(F.relu(norm(x)), 2)
+        return F.relu(norm(F.max_pool2d(x, 2)))
+
+    def residual(x):
+        inner = F.relu(norm(next(convs)(x)))
+        return x + F.relu(norm(next(convs)(inner)))
+
+    x = next(convs)(x)
+    x = F.relu(norm(x)) if recipe.prep_order == "bn-relu" else norm(F.relu(x))
+    x = residual(layer(x))
+    x = layer(x)
+    x = residual(layer(x))
+    x = F.max_pool2d(x, 4).reshape(len(x), 512)
+    bias = weights.get("fc.bias")
+    x = x @ weights["fc.weight"].T + (bias if bias is not None else 0)
+    return x * recipe.logit_scale
+
+
+def F_conv(weight, bias):
+    return lambda x: F.conv2d(x, weight, bias, stride=1, padding=1)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_network_is_the_specified_one_to_the_layer(name):
+    recipe = Recipe.build(name)
+    model = build_model(recipe).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # so that a wrong order shows
+            for tensor in (module.running_mean, module.bias.data, module.weight.data):
+                tensor.normal_(0.3, 0.5, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    x = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        logits = by_hand(model, recipe, x)
+        torch.testing.assert_close(model.logits(x), logits, rtol=1e-9, atol=1e-9)
+        after = {"logits": lambda x: x, "softmax": lambda x: x.softmax(1), "log-softmax": lambda x: x.log_softmax(1)}
+        torch.testing.assert_close(model(x), after[recipe.output](logits))
+
+
+def test_the_seed_decides_the_weights_and_the_random_state_stays():
+    before = torch.random.get_rng_state()
+    one, same, other = (build_model(Recipe.build(seed=seed)).fc.weight for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(before, torch.random.get_rng_state())
