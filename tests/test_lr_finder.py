@@ -1,0 +1,126 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cifar_resnet import Recipe, find_lr, lr_finder
+from cifar_resnet.data import with_statistics
+from cifar_resnet.errors import CifarResnetError
+from cifar_resnet.experiment import with_found_lr
+from cifar_resnet.lr_finder import History, suggest
+
+CPU = torch.device("cpu")
+
+
+def made(best=0.3, noise=0.02, points=200, seed=0):
+    """A range test's usual shape: flat, falling from 1e-2 on, lowest near `best`, then up."""
+    lr = np.geomspace(1e-4, 10, points)
+    fall = 1.6 / (1 + (lr / 0.01) ** -1.2)
+    loss = 2.3 - fall + 3 * np.maximum(np.log10(lr / best), 0) ** 2
+    return History(lr, loss + np.random.default_rng(seed).normal(0, noise, points))
+
+
+def test_steepest_is_torch_lr_finders_own():
+    import matplotlib.pyplot as plt
+    from torch_lr_finder import LRFinder
+
+    history = made()
+    model = torch.nn.Linear(1, 1)
+    finder = LRFinder(model, torch.optim.SGD(model.parameters(), 0.1), torch.nn.MSELoss(), device="cpu")
+    finder.history = {"lr": history.lr.tolist(), "loss": lr_finder.exponential(history.loss).tolist()}
+    axis = plt.figure().gca()
+    _, theirs = finder.plot(ax=axis, suggest_lr=True)
+    plt.close("all")
+    assert suggest(history).steepest == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("best", [0.03, 0.3, 1.0])
+def test_the_recommendation_is_steady_under_noise(best):
+    found = [suggest(made(best=best, seed=seed)) for seed in range(5)]
+    highs = [each.max_lr for each in found]
+    assert max(highs) / min(highs) < 1.6
+    for each in found:
+        assert each.min_lr < each.max_lr / 2
+
+
+def test_the_minimum_is_where_5_percent_of_the_drop_is_done():
+    lr = np.geomspace(1e-4, 10, 500)
+    loss = np.interp(np.log10(lr), [-4, -3, -1, 0, 1], [2, 2, 1, 1, 5])
+    found = suggest(History(lr, loss))
+    assert np.log10(found.min_lr) == pytest.approx(-2.9, abs=0.06)
+    assert np.log10(found.max_lr) == pytest.approx(0, abs=0.12)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_nothing_is_recommended_where_the_loss_never_falls(slope):
+    lr = np.geomspace(1e-4, 10, 200)
+    loss = 2.3 + slope * (np.log10(lr) + 4) + np.random.default_rng(0).normal(0, 0.05, 200)
+    found = suggest(History(lr, loss))
+    assert (found.max_lr, found.min_lr) == (None, None)
+    with pytest.raises(CifarResnetError, match="never fell"):
+        with_found_lr(Recipe(), found)
+
+
+def test_smoothing_does_not_lag_and_keeps_a_line():
+    line = np.linspace(3, 1, 200)
+    np.testing.assert_allclose(lr_finder.smooth(line)[20:-20], line[20:-20])
+    assert (lr_finder.exponential(line)[20:] - line[20:]).min() > 0.05  # as the other one does
+
+
+def test_valley_is_fastais():
+    """fastai's loop, word for word, on falling and rising stretches."""
+
+    def theirs(losses):
+        n = len(losses)
+        max_start, max_end, lds = 0, 0, [1] * n
+        for i in range(1, n):
+            for j in range(i):
+                if losses[i] < losses[j] and lds[i] < lds[j] + 1:
+                    lds[i] = lds[j] + 1
+                if lds[max_end] < lds[i]:
+                    max_end = i
+                    max_start = max_end - lds[max_end]
+        sections = (max_end - max_start) / 3
+        return max_start + int(sections) + int(sections / 2)
+
+    for seed in range(5):
+        loss = lr_finder.exponential(made(seed=seed, points=100).loss)
+        assert lr_finder.valley(loss) == theirs(loss)
+
+
+def test_a_real_range_test(tmp_path):
+    """On digits: the rates asked for, the files read back, the random state as it was."""
+    recipe = Recipe.build("digits", train_limit=64, batch_size=16, precision="float32")
+    before, steps = torch.random.get_rng_state(), []
+    history, found = find_lr(
+        recipe, tmp_path, start_lr=1e-3, end_lr=0.1, num_iter=24, progress=lambda done, total: steps.append((done, total))
+    )
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert steps[-1] == (24, 24)
+    ratio = 100 ** (1 / 23)
+    np.testing.assert_allclose(history.lr[1:] / history.lr[:-1], ratio, rtol=1e-6)
+    assert history.lr[-1] == pytest.approx(0.1)
+    assert abs(history.lr[0] / 1e-3 - 1) < ratio - 1 + 1e-6
+    content = json.loads((tmp_path / "lr_finder.json").read_text())
+    assert content["history"] == {"lr": history.lr.tolist(), "loss": history.loss.tolist()}
+    assert content["suggestions"] == found._asdict()
+    assert content["recipe"] == json.loads(with_statistics(recipe).to_json())
+    assert (tmp_path / "lr_finder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_test_that_diverges_at_once_is_a_clear_error(refused, tmp_path):
+    line = refused(
+        1, "find-lr", "--dataset", "digits", "--train-limit", 64, "--batch-size", 16, "--start-lr", 1e6, "--end-lr", 1e30,
+        "--num-iter", 25, "--run-dir", tmp_path / "find", "--precision", "float32",
+    )  # fmt: skip
+    assert "points" in line
+    assert "--start-lr" in line
+    assert not (tmp_path / "find").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [("--start-lr", 1, "--end-lr", 0.1), ("--start-lr", -1), ("--num-iter", 5), ("--step-mode", "cos")]
+)
+def test_a_range_that_is_none_is_refused(refused, options):
+    refused(2, "find-lr", "--dataset", "digits", *options)
