@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -140,6 +141,7 @@ class AlbumentationsBatches:
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals,
             pin_memory=device.type == "cuda",
         )
 
@@ -160,6 +162,12 @@ class AlbumentationsBatches:
 
     def describe(self) -> dict[str, object]:
         return {"loader": "albumentations", "workers": self.loader.num_workers}
+
+
+def _leave_signals(_worker: int) -> None:
+    """Ctrl-C reaches the workers too: it is the training process that ends them, quietly."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Order(torch.utils.data.Sampler):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args
 
@@ -59,7 +59,7 @@ Workers = Annotated[
 ]
 
 
-def recipe_options(*, leave_out: tuple[str, ...] = ()) -> Callable:
+def recipe_options(*, leave_out: Sequence[str] = ()) -> Callable:
     """Gives a command one option for every field of `Recipe`, gathered in its keyword argument `options`."""
 
     def decorate(command: Callable) -> Callable:
@@ -117,18 +117,7 @@ ResultDir = Annotated[
     typer.Option("--run-dir", help="Folder for what is written.", show_default="beside the checkpoint", rich_help_panel=WHERE),
 ]
 # What a range test sweeps or never reaches, and so does not take.
-NOT_SWEPT = (
-    "holdout",
-    "test_limit",
-    "max_lr",
-    "base_momentum",
-    "epochs",
-    "peak_epoch",
-    "div_factor",
-    "final_div_factor",
-    "ema_decay",
-    "ema_every",
-)
+NOT_SWEPT = "holdout test_limit max_lr base_momentum epochs peak_epoch div_factor final_div_factor ema_decay ema_every".split()
 
 
 @app.command("find-lr", rich_help_panel=STEPS)

@@ -6,6 +6,8 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -38,9 +40,7 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        native = device.type == "cpu" and any(
-            torch.cpu.get_capabilities().get(feature, False) for feature in ("avx512_bf16", "amx_bf16", "bf16")
-        )
+        native = device.type == "cpu" and sys.platform == "linux" and any(_cpu().get(key) for key in BFLOAT16_FEATURES)
     return recipe.replace(precision="bfloat16" if native else "float32")
 
 
@@ -61,7 +61,7 @@ def keep_large_blocks() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def environment(device: torch.device) -> dict[str, object]:
+def environment(device: torch.device) -> dict[str, Any]:
     """What a run's result does not depend on, but its speed does, and what its last bits may."""
     import torchvision
 
@@ -72,12 +72,19 @@ def environment(device: torch.device) -> dict[str, object]:
         "torchvision": str(torchvision.__version__),
         "platform": platform.platform(),
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_name": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else _cpu().get("cpu_name") or platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
 
 
-def _cpu_name() -> str:
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
-    return name or platform.processor() or platform.machine()
+BFLOAT16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # the last is Arm's
+
+
+def _cpu() -> Mapping[str, Any]:
+    """What torch says of the processor; older ones say less."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}

@@ -99,7 +99,7 @@ def train(
     if resume is not None:
         folder = Path(resume)
         recipe, checkpoint = _standing(folder, must_match or {})
-        if checkpoint and checkpoint.finished:
+        if checkpoint and checkpoint.finished and (folder / "learning_rate.png").exists():  # the last file that a run writes
             return checkpoint
     recipe, place = prepare(recipe or Recipe(), device)
     data = datasets.load(recipe, Path(data_dir) if data_dir else None, watcher.warn)
@@ -128,6 +128,8 @@ def train(
                 return str(error)
             return ""
 
+        if checkpoint:  # the truth: metrics.json may be an epoch ahead of it
+            write_metrics(folder, recipe, state.history, data.evaluated_on, described)
         saved = checked = time.monotonic()
         with signals() as received:
             for record in engine.train(recipe, state, batches, lambda: evaluation.plain(engine.EVALUATION_BATCH), place):

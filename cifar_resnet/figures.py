@@ -48,14 +48,8 @@ def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test") 
     if recipe.dataset == "cifar10" and evaluated_on == "test":
         right.axhline(BEST_REFERENCE[1], color=GREY, linewidth=1, linestyle=":", label=BEST_REFERENCE[0])
     last = history[-1]
-    right.annotate(
-        f"{last['test_accuracy']:.2f} %",
-        (epochs[-1], last["test_accuracy"]),
-        (0, 6),
-        textcoords="offset points",
-        color=RED,
-        ha="right",
-    )
+    place, beside = (epochs[-1], last["test_accuracy"]), dict(textcoords="offset points", ha="right", va="top")
+    right.annotate(f"{last['test_accuracy']:.2f} %", place, (0, -7), color=RED, **beside)
     left.set(title="Loss", ylabel="mean an image")
     right.set(title="Accuracy", ylabel="percent")
     for axis in (left, right):
@@ -76,7 +70,7 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int) -> Figure:
     peak = int(np.argmax(lr))
     axis.plot(epochs[peak], lr[peak], "o", color=RED)
     axis.annotate(f"{lr[peak]:.4g} at epoch {epochs[peak]:.3g}", (epochs[peak], lr[peak]), (8, -2), textcoords="offset points")
-    axis.annotate(f"{lr[-1]:.2g}", (epochs[-1], lr[-1]), (0, 12), textcoords="offset points", ha="right")
+    axis.annotate(f"{lr[-1]:.2g}", (epochs[-1], lr[-1]), (3, 5), textcoords="offset points")
     axis.set(
         xlabel="epoch", ylabel="learning rate", title=f"One-cycle learning rate of {recipe.recipe}, step by step", ylim=(0, None)
     )
