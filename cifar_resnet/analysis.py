@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data import Split
 from .engine import scores
-from .model import ResNet
+from .model import ResNet, build_model
+from .recipe import Recipe
 
 LAYERS = ("prep", "layer1", "layer2", "layer3")
 BINS = 15  # of the reliability diagram
@@ -92,3 +93,45 @@ def grad_cam(model: ResNet, images: Tensor, classes: Tensor, layer: str = "layer
     maps = explain.attribute(images, target=classes, relu_attributions=True)
     maps = LayerAttribution.interpolate(maps.float(), (32, 32), interpolate_mode="bilinear")[:, 0].detach()
     return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu().numpy()
+
+
+def layers(recipe: Recipe, batch_size: int = 512, classes: int = 10) -> list[dict[str, Any]]:
+    """The network layer by layer, in the order of the data: shapes of one image, parameters, multiply-adds of the batch.
+
+    Parameters and multiply-adds are torchinfo's. A layer of kernel k, stride s and padding p takes receptive field r, jump
+    j and start c (centre of the first unit's field, in pixels) to r + (k - 1) j, j s and c + ((k - 1) / 2 - p) j, along the
+    longest path (Araujo, Norris and Sim 2019, https://distill.pub/2019/computing-receptive-fields/).
+    """
+    import torchinfo
+
+    with torch.device("meta"):
+        model = build_model(recipe, classes)
+        images = torch.zeros(batch_size, 3, 32, 32)
+        found = torchinfo.summary(model, input_data=images, verbose=0, device="meta").summary_list
+    names, modules = {id(module): name for name, module in model.named_modules()}, dict(model.named_modules())
+    rows, field, jump, start = [], 1, 1, 0.5
+    for layer in (each for each in found if each.is_leaf_layer):
+        module = modules[names[layer.layer_id]]
+        kernel = None
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d):
+            kernel, stride, padding = (each[0] if isinstance(each, tuple) else each for each in _window(module))
+            field, start, jump = field + (kernel - 1) * jump, start + ((kernel - 1) / 2 - padding) * jump, jump * stride
+        rows.append(
+            {
+                "layer": names[layer.layer_id],
+                "type": layer.class_name,
+                "input": list(layer.input_size[1:]),
+                "output": list(layer.output_size[1:]),
+                "kernel": kernel,
+                "parameters": max(layer.num_params, 0),
+                "multiply_adds": int(layer.macs),
+                "receptive_field": field,
+                "jump": jump,
+                "start": start,
+            }
+        )
+    return rows
+
+
+def _window(module: nn.Conv2d | nn.MaxPool2d) -> tuple[Any, Any, Any]:
+    return module.kernel_size, module.stride, module.padding

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .data import Split, hole_pixel, pad_pixel, test_transform, train_transform
+from .errors import UsageError
 from .recipe import Recipe
 
 ORDER, AUGMENT = 0, 1  # purposes of a random stream
@@ -210,7 +211,15 @@ def reseed(pipeline, seeds: np.random.SeedSequence) -> None:
 
 
 def make_batches(split: Split, recipe: Recipe, device: torch.device, loader: str = "auto", workers: int | None = None) -> Batches:
-    """`loader`: "tensor", "albumentations", or "auto" (tensor). `workers`: None for one on a CPU, four beside a GPU."""
+    """`loader`: "tensor", "albumentations", or "auto" (tensor). `workers`: None for one on a CPU, four beside a GPU.
+
+    Raises:
+        UsageError: there is no such loader, or workers are below 0.
+    """
+    if loader not in ("auto", "tensor", "albumentations"):
+        raise UsageError(f"--loader {loader}: it is auto, tensor or albumentations")
+    if workers is not None and workers < 0:
+        raise UsageError(f"--workers {workers} must be at least 0")
     if loader == "albumentations":
         workers = (1 if device.type == "cpu" else 4) if workers is None else workers
         return AlbumentationsBatches(split, recipe, device, workers)

@@ -6,6 +6,7 @@ Torch and what pulls it in are imported inside the commands, so that help and us
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -51,7 +52,6 @@ Loader = Annotated[
 Workers = Annotated[
     int | None,
     typer.Option(
-        min=0,
         help="Worker processes of the albumentations loader.",
         show_default="1 on a CPU, 4 beside a GPU",
         rich_help_panel=WHERE,
@@ -117,7 +117,10 @@ ResultDir = Annotated[
     typer.Option("--run-dir", help="Folder for what is written.", show_default="beside the checkpoint", rich_help_panel=WHERE),
 ]
 # What a range test sweeps or never reaches, and so does not take.
-NOT_SWEPT = "holdout test_limit max_lr base_momentum epochs peak_epoch div_factor final_div_factor ema_decay ema_every".split()
+NOT_SWEPT = (
+    "holdout", "test_limit", "max_lr", "base_momentum", "epochs", "peak_epoch", "div_factor", "final_div_factor",
+    "ema_decay", "ema_every",
+)  # fmt: skip
 
 
 @app.command("find-lr", rich_help_panel=STEPS)
@@ -201,7 +204,7 @@ def train(
     loader: Loader = "auto",
     workers: Workers = None,
     save_every_minutes: Annotated[
-        float, typer.Option(min=0.01, help="Minutes inside an epoch between two checkpoints.", rich_help_panel=WHERE)
+        float, typer.Option(help="Minutes inside an epoch between two checkpoints.", rich_help_panel=WHERE)
     ] = 5.0,
 ) -> None:
     """Train a recipe, and keep the run in a folder.
@@ -266,7 +269,7 @@ def evaluate(
 @app.command(rich_help_panel=STEPS)
 def misclassified(
     checkpoint: CheckpointPath,
-    count: Annotated[int, typer.Option(min=1, help="Images in the two pictures.", rich_help_panel=WHERE)] = 25,
+    count: Annotated[int, typer.Option(help="Images in the two pictures.", rich_help_panel=WHERE)] = 25,
     layer: Annotated[
         Literal["prep", "layer1", "layer2", "layer3"],
         typer.Option(help="Whose output Grad-CAM weighs: 32x32, 16x16, 8x8 or 4x4.", rich_help_panel=WHERE),
@@ -284,6 +287,64 @@ def misclassified(
             checkpoint, run_dir, count=count, layer=layer, data_dir=data_dir, device=device, notify=console.say
         )
     console.mistakes(wrong, run_dir or find_checkpoint(checkpoint).parent)
+
+
+def _but(*panels: str) -> list[str]:
+    """The recipe fields outside these panels, but the recipe's name."""
+    fields = Recipe.model_fields.items()
+    return [name for name, field in fields if name != "recipe" and field.json_schema_extra["panel"] not in panels]
+
+
+@app.command(rich_help_panel="About")
+@recipe_options(leave_out=[name for name in _but("Model") if name != "batch_size"])
+def summary(
+    options: dict[str, Any],
+    recipe_file: RecipeFile = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Show the network layer by layer: shapes, parameters, multiply-adds, receptive field."""
+    recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
+    from . import analysis, console
+
+    rows = analysis.layers(recipe, recipe.batch_size)
+    if json_output:
+        print(json.dumps(rows, indent=2))
+    else:
+        console.layers(rows, recipe)
+
+
+@app.command(rich_help_panel="About")
+@recipe_options(leave_out=[name for name in _but("Schedule") if name != "max_lr"])
+def schedule(
+    options: dict[str, Any],
+    recipe_file: RecipeFile = None,
+    policy: Annotated[
+        Literal["one-cycle", "triangular"],
+        typer.Option(help="The recipe's own, or the cyclical zigzag.", rich_help_panel="Drawing"),
+    ] = "one-cycle",
+    min_lr: Annotated[float, typer.Option(help="Lower bound of the triangular policy.", rich_help_panel="Drawing")] = 0.001,
+    step_size: Annotated[int, typer.Option(help="Steps from one bound to the other.", rich_help_panel="Drawing")] = 490,
+    cycles: Annotated[int, typer.Option(help="Times up and down.", rich_help_panel="Drawing")] = 3,
+    output: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.", rich_help_panel="Drawing")] = Path(
+        "schedule.png"
+    ),
+) -> None:
+    """Draw the learning rate of a run before it starts, for the 50,000 images of CIFAR-10."""
+    recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--output {output} must end in .png, .svg or .pdf")
+    if step_size < 1 or cycles < 1:
+        raise UsageError(f"--step-size {step_size} and --cycles {cycles} must be at least 1")
+    if policy == "triangular" and not 0 < min_lr < recipe.max_lr:
+        raise UsageError(f"--min-lr {min_lr:g} must be above 0 and below --max-lr {recipe.max_lr:g}")
+    from . import console, figures
+
+    if policy == "triangular":
+        figure = figures.triangular(min_lr, recipe.max_lr, step_size, cycles)
+    else:
+        figure = figures.learning_rate(recipe, -(-50_000 // recipe.batch_size))
+    figures.save(figure, output)
+    console.say(f"written: {output}")
 
 
 @app.command(rich_help_panel="About")

@@ -20,7 +20,9 @@ if TYPE_CHECKING:  # torch stays out of what only prints
     from .lr_finder import Suggestions
     from .run import Checkpoint
 
-console = Console(highlight=False, soft_wrap=False)
+console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = 120
 
 
 def say(message: str, style: str | None = None) -> None:
@@ -192,6 +194,30 @@ def lr_suggestions(found: Suggestions, folder: Path) -> None:
     else:
         say(f"next: cifar-resnet train --max-lr {found.max_lr:.3g}", style="bold")
     say(f"written: {folder / 'lr_finder.json'}, {folder / 'lr_finder.png'}")
+
+
+def layers(rows: list[dict[str, Any]], recipe: Recipe) -> None:
+    """The layer table, and its totals."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    table.add_column("type", overflow="fold")
+    for name in ("input", "output", "k", "parameters", "M madds", "field", "jump", "start"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        shapes = ("x".join(map(str, row[side])) for side in ("input", "output"))
+        madds = f"{row['multiply_adds'] / 1e6:,.1f}" if row["multiply_adds"] else ""
+        counts = (f"{row[key]:,}" if row[key] else "" for key in ("kernel", "parameters"))
+        place = (f"{row[key]:g}" for key in ("receptive_field", "jump", "start"))
+        table.add_row(row["layer"], row["type"].removesuffix("2d"), *shapes, *counts, madds, *place)
+    console.print(table)
+    console.print()
+    parameters, multiply_adds = (sum(row[key] for row in rows) for key in ("parameters", "multiply_adds"))
+    say(
+        f"{recipe.recipe}: {parameters:,} parameters, {multiply_adds / 1e9:.2f} G multiply-adds for a batch of {recipe.batch_size}",
+        style="bold",
+    )
+    say("k: kernel; M madds: millions of multiply-adds for the batch; field: receptive field of a unit, in pixels of the image;")
+    say("jump: from one unit's field to the next one's; start: centre of the first one's")
 
 
 def recipes() -> None:

@@ -94,6 +94,8 @@ def train(
     Raises:
         CifarResnetError: one line that says what was wrong. A run that had begun can be resumed.
     """
+    if save_every_minutes <= 0:
+        raise UsageError(f"--save-every-minutes {save_every_minutes:g} must be above 0")
     watcher, checkpoint = watcher or Watcher(), None
     folder = Path(run_dir) if run_dir else None
     if resume is not None:
@@ -103,6 +105,8 @@ def train(
             return checkpoint
     recipe, place = prepare(recipe or Recipe(), device)
     data = datasets.load(recipe, Path(data_dir) if data_dir else None, watcher.warn)
+    batches = make_batches(data.train, recipe, place, loader, workers)
+    evaluation = make_batches(data.evaluation, recipe, place)
     folder = folder or default_directory(recipe)
     if resume is None:
         create_directory(folder)
@@ -111,8 +115,6 @@ def train(
             watcher.warn(taken_over)
         remove_parts(folder)
         write_whole(folder / "recipe.json", recipe.to_json())
-        batches = make_batches(data.train, recipe, place, loader, workers)
-        evaluation = make_batches(data.evaluation, recipe, place)
         state = checkpoint.state(place) if checkpoint else engine.start(recipe, place, len(data.classes))
         described = {**environment(place), **batches.describe()}
         watcher.begin(recipe, folder, described, data, state)

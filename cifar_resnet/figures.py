@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from . import schedule
 from .analysis import Mistake
 from .engine import rates
 from .lr_finder import History, Suggestions, smooth
@@ -74,6 +75,19 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int) -> Figure:
     axis.set(
         xlabel="epoch", ylabel="learning rate", title=f"One-cycle learning rate of {recipe.recipe}, step by step", ylim=(0, None)
     )
+    return figure
+
+
+def triangular(min_lr: float, max_lr: float, step_size: int, cycles: int) -> Figure:
+    """The triangular cyclical learning rate between its two bounds, from the function that computes it."""
+    figure, (axis,) = _figure()
+    steps = range(2 * step_size * cycles + 1)
+    axis.plot(steps, [schedule.triangular(step, step_size, min_lr, max_lr) for step in steps], color=BLUE)
+    for value, name, up in ((min_lr, "min LR", -14), (max_lr, "max LR", 5)):
+        axis.axhline(value, color=GREY, linestyle="--", linewidth=1)
+        axis.annotate(f"{name} {value:g}", (0, value), (4, up), textcoords="offset points")
+    axis.set(xlabel="step", ylabel="learning rate", title=f"Triangular cyclical learning rate, step size {step_size}")
+    axis.margins(y=0.12)
     return figure
 
 

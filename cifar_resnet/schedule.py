@@ -13,3 +13,12 @@ def one_cycle(step: int, total_steps: int, peak_fraction: float, first: float, p
         return first + (peak - first) * step / peak_step
     peak_step = min(peak_step, last_step - 1e-9)  # a run of one step has no way down: it stands at its end
     return peak + (last - peak) * (step - peak_step) / (last_step - peak_step)
+
+
+def triangular(step: int, step_size: int, min_lr: float, max_lr: float) -> float:
+    """Cyclical learning rate: linear from `min_lr` to `max_lr` in `step_size` steps and back in as many, again and again.
+
+    The triangular policy of Smith (2017, https://arxiv.org/abs/1506.01186), equal to `torch.optim.lr_scheduler.CyclicLR`.
+    """
+    away_from_peak = abs(step / step_size % 2 - 1)
+    return max_lr - (max_lr - min_lr) * away_from_peak

@@ -82,9 +82,11 @@ def test_recipes_are_listed_with_origin_and_assumptions(cli):
         (("train", "--recipe-file", "/nowhere.json"), "/nowhere.json"),
         (("train", "--nonsense"), "--nonsense"),
         (("recipes", "nine"), "nine"),
-        (("evaluate",), "CHECKPOINT"),
+        (("evaluate",), "checkpoint"),
         (("evaluate", "x", "--tta", "crop"), "crop"),
-        (("misclassified", "x", "--count", "0"), "0"),
+        (("misclassified", "x", "--count", "0"), "--count 0"),
+        (("train", "--dataset", "digits", "--workers", "-1"), "--workers -1"),
+        (("train", "--dataset", "digits", "--save-every-minutes", "0"), "--save-every-minutes 0"),
         (("trian",), "train"),
     ],
 )
@@ -92,6 +94,16 @@ def test_wrong_usage_is_one_line_and_exit_code_2(refused, arguments, words, tmp_
     monkeypatch.chdir(tmp_path)
     assert words in refused(2, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_schedule_is_drawn_before_the_run(cli, refused, tmp_path):
+    for options in (("--recipe", "page"), ("--policy", "triangular", "--cycles", 2)):
+        code, out, _ = cli("schedule", *options, "--output", tmp_path / "lr.svg")
+        assert code == 0
+        assert str(tmp_path / "lr.svg") in out
+        assert b"<svg" in (tmp_path / "lr.svg").read_bytes()
+    assert ".gif" in refused(2, "schedule", "--output", tmp_path / "lr.gif")
+    assert "--min-lr 3" in refused(2, "schedule", "--policy", "triangular", "--min-lr", 3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

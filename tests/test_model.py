@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from cifar_resnet import Recipe, build_model
+from cifar_resnet.analysis import layers
 
 PARAMETERS = {
     "eva6-s9": 6_574_090, "eva4-s11": 6_574_090, "eva8-s8": 6_573_130, "week5-s10": 6_573_130, "era-s10": 6_573_120,
@@ -23,6 +26,39 @@ def test_multiply_adds_at_batch_512(name, giga):
         model = build_model(Recipe.build(name))
         statistics = torchinfo.summary(model, input_data=torch.zeros(512, 3, 32, 32), verbose=0, device="meta")
     assert round(statistics.total_mult_adds / 1e9, 2) == giga
+
+
+@pytest.mark.parametrize(
+    "layer", ["prep.0", "layer1.0", "layer1.1", "layer1.4.block.0", "layer1.4.block.3", "layer2.0", "layer2.1"]
+)
+def test_receptive_field_jump_and_start_are_the_gradients_footprint(layer):
+    """Pixels that move a unit, over random images and channels: a box of the field's size, centred where start and jump say."""
+    model = build_model(Recipe()).eval()
+    row = next(row for row in layers(Recipe()) if row["layer"] == layer)
+    kept = []
+    model.get_submodule(layer).register_forward_hook(lambda _module, _input, output: kept.append(output))
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    model.logits(images)
+    unit = kept[0].shape[2] // 2
+    (gradient,) = torch.autograd.grad(kept[0][:, :, unit, unit].square().sum(), images)
+    touched = gradient.abs().sum((0, 1)) > 0
+    for axis in (0, 1):
+        places = touched.any(axis).nonzero().flatten()
+        first, last = int(places[0]), int(places[-1])
+        assert last - first + 1 == row["receptive_field"]
+        assert (first + last + 1) / 2 == row["start"] + unit * row["jump"]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_layer_tables_totals(name, cli):
+    recipe = Recipe.build(name)
+    rows = layers(recipe)
+    assert sum(row["parameters"] for row in rows) == PARAMETERS[name]
+    assert round(sum(row["multiply_adds"] for row in rows) / 1e9, 2) == (194.34 if recipe.conv_bias else 194.18)
+    assert all(a["output"] == b["input"] or b["layer"] == "fc" for a, b in zip(rows, rows[1:], strict=False))
+    code, out, _ = cli("summary", "--recipe", name, "--batch-size", 512, "--json")
+    assert code == 0
+    assert json.loads(out) == rows
 
 
 def by_hand(model, recipe, x):

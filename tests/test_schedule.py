@@ -3,6 +3,7 @@ import torch
 
 from cifar_resnet import PRESETS, Recipe
 from cifar_resnet.engine import rates
+from cifar_resnet.schedule import triangular
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -49,3 +50,12 @@ def test_a_run_of_few_steps_has_a_rate_for_each(total):
     lrs = [rates(recipe, step, total)[0] for step in range(total)]
     assert all(0 < lr <= recipe.max_lr for lr in lrs)
     assert lrs[-1] == pytest.approx(recipe.max_lr / recipe.div_factor / recipe.final_div_factor)
+
+
+def test_triangular_is_torchs_cyclic_lr():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.4, step_size_up=7, cycle_momentum=False)
+    for step in range(50):
+        assert triangular(step, 7, 0.01, 0.4) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        schedule.step()
