@@ -22,7 +22,7 @@ _HOME = {
     "recipe": ("PRESETS", "Recipe"),
     "run": ("Checkpoint", "load_checkpoint"),
 }
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "build_model",
     "evaluate", "find_lr", "load_checkpoint", "misclassified", "train",
 ]  # fmt: skip
@@ -33,7 +33,3 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]

@@ -25,7 +25,7 @@ class Mistake(NamedTuple):
     true: str
     predicted: str
     confidence: float  # probability of the predicted class
-    probabilities: list[float]  # of every class
+    probabilities: dict[str, float]  # of every class
 
 
 def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -69,7 +69,12 @@ def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, .
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist()
     return [
         Mistake(
-            int(split.indices[i]), i, classes[labels[i]], classes[predicted[i]], float(confidence[i]), probabilities[i].tolist()
+            int(split.indices[i]),
+            i,
+            classes[labels[i]],
+            classes[predicted[i]],
+            float(confidence[i]),
+            dict(zip(classes, probabilities[i].tolist(), strict=True)),
         )
         for i in wrong
     ]
@@ -114,7 +119,9 @@ def layers(recipe: Recipe, batch_size: int = 512, classes: int = 10) -> list[dic
         module = modules[names[layer.layer_id]]
         kernel = None
         if isinstance(module, nn.Conv2d | nn.MaxPool2d):
-            kernel, stride, padding = (each[0] if isinstance(each, tuple) else each for each in _window(module))
+            kernel, stride, padding = (
+                each[0] if isinstance(each, tuple) else each for each in (module.kernel_size, module.stride, module.padding)
+            )
             field, start, jump = field + (kernel - 1) * jump, start + ((kernel - 1) / 2 - padding) * jump, jump * stride
         rows.append(
             {
@@ -131,7 +138,3 @@ def layers(recipe: Recipe, batch_size: int = 512, classes: int = 10) -> list[dic
             }
         )
     return rows
-
-
-def _window(module: nn.Conv2d | nn.MaxPool2d) -> tuple[Any, Any, Any]:
-    return module.kernel_size, module.stride, module.padding

@@ -38,15 +38,12 @@ class Batches(Protocol):
 
     count: int  # images
     steps: int  # an epoch has
+    options: dict[str, object]  # the run options that they came from
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]: ...
 
     def plain(self, batch_size: int) -> Iterator[Batch]:
         """Every image once, in order, normalised only."""
-        ...
-
-    def describe(self) -> dict[str, object]:
-        """The run options that these batches came from."""
         ...
 
 
@@ -72,7 +69,7 @@ class TensorBatches:
     """The whole split once on the device as uint8, augmented a batch at a time."""
 
     def __init__(self, split: Split, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.options = recipe, device, {"loader": "tensor"}
         self.images = torch.from_numpy(split.images).to(device)  # (N, 32, 32, 3)
         self.labels = torch.from_numpy(split.labels).to(device)
         self.count, self.steps = len(split), math.ceil(len(split) / recipe.batch_size)
@@ -84,6 +81,8 @@ class TensorBatches:
         self.range = torch.arange(32, device=device)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        if first_step >= self.steps:  # a run stopped after an epoch's last step
+            return
         size = self.recipe.batch_size
         order = torch.from_numpy(epoch_order(self.recipe, epoch, len(self.labels)))
         rows = [order[step * size : (step + 1) * size] for step in range(first_step, self.steps)]
@@ -119,9 +118,6 @@ class TensorBatches:
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
             yield self.normalise(images), labels
 
-    def describe(self) -> dict[str, object]:
-        return {"loader": "tensor", "workers": 0}
-
 
 def reflect(position: Tensor) -> Tensor:
     """Positions outside 0 to 31 mirrored at the edge pixels, which are not repeated."""
@@ -133,11 +129,11 @@ class AlbumentationsBatches:
     """Albumentations, image by image, in a DataLoader with `workers` processes (0: in this one)."""
 
     def __init__(self, split: Split, recipe: Recipe, device: torch.device, workers: int) -> None:
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.options = recipe, device, {"loader": "albumentations", "workers": workers}
         self.count, self.steps = len(split), math.ceil(len(split) / recipe.batch_size)
         self.order = _Order()
         self.loader = torch.utils.data.DataLoader(
-            _Augmented(split, recipe),
+            _Augmented(split, recipe, shared=workers > 0),
             sampler=self.order,
             batch_size=None,
             num_workers=workers,
@@ -161,9 +157,6 @@ class AlbumentationsBatches:
             images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             yield images, labels.to(self.device, non_blocking=True)
 
-    def describe(self) -> dict[str, object]:
-        return {"loader": "albumentations", "workers": self.loader.num_workers}
-
 
 def _leave_signals(_worker: int) -> None:
     """Ctrl-C reaches the workers too: it is the training process that ends them, quietly."""
@@ -184,9 +177,10 @@ class _Order(torch.utils.data.Sampler):
 
 
 class _Augmented(torch.utils.data.Dataset):
-    def __init__(self, split: Split, recipe: Recipe) -> None:
-        # In shared memory: kept once, however many workers there are and however they are started.
-        self.images = torch.from_numpy(split.images).share_memory_()
+    def __init__(self, split: Split, recipe: Recipe, shared: bool) -> None:
+        self.images = torch.from_numpy(split.images)
+        if shared:  # kept once, however many workers there are and however they are started
+            self.images = self.images.share_memory_()
         self.labels = torch.from_numpy(split.labels)
         self.recipe, self.train, self.test = recipe, train_transform(recipe), test_transform(recipe)
 
@@ -220,6 +214,8 @@ def make_batches(split: Split, recipe: Recipe, device: torch.device, loader: str
         raise UsageError(f"--loader {loader}: it is auto, tensor or albumentations")
     if workers is not None and workers < 0:
         raise UsageError(f"--workers {workers} must be at least 0")
+    if workers is not None and loader != "albumentations":
+        raise UsageError(f"--workers {workers} needs --loader albumentations: the tensor loader has no workers")
     if loader == "albumentations":
         workers = (1 if device.type == "cpu" else 4) if workers is None else workers
         return AlbumentationsBatches(split, recipe, device, workers)

@@ -216,6 +216,8 @@ def train(
         options["max_lr"] = None if find or max_lr is None else float(max_lr)
     except ValueError:
         raise UsageError(f"--max-lr {max_lr!r} is neither a number nor find") from None
+    if find and options["div_factor"] is not None:
+        raise UsageError("--div-factor does not go with --max-lr find, which sets it")
     if resume is None:
         recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
     else:
@@ -224,8 +226,11 @@ def train(
             raise UsageError(f"{wrong[0]} does not go with --resume, which takes folder and recipe from the run")
         recipe = None
     from . import console, experiment
+    from .run import check_free
 
     if find:
+        if run_dir is not None:
+            check_free(run_dir)
         _, found = _range_test(recipe, None, data_dir, device, loader, workers)
         recipe = experiment.with_found_lr(recipe, found)
         console.say(f"range test: LR from {found.min_lr:.3g} to {found.max_lr:.3g}")
@@ -374,8 +379,8 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type
             _fail(error.format_message(), error.exit_code)
-        if type(error).__name__ == "OutOfMemoryError":
-            _fail("the device is out of memory; try a smaller --batch-size", 1)
+        if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
+            _fail("out of memory; try a smaller --batch-size", 1)
         raise
     sys.exit(code if isinstance(code, int) else 0)
 

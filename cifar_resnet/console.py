@@ -48,7 +48,7 @@ class TrainingTable:
     """A Watcher that shows one row an epoch and a bar inside it; without a terminal, one plain line an epoch."""
 
     def __init__(self) -> None:
-        self.begun = False
+        self.begun = self.whole = False
         self.stack = ExitStack()
         self.evaluated_on = "test"
         self.progress = bar("steps")
@@ -76,22 +76,23 @@ class TrainingTable:
         if state.epoch or state.step:
             say(f"going on after epoch {state.epoch}, step {state.step}")
         if console.is_terminal:
-            self.table = Table(box=None, header_style="bold", pad_edge=False)
-            for name in (
-                "epoch",
-                "LR",
-                "train loss",
-                "train acc",
-                f"{self.evaluated_on} loss",
-                f"{self.evaluated_on} acc",
-                "seconds",
-                "images/s",
-            ):
-                self.table.add_column(name, justify="right", no_wrap=True)
+            self.rows = list(state.history)
             self.task = self.progress.add_task("", total=None)
-            self.stack.enter_context(Live(Group(self.table, self.progress), console=console, refresh_per_second=4))
-            for metrics in state.history:
-                self.row(metrics)
+            self.stack.enter_context(Live(console=console, refresh_per_second=4, get_renderable=self.screen))
+            self.stack.callback(setattr, self, "whole", True)
+
+    def screen(self) -> Group:
+        """The rows that fit above the bar; at the end all of them."""
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        tested = self.evaluated_on
+        for name in ("epoch", "LR", "train loss", "train acc", f"{tested} loss", f"{tested} acc", "seconds", "images/s"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for m in self.rows if self.whole else self.rows[-max(console.height - 5, 1) :]:
+            table.add_row(
+                f"{m['epoch']}", f"{m['lr']:.5f}", f"{m['train_loss']:.4f}", f"{m['train_accuracy']:.2f} %", f"{m['test_loss']:.4f}",
+                f"[bold]{m['test_accuracy']:.2f} %[/]", f"{m['seconds']:.1f}", f"{m['images_per_second']:,.0f}",
+            )  # fmt: skip
+        return Group(table) if self.whole else Group(table, self.progress)
 
     def step(self, step: Step, state: State) -> None:
         if console.is_terminal:
@@ -102,7 +103,7 @@ class TrainingTable:
     def epoch(self, epoch: Epoch) -> None:
         m = epoch.metrics
         if console.is_terminal:
-            self.row(m)
+            self.rows.append(m)
             self.progress.reset(self.task)
             return
         say(
@@ -110,12 +111,6 @@ class TrainingTable:
             f"{self.evaluated_on} loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.2f} %  "
             f"{m['seconds']:.1f} s  {m['images_per_second']:,.0f} images/s"
         )
-
-    def row(self, m: dict[str, float]) -> None:
-        self.table.add_row(
-            f"{m['epoch']}", f"{m['lr']:.5f}", f"{m['train_loss']:.4f}", f"{m['train_accuracy']:.2f} %", f"{m['test_loss']:.4f}",
-            f"[bold]{m['test_accuracy']:.2f} %[/]", f"{m['seconds']:.1f}", f"{m['images_per_second']:,.0f}",
-        )  # fmt: skip
 
     def warn(self, message: str) -> None:
         say(message, style="yellow")

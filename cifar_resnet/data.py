@@ -169,7 +169,7 @@ def _download(folder: Path, notify: Callable[[str], None]) -> None:
     except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
         raise DataError(
             f"CIFAR-10 is not in {folder} (expected {target / 'data_batch_1'} and the others), and downloading "
-            f"{CIFAR10.url} there failed: {str(error).splitlines()[0]}. Give its folder with --data-dir, "
+            f"{CIFAR10.url} there failed: {(str(error) or type(error).__name__).splitlines()[0]}. Give its folder with --data-dir, "
             "or use --dataset digits, which needs no download"
         ) from None
 

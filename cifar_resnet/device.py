@@ -24,13 +24,17 @@ def resolve_device(name: str = "auto") -> torch.device:
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, available in there.items() if available)
-    if not there.get(name.split(":")[0], False):
-        have = ", ".join(device for device, available in there.items() if available)
-        raise UsageError(f"--device {name}: not there; this machine and this torch have {have}")
-    if name == "cpu":
+        name = next(kind for kind, available in there.items() if available)
+    try:
+        device = torch.device(name)
+        if not there.get(device.type) or (device.index or 0) >= (torch.cuda.device_count() if device.type == "cuda" else 1):
+            raise RuntimeError
+    except RuntimeError:
+        have = ", ".join(kind for kind, available in there.items() if available)
+        raise UsageError(f"--device {name}: not there; this machine and this torch have {have}") from None
+    if device.type == "cpu":
         keep_large_blocks()
-    return torch.device(name)
+    return device
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:

@@ -61,6 +61,11 @@ class State:
         """The model that is evaluated: the averaged one where there is averaging."""
         return self.averaged or self.model
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that a checkpoint holds and that must be finite numbers."""
+        slots = [value for slot in self.optimizer.state.values() for value in slot.values() if torch.is_tensor(value)]
+        return [*self.model.state_dict().values(), *self.tested.state_dict().values(), *slots, self.totals]
+
     def check_finite(self, recipe: Recipe, steps: int) -> None:
         """Reads from the device whether every loss so far, and every weight, is a finite number.
 
@@ -68,7 +73,7 @@ class State:
             NonFiniteLossError: one is not; says at which step and learning rate.
         """
         bad = int(self.bad_step)
-        if bad < 0 and not all(bool(torch.isfinite(tensor).all()) for tensor in self.model.state_dict().values()):
+        if bad < 0 and not all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors()):
             bad = self.epoch * steps + self.step - 1
         if bad >= 0:
             lr, _ = rates(recipe, bad, recipe.epochs * steps)

@@ -27,7 +27,8 @@ from .run import (
     CHECKPOINT,
     SCHEMA,
     Checkpoint,
-    create_directory,
+    check_free,
+    check_writable,
     default_directory,
     load_checkpoint,
     locked,
@@ -94,11 +95,12 @@ def train(
     Raises:
         CifarResnetError: one line that says what was wrong. A run that had begun can be resumed.
     """
-    if save_every_minutes <= 0:
+    if not save_every_minutes > 0:
         raise UsageError(f"--save-every-minutes {save_every_minutes:g} must be above 0")
     watcher, checkpoint = watcher or Watcher(), None
-    folder = Path(run_dir) if run_dir else None
     if resume is not None:
+        if recipe is not None or run_dir is not None:
+            raise UsageError("a resumed run takes recipe and folder from itself; give neither")
         folder = Path(resume)
         recipe, checkpoint = _standing(folder, must_match or {})
         if checkpoint and checkpoint.finished and (folder / "learning_rate.png").exists():  # the last file that a run writes
@@ -107,16 +109,21 @@ def train(
     data = datasets.load(recipe, Path(data_dir) if data_dir else None, watcher.warn)
     batches = make_batches(data.train, recipe, place, loader, workers)
     evaluation = make_batches(data.evaluation, recipe, place)
-    folder = folder or default_directory(recipe)
     if resume is None:
-        create_directory(folder)
-    with locked(folder) as taken_over:
+        folder = Path(run_dir) if run_dir else default_directory(recipe)
+        check_free(folder)
+    with locked(writable(folder)) as taken_over:
         if taken_over:
             watcher.warn(taken_over)
+        if resume is None:
+            check_free(folder)
+        else:  # once more, now that nobody else can write it
+            recipe, checkpoint = _standing(folder, must_match or {})
+            recipe, _ = prepare(recipe, device)
         remove_parts(folder)
         write_whole(folder / "recipe.json", recipe.to_json())
         state = checkpoint.state(place) if checkpoint else engine.start(recipe, place, len(data.classes))
-        described = {**environment(place), **batches.describe()}
+        described = {**environment(place), **batches.options}
         watcher.begin(recipe, folder, described, data, state)
 
         def save(metrics_only: bool = False) -> str:
@@ -224,6 +231,8 @@ def find_lr(
         raise UsageError(f"--start-lr {start_lr:g} must be above 0 and below --end-lr {end_lr:g}")
     if num_iter < MIN_POINTS:
         raise UsageError(f"--num-iter {num_iter} must be at least {MIN_POINTS}")
+    if run_dir is not None:
+        check_writable(Path(run_dir))
     recipe, place = prepare(recipe or Recipe(), device)
     data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify)
     batches = make_batches(data.train, recipe, place, loader, workers)
@@ -346,22 +355,13 @@ def misclassified(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    if count < 1:
-        raise UsageError(f"--count {count} must be at least 1")
+    if not 1 <= count <= 100:
+        raise UsageError(f"--count {count} must be 1 to 100")
     found = predict(checkpoint, data_dir, device, notify)
     loaded, split, classes = found.checkpoint, found.data.evaluation, found.data.classes
     wrong = analysis.mistakes(found.logits, found.labels, split, classes)
     folder = writable(Path(run_dir) if run_dir else loaded.path.parent)
-    listed = [
-        {
-            "index": mistake.index,
-            "true": mistake.true,
-            "predicted": mistake.predicted,
-            "confidence": mistake.confidence,
-            "probabilities": dict(zip(classes, mistake.probabilities, strict=True)),
-        }
-        for mistake in wrong
-    ]
+    listed = [{key: value for key, value in mistake._asdict().items() if key != "position"} for mistake in wrong]
     content = {"schema": SCHEMA, "checkpoint": str(loaded.path), "evaluated_on": found.data.evaluated_on, "images": len(split)}
     write_json(folder / "misclassified.json", {**content, "mistakes": listed})
     if shown := wrong[:count]:

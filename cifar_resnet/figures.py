@@ -41,8 +41,9 @@ def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test") 
     """Loss and accuracy by epoch, on the training images and on those evaluated on."""
     figure, (left, right) = _figure(2, (11, 4.2))
     epochs = [row["epoch"] for row in history]
-    for axis, quantity in ((left, "loss"), (right, "accuracy")):
-        axis.plot(epochs, [row[f"train_{quantity}"] for row in history], color=BLUE, label="train (augmented)", marker=".")
+    objective = "train (augmented, label smoothing)" if recipe.label_smoothing else "train (augmented)"
+    for axis, quantity, trained in ((left, "loss", objective), (right, "accuracy", "train (augmented)")):
+        axis.plot(epochs, [row[f"train_{quantity}"] for row in history], color=BLUE, label=trained, marker=".")
         axis.plot(epochs, [row[f"test_{quantity}"] for row in history], color=RED, label=evaluated_on, marker=".")
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .batches import Batch, Batches
 from .device import autocast
@@ -77,9 +77,10 @@ def range_test(
             progress(done, num_iter)
             yield batch
 
-    finder = LRFinder(_Autocast(state.model, recipe, device), state.optimizer, finite_loss, device=device)
+    state.model.forward = autocast(recipe, device)(state.model.forward)
+    finder = LRFinder(state.model, state.optimizer, finite_loss, device=device)
     quiet = mock.patch.object(library, "tqdm", lambda steps: steps), contextlib.redirect_stdout(io.StringIO())
-    with torch.random.fork_rng(), quiet[0], quiet[1], contextlib.suppress(_NotFinite):
+    with torch.random.fork_rng(devices=[]), quiet[0], quiet[1], contextlib.suppress(_NotFinite):
         finder.range_test(
             TrainDataLoaderIter(stream()), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, smooth_f=0
         )
@@ -95,18 +96,6 @@ def range_test(
 
 class _NotFinite(Exception):
     pass
-
-
-class _Autocast(nn.Module):
-    """The model in the recipe's precision, as the training loop runs it."""
-
-    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
-        super().__init__()
-        self.model, self.recipe, self.place = model, recipe, device
-
-    def forward(self, x: Tensor) -> Tensor:
-        with autocast(self.recipe, self.place):
-            return self.model(x)
 
 
 def suggest(history: History) -> Suggestions:

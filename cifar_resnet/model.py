@@ -65,5 +65,5 @@ class ResNet(nn.Module):
 def build_model(recipe: Recipe, classes: int = 10) -> ResNet:
     """A ResNet in channels-last layout, initialised from the recipe's seed; torch's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)
         return ResNet(recipe, classes).to(memory_format=torch.channels_last)

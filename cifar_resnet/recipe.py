@@ -28,7 +28,8 @@ class Recipe(BaseModel):
     """A run's hyperparameters. `Recipe()` is the default recipe, `Recipe.build("page", epochs=8)` another.
 
     Raises:
-        UsageError: from `build` and `from_json`, where a value is out of its range or two contradict.
+        UsageError: from `build` and `parse`, where a value is out of its range or two contradict. The constructor itself
+            raises pydantic's ValidationError.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -37,8 +38,8 @@ class Recipe(BaseModel):
 
     dataset: Literal["cifar10", "digits"] = _field("cifar10", "Data", "Images: CIFAR-10, or scikit-learn's digits (no download).")
     holdout: int = _field(0, "Data", "Training images kept back and evaluated on instead of the test set.", ge=0)
-    train_limit: int | None = _field(None, "Data", "Train on a class-balanced subset of this many images.", ge=1)
-    test_limit: int | None = _field(None, "Data", "Evaluate on a class-balanced subset of this many images.", ge=1)
+    train_limit: int | None = _field(None, "Data", "Train on a subset of this many images, each class in proportion.", ge=1)
+    test_limit: int | None = _field(None, "Data", "Evaluate on a subset of this many images, each class in proportion.", ge=1)
     mean: Channels | None = _field(None, "Data", "Mean by channel, of pixels in 0 to 1; the dataset's own if not given.")
     std: Channels | None = _field(None, "Data", "Standard deviation by channel; the dataset's own if not given.")
 
@@ -102,9 +103,10 @@ class Recipe(BaseModel):
             f"base_momentum {self.base_momentum} is above momentum {self.momentum}",
         )
         refuse(
-            self.optimizer == "sgd" and self.nesterov and min(self.momentum, self.base_momentum or self.momentum) == 0,
+            self.optimizer == "sgd" and self.nesterov and 0 in (self.momentum, self.base_momentum),
             "nesterov needs a momentum above 0",
         )
+        refuse(self.mean is not None and not 0 <= min(self.mean) <= max(self.mean) <= 1, f"mean {self.mean} is not within 0 to 1")
         refuse(self.std is not None and min(self.std) <= 0, f"std {self.std} has a channel that is not above 0")
         return self
 
@@ -116,14 +118,15 @@ class Recipe(BaseModel):
         """
         options = {name: value for name, value in options.items() if value is not None}
         from_file = read_json(file, "recipe file") if file else {}
+        if recipe is not None and from_file.get("recipe", recipe) != recipe:
+            raise UsageError(f"--recipe {recipe} contradicts {file}, which is of recipe {from_file['recipe']}; leave it out")
         if recipe is None:
             dataset = options.get("dataset", from_file.get("dataset"))
             recipe = from_file.get("recipe") or ("digits" if dataset == "digits" else "default")
         fields = {**preset(recipe).fields, "recipe": recipe, **from_file}
         if "epochs" in options and "peak_epoch" not in options:
-            given = {name: fields.get(name, cls.model_fields[name].default) for name in ("epochs", "peak_epoch")}
-            if isinstance(options["epochs"], int) and options["epochs"] > 0:
-                options["peak_epoch"] = given["peak_epoch"] * options["epochs"] / given["epochs"]
+            before = cls.parse(fields)
+            options["peak_epoch"] = before.peak_epoch * max(options["epochs"], 1) / before.epochs
         return cls.parse({**fields, **options})
 
     @classmethod
@@ -252,7 +255,7 @@ def preset(name: str) -> Preset:
     Raises:
         UsageError: there is none; the near ones are named.
     """
-    if name in PRESETS:
+    if isinstance(name, str) and name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.4) or list(PRESETS)
     raise UsageError(f"no recipe {name!r}; did you mean {', '.join(near)}? `cifar-resnet recipes` lists all")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import os
 import socket
 import zipfile
@@ -24,6 +25,7 @@ from .model import ResNet, build_model
 from .recipe import Recipe, read_json
 
 CHECKPOINT, LOCK = "checkpoint.pt", ".lock"
+ROW = {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second"}
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
 ADDED: dict[str, Any] = {}  # recipe fields added after schema 1 began, with the value that reproduces the runs before
 
@@ -60,16 +62,28 @@ def default_directory(recipe: Recipe, prefix: str = "") -> Path:
     return Path("runs") / f"{prefix}{recipe.recipe}-{recipe.dataset}-s{recipe.seed}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
-def create_directory(path: Path) -> None:
-    """Makes the folder of a new run.
+def check_free(path: Path) -> None:
+    """Whether a folder can take a new run.
 
     Raises:
-        RunDirectoryError: it cannot be made, or is not empty.
+        RunDirectoryError: it is not empty, or cannot be made or written.
     """
-    if any(name != LOCK for name in os.listdir(writable(path))):
+    check_writable(path)
+    if path.exists() and any(name != LOCK for name in os.listdir(path)):
         raise RunDirectoryError(
             f"run directory {path} is not empty; choose another, or go on with the run in it: cifar-resnet train --resume {path}"
         )
+
+
+def check_writable(path: Path) -> None:
+    """Whether the folder, or the nearest one above it that is there, can be written.
+
+    Raises:
+        RunDirectoryError: it cannot.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunDirectoryError(f"folder {path} cannot be made or written: {there} is no folder that can be written")
 
 
 def writable(path: Path) -> Path:
@@ -78,12 +92,8 @@ def writable(path: Path) -> Path:
     Raises:
         RunDirectoryError: it cannot be made or written.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(f"folder {path} cannot be made: {error.strerror}") from None
-    if not os.access(path, os.W_OK):
-        raise RunDirectoryError(f"folder {path} cannot be written")
+    check_writable(path)
+    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -250,6 +260,10 @@ def _read_archive(path: Path) -> dict[str, Any]:
 def _check_content(checkpoint: Checkpoint) -> None:
     """Shapes, finite weights and a position inside the run; load_state_dict raises for the first."""
     recipe, content = checkpoint.recipe, checkpoint.content
+    if len(checkpoint.classes) != len(content["model"]["fc.weight"]):
+        raise CheckpointError(f"{checkpoint.path} has {len(checkpoint.classes)} classes, its model another number")
+    if any(set(row) != ROW or not all(math.isfinite(value) for value in row.values()) for row in content["history"]):
+        raise CheckpointError(f"{checkpoint.path} has metrics that are not those of epochs")
     inside = 0 <= content["epoch"] <= recipe.epochs and content["step"] >= 0 and len(content["history"]) == content["epoch"]
     if not inside:
         raise CheckpointError(f"{checkpoint.path} stands at a place that its run does not have")
@@ -257,12 +271,11 @@ def _check_content(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} has averaged weights or not, against its recipe")
     shapes = [parameter.shape for parameter in build_model(recipe, len(checkpoint.classes)).parameters()]
     for index, slots in content["optimizer"]["state"].items():
-        if any(value.shape not in ((), shapes[index]) for value in slots.values() if torch.is_tensor(value)):
+        if any(
+            value.shape != (() if name == "step" else shapes[index]) for name, value in slots.items() if torch.is_tensor(value)
+        ):
             raise CheckpointError(f"{checkpoint.path} has an optimizer state of another model")
-    state = checkpoint.state(torch.device("cpu"))
-    tensors = [*state.model.state_dict().values(), *state.tested.state_dict().values(), state.totals]
-    tensors += [value for slot in state.optimizer.state.values() for value in slot.values() if torch.is_tensor(value)]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in checkpoint.state(torch.device("cpu")).tensors()):
         raise CheckpointError(f"{checkpoint.path} holds weights that are not finite numbers")
 
 

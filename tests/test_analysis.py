@@ -56,9 +56,9 @@ def test_mistakes_are_all_the_wrong_ones_surest_first(scored):
     for mistake in wrong:
         assert mistake.index == 7 * mistake.position
         assert mistake.true == CLASSES[labels[mistake.position]]
-        assert mistake.predicted == CLASSES[int(np.argmax(mistake.probabilities))]
-        assert mistake.confidence == max(mistake.probabilities)
-        assert sum(mistake.probabilities) == pytest.approx(1)
+        assert mistake.predicted == max(mistake.probabilities, key=mistake.probabilities.get)
+        assert mistake.confidence == max(mistake.probabilities.values())
+        assert sum(mistake.probabilities.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("layer", "side"), [("layer1", 16), ("layer2", 8)])
@@ -110,7 +110,7 @@ def test_the_learning_rate_is_drawn_as_trained():
 
 def test_the_grids_name_predicted_and_true_class():
     images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
-    shown = [analysis.Mistake(i, i, "cat", "dog", 0.9 - i / 100, [0.1, 0.9]) for i in range(7)]
+    shown = [analysis.Mistake(i, i, "cat", "dog", 0.9 - i / 100, {"cat": 0.1, "dog": 0.9}) for i in range(7)]
     for figure in (figures.misclassified(images, shown, "t"), figures.grad_cam(images, np.ones((7, 32, 32)), shown, "t")):
         used = [axis for axis in figure.axes if axis.images]
         assert len(used) == 7

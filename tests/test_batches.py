@@ -114,7 +114,7 @@ def test_an_epoch_shows_every_image_once_in_a_new_order(loader):
 def test_an_epoch_can_begin_at_any_step(loader):
     made = batches.make_batches(random_split(70), with_statistics(Recipe.build(batch_size=16)), CPU, loader, 0)
     whole = list(made.epoch(2))
-    for first in range(1, made.steps):
+    for first in range(1, made.steps + 1):
         for (a, x), (b, y) in zip(made.epoch(2, first), whole[first:], strict=True):
             assert torch.equal(a, b)
             assert torch.equal(x, y)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_resnet import Recipe, find_lr, lr_finder
-from cifar_resnet.data import with_statistics
+from cifar_resnet import Recipe, build_model, find_lr, lr_finder
+from cifar_resnet.batches import TensorBatches
+from cifar_resnet.data import load, with_statistics
 from cifar_resnet.errors import CifarResnetError
 from cifar_resnet.experiment import with_found_lr
 from cifar_resnet.lr_finder import History, suggest
@@ -107,6 +108,24 @@ def test_a_real_range_test(tmp_path):
     assert content["suggestions"] == found._asdict()
     assert content["recipe"] == json.loads(with_statistics(recipe).to_json())
     assert (tmp_path / "lr_finder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_range_test_trains_as_the_recipe_says():
+    """Its first losses against a hand loop: the recipe's optimizer, augmentation, label smoothing, in bfloat16."""
+    recipe = with_statistics(Recipe.build("digits", train_limit=64, batch_size=16, precision="bfloat16", optimizer="adam"))
+    batches = TensorBatches(load(recipe).train, recipe, CPU)
+    history = lr_finder.range_test(recipe, batches, CPU, start_lr=1e-4, end_lr=1e-2, num_iter=20)
+    model = build_model(recipe).train()
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.999), weight_decay=recipe.weight_decay)
+    for lr, loss, (images, labels) in zip(history.lr[:3], history.loss, batches.epoch(0), strict=False):
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(images)
+        expected = torch.nn.functional.cross_entropy(output.float(), labels, label_smoothing=0.1)
+        assert loss == pytest.approx(expected.item(), rel=2e-3)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
 
 
 def test_a_test_that_diverges_at_once_is_a_clear_error(refused, tmp_path):

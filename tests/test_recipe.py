@@ -77,11 +77,18 @@ def test_an_unknown_recipe_names_the_near_ones():
         Recipe.build("era10")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"epochs": "many"}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"epochs": "many"}', '{"epochs": 0}', '{"recipe": ["x"]}', "\x00"])
 def test_a_recipe_file_that_is_none_is_refused(content, tmp_path):
     (tmp_path / "r.json").write_text(content)
-    with pytest.raises(UsageError):
-        Recipe.build(file=tmp_path / "r.json")
+    for options in ({}, {"epochs": 5}):
+        with pytest.raises(UsageError):
+            Recipe.build(file=tmp_path / "r.json", **options)
+
+
+def test_a_recipe_file_of_another_recipe_than_the_one_named_is_refused(tmp_path):
+    (tmp_path / "r.json").write_text(Recipe.build("page").to_json())
+    with pytest.raises(UsageError, match="--recipe digits contradicts"):
+        Recipe.build("digits", tmp_path / "r.json")
 
 
 def test_one_field_is_one_option_spelled_the_same():

@@ -17,7 +17,7 @@ from cifar_resnet import Recipe, load_checkpoint, run, train
 from cifar_resnet.batches import make_batches
 from cifar_resnet.data import load
 from cifar_resnet.engine import Step
-from cifar_resnet.errors import CheckpointError, RunDirectoryError
+from cifar_resnet.errors import CheckpointError, NonFiniteLossError, RunDirectoryError
 from cifar_resnet.experiment import Watcher
 
 FILES = ["checkpoint.pt", "curves.png", "learning_rate.png", "metrics.json", "recipe.json"]
@@ -175,21 +175,32 @@ def test_resuming(tiny_run, tmp_path, refused, cli):
     assert "the schedule would change" in line
     assert "--max-lr 3.0 contradicts" in refused(2, "train", "--resume", tiny_run, "--max-lr", 3)
     assert "--run-dir" in refused(2, "train", "--resume", tiny_run, "--run-dir", tmp_path)
+    assert "neither" in refused(2, "train", "--resume", tmp_path)
     assert str(tmp_path) in refused(2, "train", "--resume", tmp_path)
     assert (tiny_run / "checkpoint.pt").read_bytes() == before
     assert sorted(os.listdir(tiny_run)) == FILES
 
 
-def test_a_non_finite_loss_leaves_the_last_good_checkpoint(tmp_path, refused):
-    folder = tmp_path / "run"
+def test_a_non_finite_loss_leaves_the_last_good_checkpoint(tiny_recipe, tmp_path):
+    class Poison(Watcher):
+        def step(self, step, state):
+            if (step.epoch, step.step) == (2, 1):
+                state.model.fc.weight.data.fill_(float("inf"))
+
+    with pytest.raises(NonFiniteLossError, match="step 1 of epoch 2"):
+        train(tiny_recipe, tmp_path / "run", watcher=Poison(), save_every_minutes=1e-6)
+    kept = load_checkpoint(tmp_path / "run").content
+    assert (kept["epoch"], kept["step"]) == (1, 0)
+
+
+def test_a_learning_rate_that_diverges_is_said(tmp_path, refused):
     line = refused(
         1, "train", "--dataset", "digits", "--train-limit", 64, "--test-limit", 10, "--batch-size", 16, "--epochs", 2,
-        "--max-lr", 1e30, "--div-factor", 1, "--logit-scale", 1, "--run-dir", folder, "--precision", "float32",
-        "--save-every-minutes", 0.01,
+        "--max-lr", 1e30, "--div-factor", 1, "--logit-scale", 1, "--run-dir", tmp_path / "run", "--precision", "float32",
     )  # fmt: skip
     assert "not finite since step" in line
     assert "--max-lr" in line
-    assert not (folder / "checkpoint.pt").exists() or load_checkpoint(folder)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_what_train_reports_is_what_evaluate_prints(tiny_run, tmp_path, cli):
@@ -288,7 +299,12 @@ def test_checkpoints_that_cannot_be_trusted_are_refused_in_one_line(old_checkpoi
     changed(old_checkpoint, bad, recipe={**good["recipe"], "epochs": -1})
     evaluate("--epochs -1")
     changed(old_checkpoint, bad, classes=["a", "b"])
+    evaluate("2 classes")
+    slots = {**good["optimizer"], "state": {**good["optimizer"]["state"], 0: {"momentum_buffer": torch.tensor(0.0)}}}
+    changed(old_checkpoint, bad, optimizer=slots)
     evaluate("optimizer state of another model")
+    changed(old_checkpoint, bad, history=[{}])
+    evaluate("metrics")
     changed(old_checkpoint, bad, epoch=7)
     evaluate("place")
     changed(old_checkpoint, bad, averaged=None)
