@@ -50,8 +50,6 @@ def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test") 
     if recipe.dataset == "cifar10" and evaluated_on == "test":
         right.axhline(BEST_REFERENCE[1], color=GREY, linewidth=1, linestyle=":", label=BEST_REFERENCE[0])
     last = history[-1]
-    place, beside = (epochs[-1], last["test_accuracy"]), dict(textcoords="offset points", ha="right", va="top")
-    right.annotate(f"{last['test_accuracy']:.2f} %", place, (0, -7), color=RED, **beside)
     left.set(title="Loss", ylabel="mean an image")
     right.set(title="Accuracy", ylabel="percent")
     for axis in (left, right):
@@ -138,14 +136,14 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], ti
 def _grid(images: np.ndarray, shown: Sequence[Mistake], title: str) -> tuple[Figure, list]:
     columns = min(5, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(2.1 * columns, 2.45 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.7 * columns, 2.05 * rows + 0.4), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
     for axis, image, mistake in zip(axes, images, shown, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(f"{mistake.predicted}, {100 * mistake.confidence:.0f} %\ntrue: {mistake.true}", fontsize=10)
-    figure.suptitle(title)
+        axis.set_title(f"{mistake.predicted}, {100 * mistake.confidence:.0f} %\ntrue: {mistake.true}", fontsize=9)
+    figure.suptitle(title, fontsize=11)
     return figure, axes
 
 

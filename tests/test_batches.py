@@ -10,6 +10,7 @@ from cifar_resnet.batches import AUGMENT, AlbumentationsBatches, Choices, Tensor
 from cifar_resnet.data import Split, with_statistics
 
 CPU = torch.device("cpu")
+WORKERS = {"tensor": None, "albumentations": 0}
 VARIANTS = [
     dict(),
     dict(pad_mode="black", cutout_count=2, cutout_probability=0.5),
@@ -99,20 +100,20 @@ def test_an_epoch_shows_every_image_once_in_a_new_order(loader):
     split = random_split(70)
     split = Split(split.images, np.arange(70), split.indices)  # the label tells which image it is
     recipe = with_statistics(Recipe.build(batch_size=32))
-    made = batches.make_batches(split, recipe, CPU, loader, 0)
+    made = batches.make_batches(split, recipe, CPU, loader, WORKERS[loader])
     assert made.steps == 3
     epochs = [[labels.tolist() for _, labels in made.epoch(epoch)] for epoch in (0, 1)]
     assert [len(labels) for labels in epochs[0]] == [32, 32, 6]
     for epoch in epochs:
         assert sorted(itertools.chain(*epoch)) == list(range(70))
     assert epochs[0] != epochs[1]
-    other = batches.make_batches(split, recipe.replace(seed=1), CPU, loader, 0)
+    other = batches.make_batches(split, recipe.replace(seed=1), CPU, loader, WORKERS[loader])
     assert [labels.tolist() for _, labels in other.epoch(0)] != epochs[0]
 
 
 @pytest.mark.parametrize("loader", ["tensor", "albumentations"])
 def test_an_epoch_can_begin_at_any_step(loader):
-    made = batches.make_batches(random_split(70), with_statistics(Recipe.build(batch_size=16)), CPU, loader, 0)
+    made = batches.make_batches(random_split(70), with_statistics(Recipe.build(batch_size=16)), CPU, loader, WORKERS[loader])
     whole = list(made.epoch(2))
     for first in range(1, made.steps + 1):
         for (a, x), (b, y) in zip(made.epoch(2, first), whole[first:], strict=True):
@@ -120,6 +121,7 @@ def test_an_epoch_can_begin_at_any_step(loader):
             assert torch.equal(x, y)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3")
 def test_0_1_and_3_workers_give_the_same_batches():
     split, recipe = random_split(70), with_statistics(Recipe.build(batch_size=16))
     made = [AlbumentationsBatches(split, recipe, CPU, workers) for workers in (0, 1, 3)]
