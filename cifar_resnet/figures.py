@@ -24,7 +24,7 @@ BEST_REFERENCE = ("best of the five documented systems, 91.97 %", 91.97)
 def save(figure: Figure, path: Path) -> None:
     """Writes the figure whole, in the format of its suffix."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:], dpi=120)
+    figure.savefig(buffer, format=path.suffix[1:], dpi=110)
     write_whole(path, buffer.getvalue())
 
 
