@@ -185,7 +185,10 @@ def lr_suggestions(found: Suggestions, folder: Path) -> None:
     console.print(table)
     console.print()
     if found.max_lr is None:
-        say("the loss never fell clearly, so no LR is recommended: give more --num-iter, or another range", style="yellow")
+        say(
+            "no LR is recommended: the loss never fell clearly, or fell to the end; give more --num-iter, or another range",
+            style="yellow",
+        )
     else:
         say(f"next: cifar-resnet train --max-lr {found.max_lr:.3g}", style="bold")
     say(f"written: {folder / 'lr_finder.json'}, {folder / 'lr_finder.png'}")

@@ -261,7 +261,9 @@ def with_found_lr(recipe: Recipe, suggestions: Suggestions) -> Recipe:
         CifarResnetError: the range test recommends nothing.
     """
     if suggestions.max_lr is None or suggestions.min_lr is None:
-        raise CifarResnetError("the range test's loss never fell clearly, so there is no LR to recommend; give --max-lr a number")
+        raise CifarResnetError(
+            "the range test recommends no LR: its loss never fell clearly, or fell to the end; give --max-lr a number"
+        )
     return recipe.replace(max_lr=suggestions.max_lr, div_factor=suggestions.max_lr / suggestions.min_lr)
 
 

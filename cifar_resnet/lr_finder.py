@@ -31,7 +31,7 @@ class History(NamedTuple):
 
 
 class Suggestions(NamedTuple):
-    """Learning rates read off a range test. The recommended two are None where the loss never fell."""
+    """Learning rates read off a range test. The recommended two are None where it shows no bottom."""
 
     steepest: float  # where the smoothed loss falls fastest, as the reference systems read it
     valley: float  # the middle of the longest fall, as fastai reads it
@@ -101,24 +101,28 @@ class _NotFinite(Exception):
 def suggest(history: History) -> Suggestions:
     """Reads the suggestions off a range test.
 
-    `max_lr` is the highest learning rate, up to where the loss leaves its lowest value for good, at which the smoothed
-    loss is within 5 % of its whole drop from the lowest; `min_lr` is the lowest at which it has fallen by 5 % of it.
+    The loss counts as leaving its bottom where the smoothed loss first stands above its lowest value so far by a quarter of
+    its fall so far, and by more than noise: past that it may fall again, at rates that no longer train. `max_lr` is the
+    highest learning rate before at which it is within 5 % of its whole fall from the lowest; `min_lr` is the lowest at
+    which it has fallen by 5 % of it. Neither is recommended where the loss never falls, or falls to the end of the range.
     """
     lr, level = history.lr, smooth(history.loss)
     lagging = exponential(history.loss)
     inner = slice(10, -5)  # as LRFinder.plot skips them
     steepest = lr[inner][np.gradient(lagging[inner]).argmin()]
-    lowest = int(level.argmin())
-    before = level[: lowest + 1]
-    drop = before.max() - level[lowest]
-    noise = np.std(history.loss - level)
+    lowest_yet, highest_yet = np.minimum.accumulate(level), np.maximum.accumulate(level)
+    rise, fall = level - lowest_yet, highest_yet - lowest_yet
+    noise = np.maximum(2 * np.median(np.abs(history.loss - level)), 0.005 * np.abs(lowest_yet))
+    left = np.flatnonzero((rise > noise) & (rise > 0.25 * fall))
+    end = int(left[0]) if len(left) else len(lr)
+    lowest = int(level[:end].argmin())
+    top = int(level[: lowest + 1].argmax())
+    drop = level[top] - level[lowest]
     max_lr = min_lr = None
-    if drop > 3 * noise / np.sqrt(len(lr) / 10) and drop > 0.02 * abs(before.max()) and lowest > 0:
-        top = int(before.argmax())
-        fallen = top + np.flatnonzero(level[top : lowest + 1] <= level[top] - SHARE * drop)
+    if drop > 3 * noise[lowest] and lowest < len(lr) - 1:
+        begun = top + np.flatnonzero(level[top : lowest + 1] <= level[top] - SHARE * drop)[0]
         past = np.flatnonzero(level[lowest:] > level[lowest] + SHARE * drop)
-        end = lowest + int(past[0]) - 1 if len(past) else len(lr) - 1
-        max_lr, min_lr = float(lr[end]), float(lr[fallen[0]])
+        max_lr, min_lr = float(lr[lowest + past[0] - 1 if len(past) else -1]), float(lr[begun])
     return Suggestions(float(steepest), float(lr[valley(lagging)]), float(lr[lagging.argmin()] / 10), max_lr, min_lr)
 
 

@@ -53,13 +53,23 @@ def test_the_minimum_is_where_5_percent_of_the_drop_is_done():
     assert np.log10(found.max_lr) == pytest.approx(0, abs=0.12)
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.5])
-def test_nothing_is_recommended_where_the_loss_never_falls(slope):
+def test_a_second_fall_after_the_bottom_is_left_does_not_count():
+    """As real range tests of this network show it: down until 0.15, up again until 1, lowest of all at 3."""
+    lr = np.geomspace(1e-4, 10, 200)
+    loss = np.interp(np.log10(lr), [-4, -3, -0.85, 0, 0.5, 1], [2.33, 2.28, 1.6, 2.0, 1.5, 1.75])
+    for seed in range(5):
+        found = suggest(History(lr, loss + np.random.default_rng(seed).normal(0, 0.03, 200)))
+        assert 0.12 < found.max_lr < 0.3
+        assert found.min_lr < 3e-3
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5, -0.5])
+def test_nothing_is_recommended_where_the_loss_never_falls_or_never_stops(slope):
     lr = np.geomspace(1e-4, 10, 200)
     loss = 2.3 + slope * (np.log10(lr) + 4) + np.random.default_rng(0).normal(0, 0.05, 200)
     found = suggest(History(lr, loss))
     assert (found.max_lr, found.min_lr) == (None, None)
-    with pytest.raises(CifarResnetError, match="never fell"):
+    with pytest.raises(CifarResnetError, match="recommends no LR"):
         with_found_lr(Recipe(), found)
 
 
