@@ -102,7 +102,7 @@ def suggest(history: History) -> Suggestions:
     """Reads the suggestions off a range test.
 
     The loss counts as leaving its bottom where the smoothed loss first stands above its lowest value so far by a quarter of
-    its fall so far, and by more than noise: past that it may fall again, at rates that no longer train. `max_lr` is the
+    its fall so far, and by more than noise; where it falls again after that does not count. `max_lr` is the
     highest learning rate before at which it is within 5 % of its whole fall from the lowest; `min_lr` is the lowest at
     which it has fallen by 5 % of it. Neither is recommended where the loss never falls, or falls to the end of the range.
     """
