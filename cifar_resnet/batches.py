@@ -20,7 +20,7 @@ from .data import Split, hole_pixel, pad_pixel, test_transform, train_transform
 from .errors import UsageError
 from .recipe import Recipe
 
-ORDER, AUGMENT = 0, 1  # purposes of a random stream
+ORDER, AUGMENT, FIRST_FLIP = 0, 1, 2  # purposes of a random stream
 Batch = tuple[Tensor, Tensor]  # images, float32 (B, 3, 32, 32) in channels-last layout; labels, int64 (B,)
 
 
@@ -31,6 +31,14 @@ def stream(recipe: Recipe, epoch: int, step: int, purpose: int) -> np.random.See
 def epoch_order(recipe: Recipe, epoch: int, count: int) -> np.ndarray:
     """The order in which an epoch shows its `count` images."""
     return np.random.default_rng(stream(recipe, epoch, 0, ORDER)).permutation(count)
+
+
+def alternating_flips(recipe: Recipe, epoch: int, count: int) -> np.ndarray:
+    """Which of a split's `count` images are shown mirrored: a random half in even epochs, the other half in odd ones.
+
+    Two epochs in a row so show both views of every image (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6).
+    """
+    return (np.random.default_rng(stream(recipe, 0, 0, FIRST_FLIP)).random(count) < 0.5) ^ bool(epoch % 2)
 
 
 class Batches(Protocol):
@@ -87,9 +95,11 @@ class TensorBatches:
         order = torch.from_numpy(epoch_order(self.recipe, epoch, len(self.labels)))
         rows = [order[step * size : (step + 1) * size] for step in range(first_step, self.steps)]
         drawn = [draw(self.recipe, epoch, first_step + k, len(row)) for k, row in enumerate(rows)]
+        order, every = order[first_step * size :], Choices(*(torch.cat(kind) for kind in zip(*drawn, strict=True)))
+        if self.recipe.flip_order == "alternating":
+            every = every._replace(flips=torch.from_numpy(alternating_flips(self.recipe, epoch, self.count))[order])
         # One transfer an epoch, so that nothing waits for the device inside it.
-        order = order[first_step * size :].to(self.device).split(size)
-        every = Choices(*(torch.cat(kind).to(self.device) for kind in zip(*drawn, strict=True)))
+        order, every = order.to(self.device).split(size), Choices(*(kind.to(self.device) for kind in every))
         for index, choices in zip(order, zip(*(kind.split(size) for kind in every), strict=True), strict=True):
             yield self.augment(index, Choices(*choices)), self.labels[index]
 
@@ -189,8 +199,11 @@ class _Augmented(torch.utils.data.Dataset):
         if epoch is not None:
             reseed(self.train, stream(self.recipe, epoch, step, AUGMENT))
         transform = self.test if epoch is None else self.train
-        images = self.images.numpy()
-        return torch.stack([transform(image=images[index])["image"] for index in indices]), self.labels[indices]
+        images = self.images.numpy()[indices]
+        if epoch is not None and self.recipe.flip_order == "alternating":
+            turned = alternating_flips(self.recipe, epoch, len(self.labels))[indices]
+            images[turned] = images[turned, :, ::-1]
+        return torch.stack([transform(image=image)["image"] for image in images]), self.labels[indices]
 
 
 def reseed(pipeline, seeds: np.random.SeedSequence) -> None:

@@ -10,18 +10,18 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from .batches import Batch, Batches
 from .device import autocast
 from .errors import NonFiniteLossError
 from .model import ResNet, build_model
+from .optimizer import make_optimizer, rates, set_rates
 from .recipe import Recipe
-from .schedule import one_cycle
 
 EVALUATION_BATCH = 1000
 
@@ -93,33 +93,6 @@ def start(recipe: Recipe, device: torch.device, classes: int = 10) -> State:
         totals=torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device),
         bad_step=torch.tensor(-1, device=device),
     )
-
-
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = list(model.parameters())
-    common: dict[str, Any] = dict(lr=recipe.max_lr, weight_decay=recipe.weight_decay, fused=parameters[0].device.type != "mps")
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, **common)
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, betas=(recipe.momentum, 0.999), **common)
-
-
-def rates(recipe: Recipe, step: int, total_steps: int) -> tuple[float, float]:
-    """Learning rate and momentum at a step of the run."""
-    fraction, first = recipe.peak_epoch / recipe.epochs, recipe.max_lr / recipe.div_factor
-    lr = one_cycle(step, total_steps, fraction, first, recipe.max_lr, first / recipe.final_div_factor)
-    if recipe.base_momentum is None:
-        return lr, recipe.momentum
-    return lr, one_cycle(step, total_steps, fraction, recipe.momentum, recipe.base_momentum, recipe.momentum)
-
-
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        if "betas" in group:
-            group["betas"] = (momentum, group["betas"][1])
-        else:
-            group["momentum"] = momentum
 
 
 def make_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:

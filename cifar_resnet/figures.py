@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from . import schedule
 from .analysis import Mistake
-from .engine import rates
 from .lr_finder import History, Suggestions, smooth
+from .optimizer import rates
 from .recipe import Recipe
 from .run import write_whole
 

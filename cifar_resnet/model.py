@@ -66,4 +66,9 @@ def build_model(recipe: Recipe, classes: int = 10) -> ResNet:
     """A ResNet in channels-last layout, initialised from the recipe's seed; torch's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
-        return ResNet(recipe, classes).to(memory_format=torch.channels_last)
+        model = ResNet(recipe, classes)
+    if recipe.init == "dirac":
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module is not model.prep[0]:
+                nn.init.dirac_(module.weight[: module.in_channels])
+    return model.to(memory_format=torch.channels_last)

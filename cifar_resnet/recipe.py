@@ -49,14 +49,21 @@ class Recipe(BaseModel):
     pool_position: Literal["before-bn", "after-relu"] = _field("before-bn", "Model", "Where the three layers max-pool.")
     output: Literal["logits", "softmax", "log-softmax"] = _field("logits", "Model", "What the model puts after its logits.")
     logit_scale: float = _field(0.125, "Model", "Constant that the logits are multiplied by.", gt=0)
+    init: Literal["default", "dirac"] = _field(
+        "default", "Model", "Initial weights: torch's own, or all kernels but the first passing their inputs on."
+    )
 
-    optimizer: Literal["sgd", "adam", "adamw"] = _field("sgd", "Optimizer", "Optimizer.")
+    optimizer: Literal["sgd", "muon", "adam", "adamw"] = _field(
+        "sgd", "Optimizer", "Optimizer; muon is for all kernels but the first, with SGD for the rest."
+    )
     max_lr: float = _field(0.4, "Optimizer", "Learning rate at the peak of the schedule.", gt=0)
     momentum: float = _field(0.9, "Optimizer", "Momentum of SGD, or beta1 of Adam, at the lowest learning rate.", ge=0, lt=1)
     base_momentum: float | None = _field(
         None, "Optimizer", "Momentum at the highest learning rate; the same throughout if not given.", ge=0, lt=1
     )
     nesterov: bool = _field(True, "Optimizer", "Nesterov's form of SGD momentum.")
+    muon_lr_factor: float = _field(0.3, "Optimizer", "Learning rate of Muon's kernels over that of the rest.", gt=0)
+    muon_momentum: float = _field(0.6, "Optimizer", "Nesterov momentum of Muon's kernels.", ge=0, lt=1)
     weight_decay: float = _field(5e-4, "Optimizer", "Weight decay: L2 for SGD and Adam, decoupled for AdamW.", ge=0)
     loss: Literal["cross-entropy", "nll"] = _field("cross-entropy", "Optimizer", "Loss on the model's output.")
     label_smoothing: float = _field(0.1, "Optimizer", "Label smoothing of the cross entropy.", ge=0, lt=1)
@@ -74,6 +81,11 @@ class Recipe(BaseModel):
     pad: int = _field(4, "Augmentation", "Pixels added on each side before the random crop to 32x32; 0 for no crop.", ge=0, le=16)
     pad_mode: Literal["reflect", "mean", "black"] = _field("reflect", "Augmentation", "What the added pixels show.")
     flip_probability: float = _field(0.5, "Augmentation", "Probability of a horizontal flip.", ge=0, le=1)
+    flip_order: Literal["random", "alternating"] = _field(
+        "random",
+        "Augmentation",
+        "alternating: each image's first flip is random, then it turns every epoch; needs probability 0.5.",
+    )
     cutout_size: int = _field(8, "Augmentation", "Side of the square holes, in pixels.", ge=1, le=32)
     cutout_count: int = _field(1, "Augmentation", "Holes an image; 0 for no cutout.", ge=0, le=16)
     cutout_probability: float = _field(1.0, "Augmentation", "Probability that an image gets its holes.", ge=0, le=1)
@@ -103,8 +115,12 @@ class Recipe(BaseModel):
             f"base_momentum {self.base_momentum} is above momentum {self.momentum}",
         )
         refuse(
-            self.optimizer == "sgd" and self.nesterov and 0 in (self.momentum, self.base_momentum),
+            self.optimizer in ("sgd", "muon") and self.nesterov and 0 in (self.momentum, self.base_momentum),
             "nesterov needs a momentum above 0",
+        )
+        refuse(
+            self.flip_order == "alternating" and self.flip_probability != 0.5,
+            f"flip_order alternating needs flip_probability 0.5, not {self.flip_probability:g}",
         )
         refuse(self.mean is not None and not 0 <= min(self.mean) <= max(self.mean) <= 1, f"mean {self.mean} is not within 0 to 1")
         refuse(self.std is not None and min(self.std) <= 0, f"std {self.std} has a channel that is not above 0")

@@ -22,12 +22,14 @@ from . import __version__
 from .engine import State, start
 from .errors import CheckpointError, RunDirectoryError
 from .model import ResNet, build_model
+from .optimizer import make_optimizer
 from .recipe import Recipe, read_json
 
 CHECKPOINT, LOCK = "checkpoint.pt", ".lock"
 ROW = {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second"}
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
-ADDED: dict[str, Any] = {}  # recipe fields added after schema 1 began, with the value that reproduces the runs before
+# Recipe fields added after schema 1 began, with the value that reproduces the runs before.
+ADDED: dict[str, Any] = {"init": "default", "muon_lr_factor": 0.3, "muon_momentum": 0.6, "flip_order": "random"}
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -269,7 +271,8 @@ def _check_content(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} stands at a place that its run does not have")
     if (content["averaged"] is not None) != (recipe.ema_decay > 0):
         raise CheckpointError(f"{checkpoint.path} has averaged weights or not, against its recipe")
-    shapes = [parameter.shape for parameter in build_model(recipe, len(checkpoint.classes)).parameters()]
+    optimizer = make_optimizer(recipe, build_model(recipe, len(checkpoint.classes)))
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     for index, slots in content["optimizer"]["state"].items():
         if any(
             value.shape != (() if name == "step" else shapes[index]) for name, value in slots.items() if torch.is_tensor(value)

@@ -1,0 +1,87 @@
+"""What moves the weights: SGD, Adam, AdamW, or Muon; and the learning rate and momentum of every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .model import ResNet
+from .recipe import Recipe
+from .schedule import one_cycle
+
+
+class Muon(torch.optim.SGD):
+    """SGD, but for groups with a `muon_momentum`: each kernel there moves by its orthogonalised Nesterov momentum.
+
+    Such a kernel, (outputs, inputs, 3, 3), is scaled to the norm sqrt(outputs) before it moves, as BatchNorm behind it
+    makes its own norm irrelevant. Muon is Jordan's (2024, https://kellerjordan.github.io/posts/muon/); momentum, scaling
+    and number of iterations are as cifar10-airbench has them. `torch.optim.Muon` takes no kernels of four dimensions.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for kernel in group["params"] if "muon_momentum" in group else ():
+                if "momentum_buffer" not in self.state[kernel]:
+                    self.state[kernel]["momentum_buffer"] = torch.zeros_like(kernel)
+                buffer = self.state[kernel]["momentum_buffer"].mul_(group["muon_momentum"]).add_(kernel.grad)
+                direction = kernel.grad.add(buffer, alpha=group["muon_momentum"])
+                kernel.mul_(len(kernel) ** 0.5 / kernel.norm())
+                kernel.grad.copy_(orthogonalise(direction.flatten(1).to(self.dtype)).view_as(kernel))
+        return super().step(closure)
+
+
+def orthogonalise(matrix: Tensor, iterations: int = 3) -> Tensor:
+    """A matrix with the singular vectors of this one, (M, N), and singular values near 1 (between about 0.5 and 1.3).
+
+    The quintic Newton-Schulz iteration with Jordan's coefficients, on the side that is shorter.
+    """
+    if len(matrix) > matrix.shape[1]:
+        return orthogonalise(matrix.T, iterations).T
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    common: dict[str, Any] = dict(lr=recipe.max_lr, weight_decay=recipe.weight_decay, fused=parameters[0].device.type != "mps")
+    if recipe.optimizer in ("adam", "adamw"):
+        kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, betas=(recipe.momentum, 0.999), **common)
+    common |= dict(momentum=recipe.momentum, nesterov=recipe.nesterov)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, **common)
+    first = model.prep[0].weight
+    kernels = [p for p in parameters if p.dim() == 4 and p is not first]
+    of_kernels = dict(
+        muon_momentum=recipe.muon_momentum, lr_factor=recipe.muon_lr_factor, momentum=0.0, nesterov=False, weight_decay=0.0
+    )
+    rest = [p for p in parameters if p.dim() != 4 or p is first]
+    return Muon([{"params": rest}, {"params": kernels, **of_kernels}], getattr(torch, recipe.precision), **common)
+
+
+def rates(recipe: Recipe, step: int, total_steps: int) -> tuple[float, float]:
+    """Learning rate and momentum at a step of the run."""
+    fraction, first = recipe.peak_epoch / recipe.epochs, recipe.max_lr / recipe.div_factor
+    lr = one_cycle(step, total_steps, fraction, first, recipe.max_lr, first / recipe.final_div_factor)
+    if recipe.base_momentum is None:
+        return lr, recipe.momentum
+    return lr, one_cycle(step, total_steps, fraction, recipe.momentum, recipe.base_momentum, recipe.momentum)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        elif "muon_momentum" not in group:
+            group["momentum"] = momentum
