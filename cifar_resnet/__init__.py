@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import CifarResnetError
-    from .experiment import Watcher, evaluate, find_lr, misclassified, train
+    from .experiment import Watcher, evaluate, find_lr, misclassified, samples, train
     from .model import ResNet, build_model
     from .recipe import PRESETS, Recipe
+    from .results import compare, report
     from .run import Checkpoint, load_checkpoint
 
 __version__ = "0.1.0"
 
 _HOME = {
     "errors": ("CifarResnetError",),
-    "experiment": ("Watcher", "evaluate", "find_lr", "misclassified", "train"),
+    "experiment": ("Watcher", "evaluate", "find_lr", "misclassified", "samples", "train"),
     "model": ("ResNet", "build_model"),
     "recipe": ("PRESETS", "Recipe"),
+    "results": ("compare", "report"),
     "run": ("Checkpoint", "load_checkpoint"),
 }
 __all__ = [
-    "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "build_model",
-    "evaluate", "find_lr", "load_checkpoint", "misclassified", "train",
+    "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "build_model", "compare",
+    "evaluate", "find_lr", "load_checkpoint", "misclassified", "report", "samples", "train",
 ]  # fmt: skip
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .data import Split
 from .engine import scores
+from .errors import UsageError
 from .model import ResNet, build_model
 from .recipe import Recipe
 
@@ -28,37 +32,87 @@ class Mistake(NamedTuple):
     probabilities: dict[str, float]  # of every class
 
 
+def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
+    """What test-time augmentation looks at, and the weight of each view's logits: "none", "flip" or "flip-shift".
+
+    The last one is cifar10-airbench's: the image, shifted down and right by 1 and by -1 pixel too, each also mirrored.
+    """
+
+    def plain(images: Tensor) -> Tensor:
+        return images
+
+    def mirrored(images: Tensor) -> Tensor:
+        return images.flip(3)
+
+    def shifted(images: Tensor, by: int) -> Tensor:
+        return functional.pad(images, (1, 1, 1, 1), mode="reflect")[..., 1 - by : 33 - by, 1 - by : 33 - by]
+
+    if tta == "none":
+        return [(1.0, plain)]
+    if tta == "flip":
+        return [(1 / 2, plain), (1 / 2, mirrored)]
+    moved = [
+        (1 / 8, partial(lambda view, by, images: shifted(view(images), by), view, by))
+        for view in (plain, mirrored)
+        for by in (1, -1)
+    ]
+    return [(1 / 4, plain), (1 / 4, mirrored), *moved]
+
+
 def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Loss, accuracy, calibration, scikit-learn's figures by class, and the confusion matrix (rows: true classes)."""
-    from sklearn.metrics import classification_report, confusion_matrix
+    """Loss, accuracy, calibration, scikit-learn's figures by class, the confusion matrix (rows: true classes).
+
+    `most_confused` lists the ten largest entries off its diagonal; `share` is the percent of the true class.
+    """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     predicted, true, every = logits.argmax(1).numpy(), labels.numpy(), range(len(classes))
-    by_class = classification_report(true, predicted, labels=every, target_names=classes, output_dict=True, zero_division=0)
-    score = scores(logits, labels)
+    by_class = precision_recall_fscore_support(true, predicted, labels=every, zero_division=0)
+    matrix = confusion_matrix(true, predicted, labels=every)
+    off_diagonal = matrix - np.diag(matrix.diagonal())
+    largest = [divmod(int(place), len(classes)) for place in off_diagonal.argsort(axis=None, kind="stable")[::-1][:10]]
+    score, bins = scores(logits, labels), reliability(logits, labels)
     return {
         "images": len(labels),
         "loss": score["test_loss"],
         "accuracy": score["test_accuracy"],
-        "calibration_error": calibration_error(logits, labels),
+        "calibration_error": calibration_error(bins),
+        "reliability": bins,
         "classes": {
-            name: {
-                "precision": 100 * by_class[name]["precision"],
-                "recall": 100 * by_class[name]["recall"],
-                "f1": 100 * by_class[name]["f1-score"],
-                "count": int(by_class[name]["support"]),
-            }
-            for name in classes
+            name: {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1, "count": int(count)}
+            for name, precision, recall, f1, count in zip(classes, *by_class, strict=True)
         },
-        "confusion_matrix": confusion_matrix(true, predicted, labels=every).tolist(),
+        "confusion_matrix": matrix.tolist(),
+        "most_confused": [
+            {
+                "true": classes[i],
+                "predicted": classes[j],
+                "count": int(matrix[i, j]),
+                "share": 100 * matrix[i, j] / matrix[i].sum(),
+            }
+            for i, j in largest
+            if off_diagonal[i, j]
+        ],
     }
 
 
-def calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """Expected calibration error in percent, over 15 equal bins of confidence (Guo et al. 2017, arXiv:1706.04599)."""
+def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, float | None]]:
+    """For each of 15 equal bins of confidence: its bounds, mean confidence and accuracy in percent, and count of images."""
     confidence, predicted = torch.softmax(logits.double(), dim=1).max(1)
-    bins = (confidence * BINS).ceil().clamp(1, BINS) - 1
-    gaps = [((predicted == labels).double() - confidence)[bins == each].sum().abs() for each in range(BINS)]
-    return 100 * float(sum(gaps)) / len(labels)
+    bins, right = (confidence * BINS).ceil().clamp(1, BINS) - 1, (predicted == labels).double()
+    rows = []
+    for each in range(BINS):
+        inside = bins == each
+        means = (100 * float(values[inside].mean()) if inside.any() else None for values in (confidence, right))
+        bounds = {"from": 100 * each / BINS, "to": 100 * (each + 1) / BINS}
+        rows.append({**bounds, **dict(zip(("confidence", "accuracy"), means, strict=True)), "count": int(inside.sum())})
+    return rows
+
+
+def calibration_error(bins: list[dict[str, Any]]) -> float:
+    """Expected calibration error in percent, from the bins of `reliability` (Guo et al. 2017, arXiv:1706.04599)."""
+    gaps = [row["count"] * abs(row["accuracy"] - row["confidence"]) for row in bins if row["count"]]
+    return sum(gaps) / sum(row["count"] for row in bins)
 
 
 def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...]) -> list[Mistake]:
@@ -78,6 +132,31 @@ def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, .
         )
         for i in wrong
     ]
+
+
+def choose(
+    wrong: list[Mistake],
+    classes: tuple[str, ...],
+    sort: str = "confidence",
+    true: str | None = None,
+    predicted: str | None = None,
+) -> list[Mistake]:
+    """The mistakes of these two classes, in the order "confidence" (surest first), "class" or "random" (the same each time).
+
+    Raises:
+        UsageError: there is no such class or order.
+    """
+    for option, name in (("--true", true), ("--predicted", predicted)):
+        if name is not None and name not in classes:
+            raise UsageError(f"{option} {name}: no such class; there are {', '.join(classes)}")
+    chosen = [each for each in wrong if true in (None, each.true) and predicted in (None, each.predicted)]
+    if sort == "class":
+        return sorted(chosen, key=lambda each: (classes.index(each.true), classes.index(each.predicted)))
+    if sort == "random":
+        return [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))]
+    if sort != "confidence":
+        raise UsageError(f"--sort {sort}: it is random, confidence or class")
+    return chosen
 
 
 def grad_cam(model: ResNet, images: Tensor, classes: Tensor, layer: str = "layer2") -> np.ndarray:

@@ -27,7 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-WHERE, STEPS, RANGE = "Where and how", "The four steps", "Range test"
+WHERE, RANGE, CHOICE, DRAWING = "Where and how", "Range test", "Which mistakes", "Drawing"
+STEPS, AFTER, ABOUT = "The four steps", "After a run", "Before a run"
 
 DataDir = Annotated[
     Path | None,
@@ -59,12 +60,17 @@ Workers = Annotated[
 ]
 
 
-def recipe_options(*, leave_out: Sequence[str] = ()) -> Callable:
-    """Gives a command one option for every field of `Recipe`, gathered in its keyword argument `options`."""
+def recipe_options(*panels: str, also: Sequence[str] = (), leave_out: Sequence[str] = ()) -> Callable:
+    """Gives a command one option for every field of `Recipe` in these panels (all, if none is named).
+
+    They come gathered in its keyword argument `options`.
+    """
+    kept = ("recipe", *also)
 
     def decorate(command: Callable) -> Callable:
         parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
-        names = [name for name in Recipe.model_fields if name not in leave_out]
+        fields = {name: field.json_schema_extra["panel"] for name, field in Recipe.model_fields.items() if name not in leave_out}
+        names = [name for name, panel in fields.items() if not panels or panel in panels or name in kept]
 
         def wrapped(**arguments: Any) -> Any:
             options = {name: arguments.pop(name) for name in names}
@@ -116,6 +122,8 @@ ResultDir = Annotated[
     Path | None,
     typer.Option("--run-dir", help="Folder for what is written.", show_default="beside the checkpoint", rich_help_panel=WHERE),
 ]
+Format = Annotated[Literal["png", "svg", "pdf"], typer.Option(help="Format of the pictures.", rich_help_panel=WHERE)]
+Output = Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.", rich_help_panel=DRAWING)]
 # What a range test sweeps or never reaches, and so does not take.
 NOT_SWEPT = (
     "holdout", "test_limit", "max_lr", "base_momentum", "epochs", "peak_epoch", "div_factor", "final_div_factor",
@@ -144,6 +152,7 @@ def find_lr(
     device: Device = "auto",
     loader: Loader = "auto",
     workers: Workers = None,
+    format: Format = "png",
 ) -> None:
     """Find the learning rate: a range test, and what it suggests.
 
@@ -154,24 +163,18 @@ def find_lr(
     from .run import default_directory
 
     folder = run_dir or default_directory(recipe, "find-lr-")
-    _, found = _range_test(recipe, folder, data_dir, device, loader, workers, start_lr, end_lr, num_iter, step_mode)
-    console.lr_suggestions(found, folder)
+    settings = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, format=format)
+    _, found = _range_test(recipe, folder, data_dir=data_dir, device=device, loader=loader, workers=workers, **settings)
+    console.lr_suggestions(found, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
 
 
-def _range_test(
-    recipe: Recipe, folder: Path | None, data_dir: Path | None, device: str, loader: str, workers: int | None, *settings: Any
-) -> Any:
+def _range_test(recipe: Recipe, folder: Path | None, **settings: Any) -> Any:
     from . import console, experiment
 
-    names = ("start_lr", "end_lr", "num_iter", "step_mode")
     with console.bar("steps") as progress:
         task = progress.add_task("range test")
-        return experiment.find_lr(
-            recipe, folder, data_dir=data_dir, device=device, loader=loader, workers=workers,
-            **dict(zip(names, settings, strict=False)),
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-            notify=console.say,
-        )  # fmt: skip
+        watch = dict(progress=lambda done, total: progress.update(task, completed=done, total=total), notify=console.say)
+        return experiment.find_lr(recipe, folder, **settings, **watch)
 
 
 @app.command(rich_help_panel=STEPS)
@@ -206,6 +209,7 @@ def train(
     save_every_minutes: Annotated[
         float, typer.Option(help="Minutes inside an epoch between two checkpoints.", rich_help_panel=WHERE)
     ] = 5.0,
+    format: Format = "png",
 ) -> None:
     """Train a recipe, and keep the run in a folder.
 
@@ -231,7 +235,7 @@ def train(
     if find:
         if run_dir is not None:
             check_free(run_dir)
-        _, found = _range_test(recipe, None, data_dir, device, loader, workers)
+        _, found = _range_test(recipe, None, data_dir=data_dir, device=device, loader=loader, workers=workers)
         recipe = experiment.with_found_lr(recipe, found)
         console.say(f"range test: LR from {found.min_lr:.3g} to {found.max_lr:.3g}")
     with console.TrainingTable() as watcher:
@@ -245,6 +249,7 @@ def train(
             loader=loader,
             workers=workers,
             save_every_minutes=save_every_minutes,
+            format=format,
             watcher=watcher,
         )
     if not watcher.begun:
@@ -256,25 +261,43 @@ def train(
 def evaluate(
     checkpoint: CheckpointPath,
     tta: Annotated[
-        Literal["none", "flip"],
-        typer.Option(help="flip: also with the mean logits of each image and its mirror image.", rich_help_panel=WHERE),
+        Literal["none", "flip", "flip-shift"],
+        typer.Option(
+            help="Also with the mean logits of each image, its mirror image and both shifted by a pixel.", rich_help_panel=WHERE
+        ),
     ] = "none",
     run_dir: ResultDir = None,
     data_dir: DataDir = None,
     device: Device = "auto",
+    format: Format = "png",
 ) -> None:
     """Evaluate a checkpoint: loss, accuracy, calibration, a table by class, the confusion matrix."""
     from . import console, experiment
 
     with console.console.status("evaluating"):
-        content = experiment.evaluate(checkpoint, run_dir, data_dir=data_dir, device=device, tta=tta, notify=console.say)
-    console.evaluation(content, run_dir or Path(content["checkpoint"]).parent)
+        content = experiment.evaluate(
+            checkpoint, run_dir, data_dir=data_dir, device=device, tta=tta, format=format, notify=console.say
+        )
+    pictures = ("confusion_matrix", "class_accuracy", "reliability")
+    folder = run_dir or Path(content["checkpoint"]).parent
+    console.evaluation(content, _written(folder, "evaluation.json", *(f"{name}.{format}" for name in pictures)))
 
 
 @app.command(rich_help_panel=STEPS)
 def misclassified(
     checkpoint: CheckpointPath,
-    count: Annotated[int, typer.Option(help="Images in the two pictures.", rich_help_panel=WHERE)] = 25,
+    count: Annotated[int, typer.Option(help="Images in the two pictures.", rich_help_panel=CHOICE)] = 25,
+    sort: Annotated[
+        Literal["confidence", "class", "random"],
+        typer.Option(help="confidence: the surest mistakes first.", rich_help_panel=CHOICE),
+    ] = "confidence",
+    true: Annotated[
+        str | None, typer.Option(metavar="CLASS", help="Only images of this class.", show_default="all", rich_help_panel=CHOICE)
+    ] = None,
+    predicted: Annotated[
+        str | None,
+        typer.Option(metavar="CLASS", help="Only images taken for this class.", show_default="all", rich_help_panel=CHOICE),
+    ] = None,
     layer: Annotated[
         Literal["prep", "layer1", "layer2", "layer3"],
         typer.Option(help="Whose output Grad-CAM weighs: 32x32, 16x16, 8x8 or 4x4.", rich_help_panel=WHERE),
@@ -282,26 +305,75 @@ def misclassified(
     run_dir: ResultDir = None,
     data_dir: DataDir = None,
     device: Device = "auto",
+    format: Format = "png",
 ) -> None:
-    """Show what a checkpoint gets wrong, the surest mistakes first, and where it looked (Grad-CAM)."""
+    """Show what a checkpoint gets wrong, and where it looked: Grad-CAM of the class predicted and of the true one."""
     from . import console, experiment
     from .run import find_checkpoint
 
     with console.console.status("looking for mistakes"):
-        wrong = experiment.misclassified(
-            checkpoint, run_dir, count=count, layer=layer, data_dir=data_dir, device=device, notify=console.say
-        )
-    console.mistakes(wrong, run_dir or find_checkpoint(checkpoint).parent)
+        chosen = experiment.misclassified(
+            checkpoint, run_dir, count=count, layer=layer, sort=sort, true=true, predicted=predicted,
+            data_dir=data_dir, device=device, format=format, notify=console.say,
+        )  # fmt: skip
+    pictures = [f"misclassified.{format}", f"gradcam.{format}"] if chosen else []
+    console.mistakes(chosen, _written(run_dir or find_checkpoint(checkpoint).parent, "misclassified.json", *pictures))
 
 
-def _but(*panels: str) -> list[str]:
-    """The recipe fields outside these panels, but the recipe's name."""
-    fields = Recipe.model_fields.items()
-    return [name for name, field in fields if name != "recipe" and field.json_schema_extra["panel"] not in panels]
+def _written(folder: Path, *names: str) -> str:
+    return f"written in {folder}: {', '.join(names)}"
 
 
-@app.command(rich_help_panel="About")
-@recipe_options(leave_out=[name for name in _but("Model") if name != "batch_size"])
+@app.command(rich_help_panel=AFTER)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or checkpoint files.", show_default=False)],
+    output: Output = Path("comparison.png"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.", show_default="none")] = None,
+) -> None:
+    """Compare finished runs in one table and one picture; those that differ only in the seed as mean and spread."""
+    from . import console, results
+
+    content = results.compare(runs, output, json_file)
+    console.comparison(content)
+    console.say(_written(output.parent, output.name))
+
+
+@app.command(rich_help_panel=AFTER)
+def report(
+    run: CheckpointPath,
+    output: Annotated[Path | None, typer.Option(help="The file.", show_default="report.html beside the checkpoint")] = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:
+    """Write a finished run as one HTML page: figures, pictures, mistakes, recipe, and the command that repeats it."""
+    from . import console, results
+
+    with console.console.status("writing the report"):
+        path = results.report(run, output, data_dir=data_dir, device=device, notify=console.say)
+    console.say(_written(path.parent, path.name))
+
+
+@app.command(rich_help_panel=ABOUT)
+@recipe_options("Data", "Augmentation", also=["seed"], leave_out=["holdout", "train_limit", "test_limit"])
+def samples(
+    options: dict[str, Any],
+    recipe_file: RecipeFile = None,
+    views: Annotated[int, typer.Option(help="Augmented views of each image.", rich_help_panel=DRAWING)] = 8,
+    output: Output = Path("samples.png"),
+    data_dir: DataDir = None,
+    loader: Loader = "auto",
+    workers: Workers = None,
+) -> None:
+    """Draw a training image of each class, and what the recipe's augmentation makes of it."""
+    recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
+    from . import console, experiment
+
+    experiment.samples(recipe, output, views=views, data_dir=data_dir, loader=loader, workers=workers, notify=console.say)
+    console.say(_written(output.parent, output.name))
+
+
+@app.command(rich_help_panel=ABOUT)
+@recipe_options("Model", also=["batch_size"])
 def summary(
     options: dict[str, Any],
     recipe_file: RecipeFile = None,
@@ -318,26 +390,22 @@ def summary(
         console.layers(rows, recipe)
 
 
-@app.command(rich_help_panel="About")
-@recipe_options(leave_out=[name for name in _but("Schedule") if name != "max_lr"])
+@app.command(rich_help_panel=ABOUT)
+@recipe_options("Schedule", also=["max_lr"])
 def schedule(
     options: dict[str, Any],
     recipe_file: RecipeFile = None,
     policy: Annotated[
         Literal["one-cycle", "triangular"],
-        typer.Option(help="The recipe's own, or the cyclical zigzag.", rich_help_panel="Drawing"),
+        typer.Option(help="The recipe's own, or the cyclical zigzag.", rich_help_panel=DRAWING),
     ] = "one-cycle",
-    min_lr: Annotated[float, typer.Option(help="Lower bound of the triangular policy.", rich_help_panel="Drawing")] = 0.001,
-    step_size: Annotated[int, typer.Option(help="Steps from one bound to the other.", rich_help_panel="Drawing")] = 490,
-    cycles: Annotated[int, typer.Option(help="Times up and down.", rich_help_panel="Drawing")] = 3,
-    output: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.", rich_help_panel="Drawing")] = Path(
-        "schedule.png"
-    ),
+    min_lr: Annotated[float, typer.Option(help="Lower bound of the triangular policy.", rich_help_panel=DRAWING)] = 0.001,
+    step_size: Annotated[int, typer.Option(help="Steps from one bound to the other.", rich_help_panel=DRAWING)] = 490,
+    cycles: Annotated[int, typer.Option(help="Times up and down.", rich_help_panel=DRAWING)] = 3,
+    output: Output = Path("schedule.png"),
 ) -> None:
     """Draw the learning rate of a run before it starts, for the 50,000 images of CIFAR-10."""
     recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
-    if output.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--output {output} must end in .png, .svg or .pdf")
     if step_size < 1 or cycles < 1:
         raise UsageError(f"--step-size {step_size} and --cycles {cycles} must be at least 1")
     if policy == "triangular" and not 0 < min_lr < recipe.max_lr:
@@ -349,10 +417,10 @@ def schedule(
     else:
         figure = figures.learning_rate(recipe, -(-50_000 // recipe.batch_size))
     figures.save(figure, output)
-    console.say(f"written: {output}")
+    console.say(_written(output.parent, output.name))
 
 
-@app.command(rich_help_panel="About")
+@app.command(rich_help_panel=ABOUT)
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print every field of this one, as recipe.json.", show_default=False)] = None,
 ) -> None:

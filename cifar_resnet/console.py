@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -42,6 +43,16 @@ def bar(unit: str) -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+def table_of(*columns: str, title: str | None = None, **options: Any) -> Table:
+    """An empty table without lines; a column whose name begins with > is aligned right."""
+    table = Table(header_style="bold", title=title, title_justify="left", **{"box": None, "pad_edge": False, **options})
+    for name in columns:
+        table.add_column(
+            name.removeprefix(">"), justify="right" if name.startswith(">") else "left", no_wrap=name.startswith(">")
+        )
+    return table
 
 
 class TrainingTable:
@@ -83,10 +94,8 @@ class TrainingTable:
 
     def screen(self) -> Group:
         """The rows that fit above the bar; at the end all of them."""
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        tested = self.evaluated_on
-        for name in ("epoch", "LR", "train loss", "train acc", f"{tested} loss", f"{tested} acc", "seconds", "images/s"):
-            table.add_column(name, justify="right", no_wrap=True)
+        judged = (f">{self.evaluated_on} loss", f">{self.evaluated_on} acc")
+        table = table_of(">epoch", ">LR", ">train loss", ">train acc", *judged, ">seconds", ">images/s")
         for m in self.rows if self.whole else self.rows[-max(console.height - 5, 1) :]:
             table.add_row(
                 f"{m['epoch']}", f"{m['lr']:.5f}", f"{m['train_loss']:.4f}", f"{m['train_accuracy']:.2f} %", f"{m['test_loss']:.4f}",
@@ -127,49 +136,59 @@ def training_result(checkpoint: Checkpoint) -> None:
     say(f"next: cifar-resnet evaluate {folder}, cifar-resnet misclassified {folder}")
 
 
-def evaluation(content: dict[str, Any], folder: Path) -> None:
-    """The report by class, and the figures over all images."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("class")
-    for name in ("precision", "recall", "F1", "count"):
-        table.add_column(name, justify="right")
+def evaluation(content: dict[str, Any], written: str) -> None:
+    """The report by class, the most confused pairs, and the figures over all images."""
+    table = table_of("class", ">precision", ">recall", ">F1", ">count")
     for name, row in content["classes"].items():
         table.add_row(name, f"{row['precision']:.2f} %", f"{row['recall']:.2f} %", f"{row['f1']:.2f} %", f"{row['count']:,}")
+    pairs = table_of("most confused", "predicted as", ">images", ">of the class")
+    for row in content["most_confused"]:
+        pairs.add_row(row["true"], row["predicted"], f"{row['count']:,}", f"{row['share']:.1f} %")
     console.print(table)
     console.print()
+    if content["most_confused"]:
+        console.print(pairs)
+        console.print()
     say(
         f"{content['evaluated_on']} accuracy {content['accuracy']:.2f} % of {content['images']:,} images, loss {content['loss']:.4f}, "
         f"expected calibration error {content['calibration_error']:.2f} %",
         style="bold",
     )
-    if content["tta"]:
-        flip = content["tta"]["flip"]
-        say(f"with flips at test time: accuracy {flip['accuracy']:.2f} %, loss {flip['loss']:.4f}")
-    say(f"written: {folder / 'evaluation.json'}, {folder / 'confusion_matrix.png'}")
+    for name, score in (content["tta"] or {}).items():
+        say(f"with test-time augmentation ({name}): accuracy {score['accuracy']:.2f} %, loss {score['loss']:.4f}")
+    say(written)
 
 
-def mistakes(wrong: list[Mistake], folder: Path) -> None:
-    """The surest mistakes."""
-    if not wrong:
-        say("no image is misclassified")
-        return
-    table = Table(
-        box=None, header_style="bold", pad_edge=False, title=f"the surest of {len(wrong)} mistakes", title_justify="left"
-    )
-    for name in ("image", "true class", "predicted", "confidence"):
-        table.add_column(name, justify="right" if name in ("image", "confidence") else "left")
-    for mistake in wrong[:10]:
-        table.add_row(str(mistake.index), mistake.true, mistake.predicted, f"{100 * mistake.confidence:.1f} %")
+def mistakes(chosen: list[Mistake], written: str) -> None:
+    """The first of the mistakes chosen."""
+    if not chosen:
+        say("no image is misclassified so")
+    else:
+        shown = min(len(chosen), 10)
+        table = table_of(">image", "true class", "predicted", ">confidence", title=f"{shown} of {len(chosen)} mistakes")
+        for mistake in chosen[:shown]:
+            table.add_row(str(mistake.index), mistake.true, mistake.predicted, f"{100 * mistake.confidence:.1f} %")
+        console.print(table)
+        console.print()
+    say(written)
+
+
+def comparison(content: dict[str, Any]) -> None:
+    """The groups of runs, the best first."""
+    table = table_of("recipe", ">n", f">{content['evaluated_on']} acc", ">seconds", "what differs", show_lines=True)
+    for group in sorted(content["groups"], key=lambda group: -group["mean"]):
+        spread = f" ± {group['std']:.2f}" if group["std"] is not None else ""
+        differs = ", ".join(f"{name} {value}" for name, value in group["differs"].items())
+        name = group["label"].split(":")[0]
+        table.add_row(
+            name, str(group["n"]), f"{group['mean']:.2f}{spread} %", f"{group['seconds']:,.0f}", differs or "only the seed"
+        )
     console.print(table)
     console.print()
-    say(f"written: {folder / 'misclassified.json'} (all of them), {folder / 'misclassified.png'}, {folder / 'gradcam.png'}")
 
 
-def lr_suggestions(found: Suggestions, folder: Path) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("rule")
-    table.add_column("LR", justify="right")
-    table.add_column("what it is")
+def lr_suggestions(found: Suggestions, written: str) -> None:
+    table = table_of("rule", ">LR", "what it is")
     table.add_row("steepest", f"{found.steepest:.3g}", "where the lagging mean falls fastest, as torch-lr-finder suggests")
     table.add_row("valley", f"{found.valley:.3g}", "the middle of the longest fall")
     table.add_row("minimum / 10", f"{found.minimum_tenth:.3g}", "a tenth of the LR of the lowest lagging mean")
@@ -191,16 +210,13 @@ def lr_suggestions(found: Suggestions, folder: Path) -> None:
         )
     else:
         say(f"next: cifar-resnet train --max-lr {found.max_lr:.3g}", style="bold")
-    say(f"written: {folder / 'lr_finder.json'}, {folder / 'lr_finder.png'}")
+    say(written)
 
 
 def layers(rows: list[dict[str, Any]], recipe: Recipe) -> None:
     """The layer table, and its totals."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("layer", overflow="fold")
-    table.add_column("type", overflow="fold")
-    for name in ("input", "output", "k", "parameters", "M madds", "field", "jump", "start"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = (">k", ">parameters", ">M madds", ">field", ">jump", ">start")
+    table = table_of("layer", "type", ">input", ">output", *numbers, padding=(0, 1, 0, 0))
     for row in rows:
         shapes = ("x".join(map(str, row[side])) for side in ("input", "output"))
         madds = f"{row['multiply_adds'] / 1e6:,.1f}" if row["multiply_adds"] else ""
@@ -220,9 +236,7 @@ def layers(rows: list[dict[str, Any]], recipe: Recipe) -> None:
 
 def recipes() -> None:
     """Every preset with where it comes from and what was assumed."""
-    table = Table(header_style="bold", show_lines=True)
-    for name in ("recipe", "origin", "assumed where the origin is silent"):
-        table.add_column(name)
+    table = table_of("recipe", "origin", "assumed where the origin is silent", box=box.HEAVY_HEAD, pad_edge=True, show_lines=True)
     for name, preset in PRESETS.items():
         table.add_row(f"[bold]{name}[/]", preset.origin, preset.assumed)
     console.print(table)

@@ -168,14 +168,14 @@ def update_average(averaged: ResNet, model: ResNet, decay: float) -> None:
 
 @torch.inference_mode()
 def predict(
-    recipe: Recipe, model: ResNet, batches: Iterable[Batch], device: torch.device, mirrored: bool = False
+    recipe: Recipe, model: ResNet, batches: Iterable[Batch], device: torch.device, view: Callable[[Tensor], Tensor] = lambda x: x
 ) -> tuple[Tensor, Tensor]:
-    """Logits of the images, or of their mirror images, float32 (N, classes), and labels, int64 (N,); on the CPU."""
+    """Logits of a view of the images, float32 (N, classes), and labels, int64 (N,); on the CPU."""
     model.eval()
     logits, labels = [], []
     for images, targets in batches:
         with autocast(recipe, device):
-            logits.append(model.logits(images.flip(3) if mirrored else images).float())
+            logits.append(model.logits(view(images)).float())
         labels.append(targets)
     return torch.cat(logits).cpu(), torch.cat(labels).cpu()
 

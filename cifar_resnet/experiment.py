@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import analysis, engine, figures
 from . import data as datasets
-from .batches import Batches, make_batches
+from .batches import Batches, epoch_order, make_batches
 from .device import environment, resolve_device, resolve_precision
 from .engine import Epoch, State, Step
 from .errors import CifarResnetError, RunDirectoryError, UsageError
@@ -76,6 +77,7 @@ def train(
     loader: str = "auto",
     workers: int | None = None,
     save_every_minutes: float = 5.0,
+    format: str = "png",
     watcher: Watcher | None = None,
 ) -> Checkpoint:
     """Trains a recipe to its end, or a run on from its checkpoint, and keeps it in a run directory.
@@ -88,6 +90,7 @@ def train(
         loader: "auto", "tensor" or "albumentations".
         workers: processes of the albumentations loader.
         save_every_minutes: how long inside an epoch until a checkpoint is saved.
+        format: of the pictures: "png", "svg" or "pdf".
 
     Returns:
         The final checkpoint, whose history holds the metrics of every epoch.
@@ -103,7 +106,7 @@ def train(
             raise UsageError("a resumed run takes recipe and folder from itself; give neither")
         folder = Path(resume)
         recipe, checkpoint = _standing(folder, must_match or {})
-        if checkpoint and checkpoint.finished and (folder / "learning_rate.png").exists():  # the last file that a run writes
+        if checkpoint and checkpoint.finished and any(folder.glob("learning_rate.*")):  # the last file that a run writes
             return checkpoint
     recipe, place = prepare(recipe or Recipe(), device)
     data = datasets.load(recipe, Path(data_dir) if data_dir else None, watcher.warn)
@@ -161,8 +164,8 @@ def train(
                         watcher.warn(f"{trouble}; the run goes on, unsaved")
                 if received and not done:
                     raise Interrupted(received[0], folder)
-        figures.save(figures.curves(state.history, recipe, data.evaluated_on), folder / "curves.png")
-        figures.save(figures.learning_rate(recipe, batches.steps), folder / "learning_rate.png")
+        figures.save(figures.curves(state.history, recipe, data.evaluated_on), folder / f"curves.{format}")
+        figures.save(figures.learning_rate(recipe, batches.steps), folder / f"learning_rate.{format}")
     return load_checkpoint(folder)
 
 
@@ -219,10 +222,11 @@ def find_lr(
     end_lr: float = 10.0,
     num_iter: int = 200,
     step_mode: str = "exp",
+    format: str = "png",
     progress: Callable[[int, int], None] = lambda done, total: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> tuple[History, Suggestions]:
-    """Runs the learning-rate range test; with `run_dir`, writes `lr_finder.json` and `lr_finder.png` there.
+    """Runs the learning-rate range test; with `run_dir`, writes `lr_finder.json` and its picture there.
 
     Raises:
         CifarResnetError: one line that says what was wrong.
@@ -250,7 +254,7 @@ def find_lr(
             "history": {"lr": history.lr.tolist(), "loss": history.loss.tolist()},
         }
         write_json(folder / "lr_finder.json", content)
-        figures.save(figures.lr_finder(history, suggestions, recipe, step_mode), folder / "lr_finder.png")
+        figures.save(figures.lr_finder(history, suggestions, recipe, step_mode), folder / f"lr_finder.{format}")
     return history, suggestions
 
 
@@ -298,42 +302,61 @@ def evaluate(
     data_dir: Path | str | None = None,
     device: str = "auto",
     tta: str = "none",
+    format: str = "png",
     notify: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """What `evaluation.json` holds: loss, accuracy, calibration and the report by class, of the single view.
 
     Args:
         checkpoint: a checkpoint file, or a run directory.
-        run_dir: where `evaluation.json` and `confusion_matrix.png` go; beside the checkpoint if not given.
-        tta: "flip" adds loss and accuracy of the mean logits of the image and its mirror image.
+        run_dir: where `evaluation.json` and the pictures go; beside the checkpoint if not given.
+        tta: "flip" or "flip-shift" add loss and accuracy of the mean logits of several views; see `analysis.views`.
+        format: of the pictures: "png", "svg" or "pdf".
 
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
     found = predict(checkpoint, data_dir, device, notify)
+    content = evaluation(found, tta)
+    folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
+    write_json(folder / "evaluation.json", content)
+    for name, figure in evaluation_figures(content).items():
+        figures.save(figure, folder / f"{name}.{format}")
+    return content
+
+
+def evaluation(found: Prediction, tta: str = "none") -> dict[str, Any]:
     loaded = found.checkpoint
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "checkpoint": str(loaded.path),
+        "recipe": loaded.recipe.recipe,
         "epoch": loaded.content["epoch"],
         "evaluated_on": found.data.evaluated_on,
         "environment": environment(found.device),
         **analysis.report(found.logits, found.labels, found.data.classes),
         "tta": None,
     }
-    if tta == "flip":
-        plain = found.images.plain(engine.EVALUATION_BATCH)
-        mirrored, _ = engine.predict(loaded.recipe, found.model, plain, found.device, mirrored=True)
-        both = engine.scores((found.logits + mirrored) / 2, found.labels)
-        content["tta"] = {"flip": {"loss": both["test_loss"], "accuracy": both["test_accuracy"]}}
-    folder = writable(Path(run_dir) if run_dir else loaded.path.parent)
-    write_json(folder / "evaluation.json", content)
-    title = (
-        f"{loaded.recipe.recipe}, {found.data.evaluated_on} images: {content['accuracy']:.2f} % of {content['images']:,} right"
-    )
-    figure = figures.confusion_matrix(content["confusion_matrix"], found.data.classes, title)
-    figures.save(figure, folder / "confusion_matrix.png")
+    if tta != "none":
+        logits = torch.zeros_like(found.logits)
+        for weight, view in analysis.views(tta):
+            plain = found.images.plain(engine.EVALUATION_BATCH)
+            logits += weight * engine.predict(loaded.recipe, found.model, plain, found.device, view)[0]
+        score = engine.scores(logits, found.labels)
+        content["tta"] = {tta: {"loss": score["test_loss"], "accuracy": score["test_accuracy"]}}
     return content
+
+
+def evaluation_figures(content: dict[str, Any]) -> dict[str, Figure]:
+    """The pictures of an evaluation, by the name of their file."""
+    what = f"{content['recipe']}, {content['images']:,} {content['evaluated_on']} images"
+    right = f"{what}: {content['accuracy']:.2f} % right"
+    bins, error, loss = (content[key] for key in ("reliability", "calibration_error", "loss"))
+    return {
+        "confusion_matrix": figures.confusion_matrix(content["confusion_matrix"], list(content["classes"]), right),
+        "class_accuracy": figures.class_accuracy(content["classes"], right),
+        "reliability": figures.reliability(bins, error, loss, f"How far confidence can be believed: {what}"),
+    }
 
 
 def misclassified(
@@ -342,17 +365,25 @@ def misclassified(
     *,
     count: int = 25,
     layer: str = "layer2",
+    sort: str = "confidence",
+    true: str | None = None,
+    predicted: str | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
+    format: str = "png",
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[analysis.Mistake]:
-    """Every mistake, the surest first; writes `misclassified.json`, `misclassified.png` and `gradcam.png`.
+    """The mistakes chosen, in order; writes `misclassified.json` (every mistake), and pictures of the first of those chosen.
 
     Args:
         checkpoint: a checkpoint file, or a run directory.
         run_dir: where the files go; beside the checkpoint if not given.
         count: how many of the mistakes the two pictures show.
         layer: whose output Grad-CAM weighs; see `analysis.grad_cam`.
+        sort: "confidence" (surest first), "class" or "random".
+        true: only mistakes on images of this class.
+        predicted: only images that were taken for this class.
+        format: of the pictures: "png", "svg" or "pdf".
 
     Raises:
         CifarResnetError: one line that says what was wrong.
@@ -360,19 +391,73 @@ def misclassified(
     if not 1 <= count <= 100:
         raise UsageError(f"--count {count} must be 1 to 100")
     found = predict(checkpoint, data_dir, device, notify)
-    loaded, split, classes = found.checkpoint, found.data.evaluation, found.data.classes
+    split, classes = found.data.evaluation, found.data.classes
     wrong = analysis.mistakes(found.logits, found.labels, split, classes)
-    folder = writable(Path(run_dir) if run_dir else loaded.path.parent)
+    chosen = analysis.choose(wrong, classes, sort, true, predicted)
+    path = found.checkpoint.path
+    folder = writable(Path(run_dir) if run_dir else path.parent)
     listed = [{key: value for key, value in mistake._asdict().items() if key != "position"} for mistake in wrong]
-    content = {"schema": SCHEMA, "checkpoint": str(loaded.path), "evaluated_on": found.data.evaluated_on, "images": len(split)}
+    content = {"schema": SCHEMA, "checkpoint": str(path), "evaluated_on": found.data.evaluated_on, "images": len(split)}
     write_json(folder / "misclassified.json", {**content, "mistakes": listed})
-    if shown := wrong[:count]:
-        chosen = split.take(np.array([mistake.position for mistake in shown]))
-        images = next(make_batches(chosen, loaded.recipe, found.device).plain(len(chosen)))[0]
-        predicted = torch.tensor([classes.index(mistake.predicted) for mistake in shown], device=found.device)
-        maps = analysis.grad_cam(found.model, images, predicted, layer)
-        what = f"the {len(shown)} surest of {len(wrong)} mistakes in {len(split):,} {found.data.evaluated_on} images"
-        figures.save(figures.misclassified(chosen.images, shown, what), folder / "misclassified.png")
-        title = f"Grad-CAM of the class predicted, at {layer}: {what}"
-        figures.save(figures.grad_cam(chosen.images, maps, shown, title), folder / "gradcam.png")
-    return wrong
+    order = {"confidence": "surest of", "class": "first, by class, of", "random": "drawn at random from"}[sort]
+    of_classes = "".join(f", {what} {name}" for what, name in (("true class", true), ("predicted", predicted)) if name)
+    title = (
+        f"{min(count, len(chosen))} {order} {len(chosen)} mistakes in {len(split):,} {found.data.evaluated_on} images{of_classes}"
+    )
+    if chosen:
+        for name, figure in mistake_figures(found, chosen[:count], layer, title).items():
+            figures.save(figure, folder / f"{name}.{format}")
+    return chosen
+
+
+def mistake_figures(found: Prediction, shown: list[analysis.Mistake], layer: str, title: str) -> dict[str, Figure]:
+    """The pictures of these mistakes, by the name of their file."""
+    chosen, classes = found.data.evaluation.take(np.array([mistake.position for mistake in shown])), found.data.classes
+    images = next(make_batches(chosen, found.checkpoint.recipe, found.device).plain(len(chosen)))[0]
+    maps = []
+    for names in ([mistake.predicted for mistake in shown], [mistake.true for mistake in shown]):
+        of = torch.tensor([classes.index(name) for name in names], device=found.device)
+        maps.append(analysis.grad_cam(found.model, images, of, layer))
+    return {
+        "misclassified": figures.misclassified(chosen.images, shown, title),
+        "gradcam": figures.grad_cam(chosen.images, *maps, shown, title and f"Grad-CAM at {layer}: {title}"),
+    }
+
+
+def samples(
+    recipe: Recipe | None = None,
+    path: Path | str | None = None,
+    *,
+    views: int = 8,
+    data_dir: Path | str | None = None,
+    loader: str = "auto",
+    workers: int | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Figure:
+    """One training image of each class, drawn by the seed, beside the views that the recipe's own loader makes of it.
+
+    Args:
+        path: where the picture goes (.png, .svg or .pdf), if anywhere.
+        views: how many, each from an epoch of its own.
+
+    Raises:
+        CifarResnetError: one line that says what was wrong.
+    """
+    if not 1 <= views <= 20:
+        raise UsageError(f"--views {views} must be 1 to 20")
+    recipe, place = prepare(recipe or Recipe(), "cpu")
+    data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify)
+    rng = np.random.default_rng(recipe.seed)
+    positions = [rng.choice(np.flatnonzero(data.train.labels == label)) for label in range(len(data.classes))]
+    chosen = data.train.take(np.array(positions))
+    batches = make_batches(chosen, recipe.replace(batch_size=len(chosen)), place, loader, workers)
+    seen = np.empty((len(chosen), views, 32, 32, 3), np.uint8)
+    mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
+    for view in range(views):
+        images, _ = next(iter(batches.epoch(view)))
+        pixels = ((images.permute(0, 2, 3, 1) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        seen[epoch_order(recipe, view, len(chosen)), view] = pixels.numpy()
+    figure = figures.samples(chosen.images, seen, data.classes, f"Training images under the augmentation of {recipe.recipe}")
+    if path is not None:
+        figures.save(figure, Path(path))
+    return figure

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from . import schedule
 from .analysis import Mistake
+from .errors import UsageError
 from .lr_finder import History, Suggestions, smooth
 from .optimizer import rates
 from .recipe import Recipe
@@ -21,25 +24,37 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E
 BEST_REFERENCE = ("best of the five documented systems, 91.97 %", 91.97)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes the figure whole, in the format of its suffix."""
+def render(figure: Figure, format: str = "png") -> bytes:
+    """The figure as a file of this format: png, svg or pdf."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:], dpi=110)
-    write_whole(path, buffer.getvalue())
+    figure.savefig(buffer, format=format, dpi=110)
+    return buffer.getvalue()
 
 
-def _figure(columns: int = 1, size: tuple[float, float] = (7, 4.2)) -> tuple[Figure, np.ndarray]:
+def save(figure: Figure, path: Path) -> Path:
+    """Writes the figure whole, in the format of its suffix, and gives the path.
+
+    Raises:
+        UsageError: the suffix is none of .png, .svg and .pdf.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"{path} must end in .png, .svg or .pdf")
+    write_whole(path, render(figure, path.suffix[1:]))
+    return path
+
+
+def _figure(columns: int = 1, size: tuple[float, float] = (7, 4.2), **options: Any) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(columns, squeeze=False, **options)[:, 0] if options else figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     return figure, axes
 
 
-def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test") -> Figure:
-    """Loss and accuracy by epoch, on the training images and on those evaluated on."""
-    figure, (left, right) = _figure(2, (11, 4.2))
+def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test", stacked: bool = False) -> Figure:
+    """Loss and accuracy by epoch, on the training images and on those evaluated on; side by side, or stacked."""
+    figure, (left, right) = _figure(2, (7, 7.6), sharex=True) if stacked else _figure(2, (11, 4.2))
     epochs = [row["epoch"] for row in history]
     objective = "train (augmented, label smoothing)" if recipe.label_smoothing else "train (augmented)"
     for axis, quantity, trained in ((left, "loss", objective), (right, "accuracy", "train (augmented)")):
@@ -133,28 +148,105 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], ti
     return figure
 
 
-def _grid(images: np.ndarray, shown: Sequence[Mistake], title: str) -> tuple[Figure, list]:
-    columns = min(5, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(1.7 * columns, 2.05 * rows + 0.4), layout="constrained")
+def class_accuracy(classes: dict[str, dict[str, float]], title: str) -> Figure:
+    """The share of each true class that is predicted right, as bars, the worst on top; `classes` as in `evaluation.json`."""
+    figure, (axis,) = _figure(size=(7, 0.9 + 0.32 * len(classes)))
+    names = sorted(classes, key=lambda name: -classes[name]["recall"])
+    recall = [classes[name]["recall"] for name in names]
+    bars = axis.barh(names, recall, color=BLUE)
+    axis.bar_label(bars, [f"{value:.1f} %" for value in recall], padding=3)
+    axis.set(xlim=(0, 112), xticks=range(0, 101, 20), xlabel="percent of the class predicted right", title=title)
+    axis.grid(visible=False, axis="y")
+    return figure
+
+
+def reliability(bins: Sequence[dict[str, Any]], calibration_error: float, loss: float, title: str) -> Figure:
+    """Accuracy by confidence with the diagonal of perfect calibration, over the count of images in each bin."""
+    figure, (axis, below) = _figure(2, (6.4, 6.2), sharex=True, height_ratios=(3, 1))
+    centres, width = [(row["from"] + row["to"]) / 2 for row in bins], bins[0]["to"] - bins[0]["from"]
+    axis.bar(centres, [row["accuracy"] or 0 for row in bins], 0.92 * width, color=BLUE, label="accuracy of the bin")
+    filled = [row for row in bins if row["count"]]
+    axis.plot([r["confidence"] for r in filled], [r["accuracy"] for r in filled], "o", color=RED, label="at its mean confidence")
+    axis.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="perfectly calibrated")
+    axis.set(ylabel="accuracy, percent", title=title, ylim=(0, 103), xlim=(0, 100))
+    axis.plot([], [], " ", label=f"expected calibration error {calibration_error:.2f} %")
+    axis.plot([], [], " ", label=f"negative log likelihood {loss:.4f}")
+    axis.legend(frameon=False, loc="upper left")
+    below.bar(centres, [row["count"] for row in bins], 0.92 * width, color=GREY)
+    below.set(xlabel="confidence: probability of the predicted class, percent", ylabel="images")
+    return figure
+
+
+def _cells(count: int, columns: int, width: float, title: str) -> tuple[Figure, list]:
+    """Axes without frames in rows, for `count` images of that width in inches, each with two lines of text above."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, 2.05 * rows + (0.4 if title else 0)), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
-    for axis, image, mistake in zip(axes, images, shown, strict=False):
-        axis.imshow(image, interpolation="nearest")
-        axis.set_title(f"{mistake.predicted}, {100 * mistake.confidence:.0f} %\ntrue: {mistake.true}", fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    if title:
+        figure.suptitle(title, fontsize=11)
     return figure, axes
 
 
 def misclassified(images: np.ndarray, shown: Sequence[Mistake], title: str) -> Figure:
     """A grid of mistakes, uint8 images (N, 32, 32, 3): the class predicted with its confidence, and the true one."""
-    return _grid(images, shown, title)[0]
+    figure, axes = _cells(len(shown), 5, 1.7, title)
+    for axis, image, mistake in zip(axes, images, shown, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(f"{mistake.predicted}, {100 * mistake.confidence:.0f} %\ntrue: {mistake.true}", fontsize=9)
+    return figure
 
 
-def grad_cam(images: np.ndarray, maps: np.ndarray, shown: Sequence[Mistake], title: str) -> Figure:
-    """The same grid under Grad-CAM maps, float (N, 32, 32) in 0 to 1: bright where the predicted class was seen."""
-    figure, axes = _grid(images, shown, title)
-    for axis, heat in zip(axes, maps, strict=False):
-        axis.imshow(heat, cmap="inferno", alpha=0.25 + 0.4 * heat, vmin=0, vmax=1, interpolation="bilinear")
+def grad_cam(images: np.ndarray, predicted: np.ndarray, true: np.ndarray, shown: Sequence[Mistake], title: str) -> Figure:
+    """Each mistake three times: plain, and under the Grad-CAM maps of the class predicted and of the true one.
+
+    Maps are float (N, 32, 32) in 0 to 1; bright is where the class was seen. Images are uint8 (N, 32, 32, 3).
+    """
+    figure, axes = _cells(len(shown), 2, 4.6, title)
+    for axis, image, mistake, *maps in zip(axes, images, shown, predicted, true, strict=False):
+        for place, heat in enumerate([None, *maps]):
+            extent = (34 * place, 34 * place + 32, 32, 0)
+            axis.imshow(image, interpolation="nearest", extent=extent)
+            if heat is not None:
+                options = dict(alpha=0.25 + 0.4 * heat, vmin=0, vmax=1, interpolation="bilinear")
+                axis.imshow(heat, cmap="inferno", extent=extent, **options)
+        axis.set(xlim=(-5, 105), ylim=(32, 0))
+        for place, name in enumerate((mistake.predicted, mistake.true)):
+            text = f"{('predicted', 'true')[place]}: {name}\n{100 * mistake.probabilities[name]:.1f} %"
+            axis.text(34 * place + 50, -1, text, ha="center", va="bottom", fontsize=9)
+    return figure
+
+
+def samples(images: np.ndarray, views: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """One row a class: its image, uint8 (C, 32, 32, 3), and the augmented views of it, uint8 (C, V, 32, 32, 3)."""
+    count = views.shape[1] + 1
+    figure = Figure(figsize=(0.95 * count + 1.1, 0.98 * len(images) + 0.5), layout="constrained")
+    grid = figure.subplots(len(images), count, squeeze=False)
+    for row, image, seen, name in zip(grid, images, views, classes, strict=True):
+        for axis, picture in zip(row, [image, *seen], strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    grid[0, 0].set_title("image", fontsize=10)
+    grid[0, 1].set_title("as training sees it", fontsize=10, loc="left")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def comparison(groups: Sequence[dict[str, Any]], evaluated_on: str) -> Figure:
+    """Accuracy by epoch of several groups of runs: the mean of each, and the range of its seeds; `groups` as `compare` has them."""
+    figure, (axis,) = _figure(size=(8, 4.8))
+    for group, colour in zip(groups, itertools.cycle((BLUE, RED, GREEN, ORANGE, PURPLE, GREY))):
+        by_run = np.array([run["test_accuracy"] for run in group["runs"]])
+        epochs = np.arange(by_run.shape[1]) + 1
+        spread = f" ± {group['std']:.2f}" if group["std"] is not None else ""
+        label = f"{group['label']}: {group['mean']:.2f}{spread} %, n = {group['n']}"
+        axis.plot(epochs, by_run.mean(0), color=colour, label=label, marker=".")
+        axis.fill_between(epochs, by_run.min(0), by_run.max(0), color=colour, alpha=0.15, linewidth=0)
+    axis.set(xlabel="epoch", ylabel="percent", title=f"{evaluated_on.capitalize()} accuracy by epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(frameon=False, fontsize=9)
     return figure

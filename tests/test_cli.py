@@ -6,12 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 import cifar_resnet
-from cifar_resnet import Recipe, console, load_checkpoint
+from cifar_resnet import Recipe, console, load_checkpoint, samples
 
 
 def fresh(*arguments):
@@ -193,3 +194,37 @@ def test_the_readme_tells_the_commands_that_are_there(cli):
     assert commands
     assert {command for command in commands if f"cifar-resnet {command}" in readme} == commands
     assert set(re.findall(r"^ *cifar-resnet ([a-z-]+)", readme, re.MULTILINE)) <= commands
+
+
+@pytest.mark.parametrize("loader", [("--loader", "tensor"), ("--loader", "albumentations", "--workers", 0)], ids=str)
+def test_samples_are_drawn_by_the_loader_itself(loader, cli, tmp_path):
+    options = ("--dataset", "digits", "--cutout-size", 12, "--views", 3, "--output", tmp_path / "s.png")
+    assert cli("samples", *options, *loader)[0] == 0
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_views_beside_an_image_are_of_that_image():
+    """Without crop, flip and cutout each view is the image itself."""
+    recipe = Recipe.build("digits", pad=0, cutout_count=0, flip_probability=0.0)
+    figure = samples(recipe, views=3)
+    rows = np.array([axis.images[0].get_array() for axis in figure.axes]).reshape(10, 4, 32, 32, 3)
+    for view in (1, 2, 3):
+        assert np.array_equal(rows[:, view], rows[:, 0])
+    labels = [axis.get_ylabel() for axis in figure.axes[::4]]
+    assert labels == [str(digit) for digit in range(10)]
+    assert len({rows[i, 0].tobytes() for i in range(10)}) == 10
+
+
+def test_pictures_come_in_the_format_asked_for(cli, tiny_run, tmp_path):
+    assert cli("evaluate", tiny_run, "--format", "svg", "--run-dir", tmp_path)[0] == 0
+    assert cli("misclassified", tiny_run, "--format", "pdf", "--count", 2, "--run-dir", tmp_path)[0] == 0
+    svgs = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    assert set(svgs) == {"confusion_matrix.svg", "class_accuracy.svg", "reliability.svg"}
+    assert all(b"<svg" in content for content in svgs.values())
+    assert all(path.read_bytes().startswith(b"%PDF") for path in tmp_path.glob("*.pdf"))
+    assert len(list(tmp_path.glob("*.pdf"))) == 2
+
+
+def test_a_class_that_does_not_exist_is_named(refused, tiny_run):
+    line = refused(2, "misclassified", tiny_run, "--true", "cow")
+    assert "--true cow: no such class; there are 0, 1, 2" in line

@@ -7,6 +7,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch.nn import functional as F
 
 from cifar_resnet import Recipe, engine
+from cifar_resnet.analysis import views
 from cifar_resnet.batches import TensorBatches
 from cifar_resnet.data import Split, load, with_statistics
 from cifar_resnet.errors import NonFiniteLossError
@@ -161,7 +162,7 @@ def test_weights_that_are_not_finite_are_noticed_before_a_loss_is():
 def test_mirrored_logits_are_those_of_the_mirrored_images():
     recipe, _, evaluation = small_run()
     model = engine.start(recipe, CPU).model
-    mirrored, _ = engine.predict(recipe, model, evaluation.plain(1000), CPU, mirrored=True)
+    mirrored, _ = engine.predict(recipe, model, evaluation.plain(1000), CPU, views("flip")[1][1])
     data = load(recipe).evaluation
     flipped = Split(data.images[:, :, ::-1].copy(), data.labels, data.indices)
     by_hand, _ = engine.predict(recipe, model, TensorBatches(flipped, recipe, CPU).plain(1000), CPU)

@@ -213,7 +213,7 @@ def test_what_train_reports_is_what_evaluate_prints(tiny_run, tmp_path, cli):
     assert sum(row["count"] for row in found["classes"].values()) == found["images"] == 40
     assert sum(found["confusion_matrix"][i][i] for i in range(10)) == round(0.4 * found["accuracy"])
     assert set(found["tta"]) == {"flip"}
-    assert sorted(os.listdir(tmp_path)) == ["confusion_matrix.png", "evaluation.json"]
+    assert sorted(os.listdir(tmp_path)) == ["class_accuracy.png", "confusion_matrix.png", "evaluation.json", "reliability.png"]
 
 
 def test_the_averaged_model_is_the_one_evaluated(tiny_run):
