@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import CifarResnetError
-    from .experiment import Watcher, evaluate, find_lr, misclassified, samples, train
+    from .experiment import Watcher, evaluate, find_lr, misclassified, repeat, samples, train
+    from .inference import export, predict
     from .model import ResNet, build_model
     from .recipe import PRESETS, Recipe
     from .results import compare, report
@@ -18,7 +19,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "errors": ("CifarResnetError",),
-    "experiment": ("Watcher", "evaluate", "find_lr", "misclassified", "samples", "train"),
+    "experiment": ("Watcher", "evaluate", "find_lr", "misclassified", "repeat", "samples", "train"),
+    "inference": ("export", "predict"),
     "model": ("ResNet", "build_model"),
     "recipe": ("PRESETS", "Recipe"),
     "results": ("compare", "report"),
@@ -26,7 +28,7 @@ _HOME = {
 }
 __all__ = [
     "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "build_model", "compare",
-    "evaluate", "find_lr", "load_checkpoint", "misclassified", "report", "samples", "train",
+    "evaluate", "export", "find_lr", "load_checkpoint", "misclassified", "predict", "repeat", "report", "samples", "train",
 ]  # fmt: skip
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .batches import Batches
 from .data import Split
-from .engine import scores
+from .engine import EVALUATION_BATCH, predict, scores
 from .errors import UsageError
 from .model import ResNet, build_model
 from .recipe import Recipe
@@ -57,6 +58,11 @@ def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
         for by in (1, -1)
     ]
     return [(1 / 4, plain), (1 / 4, mirrored), *moved]
+
+
+def mean_logits(recipe: Recipe, model: ResNet, images: Batches, device: torch.device, tta: str) -> Tensor:
+    """Mean of the logits of the views of test-time augmentation, float32 (N, classes)."""
+    return sum(weight * predict(recipe, model, images.plain(EVALUATION_BATCH), device, view)[0] for weight, view in views(tta))
 
 
 def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -111,7 +111,12 @@ RecipeFile = Annotated[
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what --json asks for.")] = False,
 ) -> None:
+    if quiet:
+        from . import console
+
+        console.console.quiet = True
     if version:
         typer.echo(f"cifar-resnet {__version__}")
         raise typer.Exit
@@ -124,6 +129,14 @@ ResultDir = Annotated[
 ]
 Format = Annotated[Literal["png", "svg", "pdf"], typer.Option(help="Format of the pictures.", rich_help_panel=WHERE)]
 Output = Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.", rich_help_panel=DRAWING)]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print the table as JSON.")]
+Tta = Annotated[
+    Literal["none", "flip", "flip-shift"],
+    typer.Option(
+        help="Mean of the logits of several views: the image and its mirror image, or each also shifted by a pixel both ways.",
+        rich_help_panel=WHERE,
+    ),
+]
 # What a range test sweeps or never reaches, and so does not take.
 NOT_SWEPT = (
     "holdout", "test_limit", "max_lr", "base_momentum", "epochs", "peak_epoch", "div_factor", "final_div_factor",
@@ -202,6 +215,12 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this folder.", show_default=False, rich_help_panel=WHERE)
     ] = None,
+    repeat: Annotated[
+        int | None,
+        typer.Option(
+            help="Train this many seeds in a row, each in a folder of its own.", show_default="1", rich_help_panel=WHERE
+        ),
+    ] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
     loader: Loader = "auto",
@@ -225,7 +244,7 @@ def train(
     if resume is None:
         recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
     else:
-        given = {"--run-dir": run_dir, "--recipe-file": recipe_file, "--max-lr find": find}
+        given = {"--run-dir": run_dir, "--recipe-file": recipe_file, "--max-lr find": find, "--repeat": repeat}
         if wrong := [option for option, value in given.items() if value]:
             raise UsageError(f"{wrong[0]} does not go with --resume, which takes folder and recipe from the run")
         recipe = None
@@ -238,20 +257,17 @@ def train(
         _, found = _range_test(recipe, None, data_dir=data_dir, device=device, loader=loader, workers=workers)
         recipe = experiment.with_found_lr(recipe, found)
         console.say(f"range test: LR from {found.min_lr:.3g} to {found.max_lr:.3g}")
+    must_match = {name: value for name, value in options.items() if value is not None}
+    settings = dict(
+        resume=resume, must_match=must_match, data_dir=data_dir, device=device, loader=loader, workers=workers,
+        save_every_minutes=save_every_minutes, format=format,
+    )  # fmt: skip
+    if repeat is not None or (resume is not None and (resume / experiment.REPEAT).exists()):
+        content = experiment.repeat(recipe, repeat, run_dir, watch=console.TrainingTable, **settings)
+        console.repetition(content)
+        return
     with console.TrainingTable() as watcher:
-        result = experiment.train(
-            recipe,
-            run_dir,
-            resume=resume,
-            must_match={name: value for name, value in options.items() if value is not None},
-            data_dir=data_dir,
-            device=device,
-            loader=loader,
-            workers=workers,
-            save_every_minutes=save_every_minutes,
-            format=format,
-            watcher=watcher,
-        )
+        result = experiment.train(recipe, run_dir, watcher=watcher, **settings)
     if not watcher.begun:
         console.say(f"the run in {resume} is finished; nothing to do")
     console.training_result(result)
@@ -260,12 +276,7 @@ def train(
 @app.command(rich_help_panel=STEPS)
 def evaluate(
     checkpoint: CheckpointPath,
-    tta: Annotated[
-        Literal["none", "flip", "flip-shift"],
-        typer.Option(
-            help="Also with the mean logits of each image, its mirror image and both shifted by a pixel.", rich_help_panel=WHERE
-        ),
-    ] = "none",
+    tta: Tta = "none",
     run_dir: ResultDir = None,
     data_dir: DataDir = None,
     device: Device = "auto",
@@ -328,12 +339,15 @@ def _written(folder: Path, *names: str) -> str:
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or checkpoint files.", show_default=False)],
     output: Output = Path("comparison.png"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.", show_default="none")] = None,
+    json_output: JsonOutput = False,
 ) -> None:
     """Compare finished runs in one table and one picture; those that differ only in the seed as mean and spread."""
     from . import console, results
 
-    content = results.compare(runs, output, json_file)
+    content = results.compare(runs, output)
+    if json_output:
+        print(json.dumps(content, indent=2))
+        return
     console.comparison(content)
     console.say(_written(output.parent, output.name))
 
@@ -350,6 +364,56 @@ def report(
 
     with console.console.status("writing the report"):
         path = results.report(run, output, data_dir=data_dir, device=device, notify=console.say)
+    console.say(_written(path.parent, path.name))
+
+
+@app.command(rich_help_panel=AFTER)
+def predict(
+    checkpoint: CheckpointPath,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
+    top: Annotated[int, typer.Option(help="Classes shown for each image.")] = 3,
+    json_output: JsonOutput = False,
+    tta: Tta = "none",
+    device: Device = "auto",
+) -> None:
+    """Name what is on image files: each one's centred square, scaled to 32x32, through the model.
+
+    A file that is no image is named and skipped; the exit code is then 1.
+    """
+    from . import console, inference
+
+    skipped: list[str] = []
+    with console.bar("images") as progress:
+        task = progress.add_task("predicting")
+        found = list(
+            inference.predict(
+                checkpoint, images, top=top, tta=tta, device=device, skipped=skipped.append,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        )  # fmt: skip
+    if json_output:
+        print(json.dumps(found, indent=2))
+    else:
+        console.predictions(found)
+    for line in skipped:
+        print(f"cifar-resnet: skipped {line}", file=sys.stderr)
+    if skipped:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=AFTER)
+def export(
+    checkpoint: CheckpointPath,
+    output: Annotated[Path | None, typer.Option(help="The file.", show_default="model.<format> beside the checkpoint")] = None,
+    format: Annotated[Literal["onnx", "safetensors"], typer.Option(help="ONNX needs the extra export.")] = "onnx",
+    with_preprocessing: Annotated[
+        bool, typer.Option("--with-preprocessing", help="Normalise inside the graph: it takes uint8 (N, 32, 32, 3).")
+    ] = False,
+) -> None:
+    """Export the model for other programs: as an ONNX graph, or its weights as safetensors."""
+    from . import console, inference
+
+    path = inference.export(checkpoint, output, format=format, with_preprocessing=with_preprocessing)
     console.say(_written(path.parent, path.name))
 
 
@@ -377,7 +441,7 @@ def samples(
 def summary(
     options: dict[str, Any],
     recipe_file: RecipeFile = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    json_output: JsonOutput = False,
 ) -> None:
     """Show the network layer by layer: shapes, parameters, multiply-adds, receptive field."""
     recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)

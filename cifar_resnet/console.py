@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -78,7 +79,7 @@ class TrainingTable:
             else environment["device_name"]
         )
         say(
-            f"{recipe.recipe} on {recipe.dataset}: {len(data.train):,} training images, {recipe.epochs} epochs at batch "
+            f"{recipe.recipe} on {recipe.dataset_name}: {len(data.train):,} training images, {recipe.epochs} epochs at batch "
             f"{recipe.batch_size}, {recipe.optimizer} to LR {recipe.max_lr:.4g} at epoch {recipe.peak_epoch:.4g}, seed {recipe.seed}"
         )
         say(
@@ -134,6 +135,23 @@ def training_result(checkpoint: Checkpoint) -> None:
         style="bold",
     )
     say(f"next: cifar-resnet evaluate {folder}, cifar-resnet misclassified {folder}")
+
+
+def repetition(content: dict[str, Any]) -> None:
+    say(
+        f"{content['count']} seeds: {content['mean']:.2f} ± {content['std']:.2f} % {content['evaluated_on']} accuracy at the last epoch "
+        f"(mean, standard deviation), 95 % interval of the mean {content['interval'][0]:.2f} to {content['interval'][1]:.2f} %",
+        style="bold",
+    )
+
+
+def predictions(found: list[dict[str, Any]]) -> None:
+    """One row an image: its most probable classes, the first one first."""
+    count = max((len(row["classes"]) for row in found), default=0)
+    table = table_of("image", *(("class", "second", "third")[i] if i < 3 else f"{i + 1}th" for i in range(count)))
+    for row in found:
+        table.add_row(escape(row["image"]), *(f"{each['class']} {100 * each['probability']:.1f} %" for each in row["classes"]))
+    console.print(table)
 
 
 def evaluation(content: dict[str, Any], written: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DataError, UsageError
-from .recipe import CIFAR10_MEAN, CIFAR10_STD, Recipe
+from .recipe import CIFAR10_MEAN, CIFAR10_STD, DATASETS, Recipe
 
 DIGITS_MEAN, DIGITS_STD = (0.3054,) * 3, (0.3237,) * 3  # of the 1,437 training images, scaled to 32x32
 HOLDOUT_SEED, SUBSET_SEED = 20_09, 20_12  # fixed, so that runs with different seeds hold out the same images
@@ -56,8 +56,10 @@ def load(recipe: Recipe, data_dir: Path | None = None, notify: Callable[[str], N
     """
     if recipe.dataset == "digits":
         train, evaluation, classes = _digits()
-    else:
+    elif recipe.dataset == "cifar10":
         train, evaluation, classes = _cifar10(data_directory(data_dir), notify)
+    else:
+        train, evaluation, classes = _image_folder(Path(recipe.dataset))
     if recipe.holdout:
         _check_size("--holdout", recipe.holdout, len(train) - 1, len(classes))
         held = stratified(train.labels, recipe.holdout, HOLDOUT_SEED)
@@ -73,9 +75,13 @@ def load(recipe: Recipe, data_dir: Path | None = None, notify: Callable[[str], N
     return Data(train, evaluation, classes, "holdout" if recipe.holdout else "test")
 
 
-def with_statistics(recipe: Recipe) -> Recipe:
-    """The recipe with the mean and standard deviation that it leaves to the dataset written in."""
-    mean, std = (DIGITS_MEAN, DIGITS_STD) if recipe.dataset == "digits" else (CIFAR10_MEAN, CIFAR10_STD)
+def with_statistics(recipe: Recipe, train: Split | None = None) -> Recipe:
+    """The recipe with the mean and standard deviation that it leaves to the dataset written in: of `train`, where it is a folder."""
+    if recipe.dataset in DATASETS or train is None:
+        mean, std = (DIGITS_MEAN, DIGITS_STD) if recipe.dataset == "digits" else (CIFAR10_MEAN, CIFAR10_STD)
+    else:
+        pixels = train.images.reshape(-1, 3) / 255
+        mean, std = (tuple(round(float(value), 4) for value in each) for each in (pixels.mean(0), pixels.std(0).clip(0.01)))
     return recipe.replace(mean=recipe.mean or mean, std=recipe.std or std)
 
 
@@ -108,6 +114,50 @@ def _digits() -> tuple[Split, Split, tuple[str, ...]]:
     every = Split(images, digits.target.astype(np.int64), np.arange(len(images)))
     train, test = train_test_split(every.indices, test_size=360, random_state=0, stratify=every.labels)
     return every.take(np.sort(train)), every.take(np.sort(test)), tuple(str(name) for name in digits.target_names)
+
+
+def _image_folder(folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
+    """Images of one's own, in the layout of torchvision's ImageFolder: train/CLASS/* and test/CLASS/*."""
+    from torchvision.datasets import ImageFolder
+
+    if not folder.is_dir():
+        raise UsageError(f"--dataset {folder.name}: it is cifar10, digits or a folder, and there is no folder {folder}")
+    splits = []
+    for part in ("train", "test"):
+        try:
+            found = ImageFolder(folder / part)
+        except (OSError, ValueError):
+            raise DataError(f"{folder} must hold {part}/CLASS/*, at least one PNG, JPEG or WebP image in each class") from None
+        images = np.stack([read_image(Path(path)) for path, _ in found.samples])
+        splits.append((Split(images, np.array(found.targets, np.int64), np.arange(len(images))), tuple(found.classes)))
+    (train, classes), (test, of_test) = splits
+    if classes != of_test or len(classes) < 2:
+        raise DataError(
+            f"{folder}: train has the classes {', '.join(classes)}, test has {', '.join(of_test)}; they must be the same, at least two"
+        )
+    return train, test, classes
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image file as uint8 (32, 32, 3): turned as EXIF says, white where transparent, its centred square scaled to 32x32.
+
+    Raises:
+        DataError: it is no image that Pillow can read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode[0] in "IF":  # more than 8 bits
+                image = Image.fromarray((np.asarray(image, np.float64).clip(0, 65535) / 257).astype(np.uint8))
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image).convert("RGB")
+            return np.asarray(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
+    except Exception as error:  # whatever a damaged file makes its decoder raise
+        reason = "is a folder" if path.is_dir() else getattr(error, "strerror", None) or "is no image that can be read"
+        raise DataError(f"{path}: {reason}") from None
 
 
 def data_directory(data_dir: Path | None = None) -> Path:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor
 
 from . import analysis, engine, figures
@@ -23,7 +26,7 @@ from .engine import Epoch, State, Step
 from .errors import CifarResnetError, RunDirectoryError, UsageError
 from .lr_finder import MIN_POINTS, History, Suggestions, range_test, suggest
 from .model import ResNet
-from .recipe import Recipe
+from .recipe import Recipe, read_json
 from .run import (
     CHECKPOINT,
     SCHEMA,
@@ -41,6 +44,8 @@ from .run import (
     write_metrics,
     write_whole,
 )
+
+REPEAT = "repeat.json"
 
 
 class Watcher:
@@ -60,10 +65,14 @@ class Interrupted(CifarResnetError):
         self.exit_code = 128 + number
 
 
-def prepare(recipe: Recipe, device: str = "auto") -> tuple[Recipe, Any]:
-    """The recipe with what depends on dataset and device resolved, and the device."""
+def prepare(
+    recipe: Recipe | None, device: str, data_dir: Path | str | None, notify: Callable[[str], None]
+) -> tuple[Recipe, torch.device, datasets.Data]:
+    """The recipe with what depends on device and images resolved, the device, and the images."""
     place = resolve_device(device)
-    return resolve_precision(datasets.with_statistics(recipe), place), place
+    recipe = resolve_precision(recipe or Recipe(), place)
+    data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify)
+    return datasets.with_statistics(recipe, data.train), place, data
 
 
 def train(
@@ -108,8 +117,7 @@ def train(
         recipe, checkpoint = _standing(folder, must_match or {})
         if checkpoint and checkpoint.finished and any(folder.glob("learning_rate.*")):  # the last file that a run writes
             return checkpoint
-    recipe, place = prepare(recipe or Recipe(), device)
-    data = datasets.load(recipe, Path(data_dir) if data_dir else None, watcher.warn)
+    recipe, place, data = prepare(recipe, device, data_dir, watcher.warn)
     batches = make_batches(data.train, recipe, place, loader, workers)
     evaluation = make_batches(data.evaluation, recipe, place)
     if resume is None:
@@ -122,7 +130,7 @@ def train(
             check_free(folder)
         else:  # once more, now that nobody else can write it
             recipe, checkpoint = _standing(folder, must_match or {})
-            recipe, _ = prepare(recipe, device)
+            recipe = datasets.with_statistics(resolve_precision(recipe, place), data.train)
         remove_parts(folder)
         write_whole(folder / "recipe.json", recipe.to_json())
         state = checkpoint.state(place) if checkpoint else engine.start(recipe, place, len(data.classes))
@@ -169,6 +177,62 @@ def train(
     return load_checkpoint(folder)
 
 
+def repeat(
+    recipe: Recipe | None = None,
+    count: int | None = None,
+    run_dir: Path | str | None = None,
+    *,
+    resume: Path | str | None = None,
+    must_match: dict[str, Any] | None = None,
+    watch: Callable[[], AbstractContextManager[Watcher]] = lambda: nullcontext(Watcher()),
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains `count` seeds in a row, from the recipe's own upward, each into `s<seed>` of one folder, and sums them up.
+
+    Args:
+        recipe, run_dir, must_match, options: as `train` takes them.
+        resume: the folder of a repetition to go on with, which knows recipe and count.
+        watch: gives a context with a watcher for each run.
+
+    Returns:
+        What `repeat.json` holds: `recipe`, `count`, `evaluated_on`, and of the last accuracies, in percent: `accuracies`,
+        `mean`, `std` (over n - 1) and `interval`, the 95 % interval of the mean by Student's t.
+
+    Raises:
+        CifarResnetError: one line that says what was wrong.
+    """
+    folder = Path(resume or run_dir or default_directory(recipe or Recipe(), "repeat-"))
+    if resume is None:
+        recipe, count = recipe or Recipe(), count or 1
+        if count < 2:
+            raise UsageError(f"--repeat {count} must be at least 2")
+        check_free(folder)
+        write_json(writable(folder) / REPEAT, {"schema": SCHEMA, "recipe": recipe.model_dump(mode="json"), "count": count})
+    else:
+        written = read_json(folder / REPEAT, "repetition")
+        recipe, count = Recipe.parse(written.get("recipe"), f"{folder / REPEAT}: "), written.get("count")
+        if not isinstance(count, int) or count < 2:
+            raise UsageError(f"{folder / REPEAT} has the count {count!r}, not a number of runs")
+        _check_match(recipe, must_match or {}, folder)
+    done = []
+    for seed in range(recipe.seed, recipe.seed + count):
+        one = folder / f"s{seed}"
+        with watch() as watcher:
+            if (one / "recipe.json").exists():
+                done.append(train(resume=one, watcher=watcher, **options))
+            else:
+                done.append(train(recipe.replace(seed=seed), one, watcher=watcher, **options))
+    accuracies = [checkpoint.history[-1]["test_accuracy"] for checkpoint in done]
+    mean, std = statistics.fmean(accuracies), statistics.stdev(accuracies)
+    half = float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
+    content = {
+        "schema": SCHEMA, "recipe": recipe.model_dump(mode="json"), "count": count, "evaluated_on": done[0].evaluated_on,
+        "accuracies": accuracies, "mean": mean, "std": std, "interval": [mean - half, mean + half],
+    }  # fmt: skip
+    write_json(folder / REPEAT, content)
+    return content
+
+
 def _standing(folder: Path, must_match: dict[str, Any]) -> tuple[Recipe, Checkpoint | None]:
     """The recipe of the run in a folder, and its checkpoint where it lived to write one."""
     if (folder / CHECKPOINT).exists():
@@ -178,13 +242,17 @@ def _standing(folder: Path, must_match: dict[str, Any]) -> tuple[Recipe, Checkpo
         checkpoint, recipe = None, read_recipe(folder)
     else:
         raise UsageError(f"--resume {folder}: holds neither {CHECKPOINT} nor recipe.json, so no run to go on with")
+    _check_match(recipe, must_match, folder)
+    return recipe, checkpoint
+
+
+def _check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> None:
     for name, value in must_match.items():
         planned = getattr(recipe, name)
         if value != planned and (name, value) != ("precision", "auto"):
             reason = " (the schedule would change)" if name == "epochs" else ""
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} {value} contradicts the run in {folder}, which has {planned}{reason}; leave it out")
-    return recipe, checkpoint
 
 
 @contextmanager
@@ -237,8 +305,7 @@ def find_lr(
         raise UsageError(f"--num-iter {num_iter} must be at least {MIN_POINTS}")
     if run_dir is not None:
         check_writable(Path(run_dir))
-    recipe, place = prepare(recipe or Recipe(), device)
-    data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify)
+    recipe, place, data = prepare(recipe, device, data_dir, notify)
     batches = make_batches(data.train, recipe, place, loader, workers)
     settings = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
     history = range_test(recipe, batches, place, len(data.classes), **settings, progress=progress)
@@ -283,7 +350,7 @@ class Prediction(NamedTuple):
     device: torch.device
 
 
-def predict(checkpoint: Path | str, data_dir: Path | str | None, device: str, notify: Callable[[str], None]) -> Prediction:
+def logits_of(checkpoint: Path | str, data_dir: Path | str | None, device: str, notify: Callable[[str], None]) -> Prediction:
     """Dataset, recipe and precision are the checkpoint's, so that the figures are those that `train` reported."""
     place = resolve_device(device)
     loaded = load_checkpoint(checkpoint)
@@ -316,7 +383,7 @@ def evaluate(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    found = predict(checkpoint, data_dir, device, notify)
+    found = logits_of(checkpoint, data_dir, device, notify)
     content = evaluation(found, tta)
     folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
     write_json(folder / "evaluation.json", content)
@@ -338,10 +405,7 @@ def evaluation(found: Prediction, tta: str = "none") -> dict[str, Any]:
         "tta": None,
     }
     if tta != "none":
-        logits = torch.zeros_like(found.logits)
-        for weight, view in analysis.views(tta):
-            plain = found.images.plain(engine.EVALUATION_BATCH)
-            logits += weight * engine.predict(loaded.recipe, found.model, plain, found.device, view)[0]
+        logits = analysis.mean_logits(loaded.recipe, found.model, found.images, found.device, tta)
         score = engine.scores(logits, found.labels)
         content["tta"] = {tta: {"loss": score["test_loss"], "accuracy": score["test_accuracy"]}}
     return content
@@ -390,7 +454,7 @@ def misclassified(
     """
     if not 1 <= count <= 100:
         raise UsageError(f"--count {count} must be 1 to 100")
-    found = predict(checkpoint, data_dir, device, notify)
+    found = logits_of(checkpoint, data_dir, device, notify)
     split, classes = found.data.evaluation, found.data.classes
     wrong = analysis.mistakes(found.logits, found.labels, split, classes)
     chosen = analysis.choose(wrong, classes, sort, true, predicted)
@@ -445,8 +509,7 @@ def samples(
     """
     if not 1 <= views <= 20:
         raise UsageError(f"--views {views} must be 1 to 20")
-    recipe, place = prepare(recipe or Recipe(), "cpu")
-    data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify)
+    recipe, place, data = prepare(recipe, "cpu", data_dir, notify)
     rng = np.random.default_rng(recipe.seed)
     positions = [rng.choice(np.flatnonzero(data.train.labels == label)) for label in range(len(data.classes))]
     chosen = data.train.take(np.array(positions))

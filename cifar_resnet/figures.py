@@ -70,7 +70,7 @@ def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test", 
     for axis in (left, right):
         axis.legend(frameon=False)
     figure.suptitle(
-        f"{recipe.recipe} on {recipe.dataset}, seed {recipe.seed}: {last['test_accuracy']:.2f} % {evaluated_on} accuracy"
+        f"{recipe.recipe} on {recipe.dataset_name}, seed {recipe.seed}: {last['test_accuracy']:.2f} % {evaluated_on} accuracy"
     )
     return figure
 
@@ -125,7 +125,9 @@ def lr_finder(history: History, suggestions: Suggestions, recipe: Recipe, step_m
     low, high = level.min(), max(level[: max(len(level) // 2, 1)].max(), level[0])
     axis.set_ylim(low - 0.15 * (high - low), high + 0.35 * (high - low))
     axis.set(
-        xlabel="learning rate", ylabel="training loss", title=f"Learning-rate range test of {recipe.recipe} on {recipe.dataset}"
+        xlabel="learning rate",
+        ylabel="training loss",
+        title=f"Learning-rate range test of {recipe.recipe} on {recipe.dataset_name}",
     )
     axis.legend(frameon=False, fontsize=9)
     return figure

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import UsageError
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+DATASETS = ("cifar10", "digits")  # anything else is a folder
 Channels = tuple[float, float, float]
 
 
@@ -36,7 +37,12 @@ class Recipe(BaseModel):
 
     recipe: str = _field("default", "Recipe", "Named preset to start from; `cifar-resnet recipes` lists them.", min_length=1)
 
-    dataset: Literal["cifar10", "digits"] = _field("cifar10", "Data", "Images: CIFAR-10, or scikit-learn's digits (no download).")
+    dataset: str = _field(
+        "cifar10",
+        "Data",
+        "cifar10, digits (scikit-learn's, no download), or a folder of your own images: train/CLASS/* and test/CLASS/*.",
+        min_length=1,
+    )
     holdout: int = _field(0, "Data", "Training images kept back and evaluated on instead of the test set.", ge=0)
     train_limit: int | None = _field(None, "Data", "Train on a subset of this many images, each class in proportion.", ge=1)
     test_limit: int | None = _field(None, "Data", "Evaluate on a subset of this many images, each class in proportion.", ge=1)
@@ -133,6 +139,8 @@ class Recipe(BaseModel):
         Without a preset's name the dataset chooses it: `digits` for the digits, else `default`.
         """
         options = {name: value for name, value in options.items() if value is not None}
+        if options.get("dataset", "cifar10") not in DATASETS:
+            options["dataset"] = str(Path(options["dataset"]).absolute())
         from_file = read_json(file, "recipe file") if file else {}
         if recipe is not None and from_file.get("recipe", recipe) != recipe:
             raise UsageError(f"--recipe {recipe} contradicts {file}, which is of recipe {from_file['recipe']}; leave it out")
@@ -159,6 +167,10 @@ class Recipe(BaseModel):
 
     def replace(self, **changes: Any) -> Recipe:
         return self.parse({**self.model_dump(), **changes})
+
+    @property
+    def dataset_name(self) -> str:
+        return Path(self.dataset).name
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"

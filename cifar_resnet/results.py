@@ -13,8 +13,8 @@ from typing import Any
 from . import analysis, experiment, figures
 from .data import with_statistics
 from .errors import CifarResnetError, UsageError
-from .recipe import PRESETS, Recipe
-from .run import SCHEMA, Checkpoint, load_checkpoint, write_json, write_whole
+from .recipe import DATASETS, PRESETS, Recipe
+from .run import SCHEMA, Checkpoint, load_checkpoint, write_whole
 
 
 def finished(path: Path | str) -> Checkpoint:
@@ -30,13 +30,12 @@ def finished(path: Path | str) -> Checkpoint:
     return checkpoint
 
 
-def compare(runs: Sequence[Path | str], path: Path | str | None = None, json_path: Path | str | None = None) -> dict[str, Any]:
+def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[str, Any]:
     """Finished runs side by side; those that differ only in the seed are one group, with mean and standard deviation.
 
     Args:
         runs: checkpoint files or run directories.
         path: where the picture goes (.png, .svg or .pdf), if anywhere.
-        json_path: where what is returned goes, if anywhere.
 
     Returns:
         `evaluated_on` and `groups`, each with its `label` (recipe and what tells it from the others), `n`, `mean` and `std`
@@ -89,15 +88,16 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None, json_pat
     content = {"schema": SCHEMA, "evaluated_on": loaded[0].evaluated_on, "groups": groups}
     if path is not None:
         figures.save(figures.comparison(groups, loaded[0].evaluated_on), Path(path))
-    if json_path is not None:
-        write_json(Path(json_path), content)
     return content
 
 
 def command(recipe: Recipe) -> str:
     """The command line that repeats a run: its preset, and every option that differs from it."""
     preset = recipe.recipe if recipe.recipe in PRESETS else "default"
-    before = with_statistics(Recipe.build(preset).replace(dataset=recipe.dataset))
+    before = Recipe.build(preset)
+    if recipe.dataset in DATASETS:  # which fill in what the preset leaves to them
+        filled = with_statistics(before.replace(dataset=recipe.dataset))
+        before = before.replace(mean=filled.mean, std=filled.std)
     words = ["cifar-resnet train", f"--recipe {preset}"]
     for name, value in recipe:
         if name == "recipe" or value == getattr(before, name):
@@ -128,7 +128,7 @@ def report(
         CifarResnetError: one line that says what was wrong.
     """
     checkpoint = finished(run)
-    found = experiment.predict(checkpoint.path, data_dir, device, notify)
+    found = experiment.logits_of(checkpoint.path, data_dir, device, notify)
     content = experiment.evaluation(found, "flip")
     wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes)
     path = Path(path) if path else checkpoint.path.parent / "report.html"
@@ -166,7 +166,7 @@ def _page(checkpoint: Checkpoint, content: dict[str, Any], found: experiment.Pre
     )
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=escape(f"{recipe.recipe} on {recipe.dataset}, seed {recipe.seed}"),
+        title=escape(f"{recipe.recipe} on {recipe.dataset_name}, seed {recipe.seed}"),
         accuracy=f"{content['accuracy']:.2f} %",
         judged=escape(
             f"{judged} accuracy of the last epoch, single view, {content['images']:,} images; n = 1 run, seed {recipe.seed}"

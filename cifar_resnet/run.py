@@ -61,7 +61,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def default_directory(recipe: Recipe, prefix: str = "") -> Path:
-    return Path("runs") / f"{prefix}{recipe.recipe}-{recipe.dataset}-s{recipe.seed}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    return Path("runs") / f"{prefix}{recipe.recipe}-{recipe.dataset_name}-s{recipe.seed}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
 def check_free(path: Path) -> None:
