@@ -130,7 +130,7 @@ def test_what_several_processes_cannot_do_is_one_line(tmp_path, monkeypatch, com
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_all_in_one_line(tmp_path):
     code = f"import os, signal, sys; sys.path.insert(0, {str(RANKS.parent)!r}); import ranks\n"
-    code += "ranks.signal.SIGTERM = signal.SIGKILL; ranks.run(sys.argv[1], *sys.argv[2:])"
+    code += "kill = os.kill; os.kill = lambda pid, number: kill(pid, signal.SIGKILL); ranks.run(*sys.argv[1:])"
     (tmp_path / "killed.py").write_text(code)
     done = torchrun(3, tmp_path / "killed.py", tmp_path, *TINY, "--run-dir", tmp_path / "run")
     assert done.returncode == 1
