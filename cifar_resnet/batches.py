@@ -1,7 +1,7 @@
 """Batches for the loop: whole-split tensors on the device, or Albumentations behind a DataLoader.
 
 What a batch holds depends on (seed, epoch, step) and nothing else, so a run can be resumed in the middle of an
-epoch, and any number of workers gives the same batches.
+epoch, and any number of workers gives the same batches. Of several ranks each gets its share of every training batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .data import Split, hole_pixel, pad_pixel, test_transform, train_transform
+from .distributed import share
 from .errors import UsageError
 from .recipe import Recipe
 
@@ -101,7 +102,8 @@ class TensorBatches:
         # One transfer an epoch, so that nothing waits for the device inside it.
         order, every = order.to(self.device).split(size), Choices(*(kind.to(self.device) for kind in every))
         for index, choices in zip(order, zip(*(kind.split(size) for kind in every), strict=True), strict=True):
-            yield self.augment(index, Choices(*choices)), self.labels[index]
+            mine = share(len(index))
+            yield self.augment(index[mine], Choices(*(kind[mine] for kind in choices))), self.labels[index[mine]]
 
     def augment(self, index: Tensor, choices: Choices) -> Tensor:
         """Pad, crop and flip as one gather by rows and columns, then holes, then normalise."""
@@ -154,12 +156,12 @@ class AlbumentationsBatches:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         order, size = epoch_order(self.recipe, epoch, self.count), self.recipe.batch_size
-        keys = [(epoch, step, order[step * size : (step + 1) * size]) for step in range(first_step, self.steps)]
-        return self._batches(keys)
+        rows = np.split(order, range(size, self.count, size))
+        return self._batches([(epoch, k, rows[k], share(len(rows[k]))) for k in range(first_step, self.steps)])
 
     def plain(self, batch_size: int) -> Iterator[Batch]:
         starts = range(0, self.count, batch_size)
-        return self._batches([(None, 0, np.arange(start, min(start + batch_size, self.count))) for start in starts])
+        return self._batches([(None, 0, np.arange(self.count)[start : start + batch_size], slice(None)) for start in starts])
 
     def _batches(self, keys: list) -> Iterator[Batch]:
         self.order.keys = keys
@@ -169,13 +171,13 @@ class AlbumentationsBatches:
 
 
 def _leave_signals(_worker: int) -> None:
-    """Ctrl-C reaches the workers too: it is the training process that ends them, quietly."""
+    """Ctrl-C, or a SIGTERM to the whole group, reaches the workers too: the training process ends them, quietly."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Order(torch.utils.data.Sampler):
-    """Hands the workers (epoch, step, indices), a batch each."""
+    """Hands the workers (epoch, step, indices, slice of them to load), a batch each."""
 
     keys: list = []
 
@@ -195,26 +197,30 @@ class _Augmented(torch.utils.data.Dataset):
         self.recipe, self.train, self.test = recipe, train_transform(recipe), test_transform(recipe)
 
     def __getitem__(self, key: tuple) -> Batch:
-        epoch, step, indices = key
-        if epoch is not None:
-            reseed(self.train, stream(self.recipe, epoch, step, AUGMENT))
-        transform = self.test if epoch is None else self.train
-        images = self.images.numpy()[indices]
-        if epoch is not None and self.recipe.flip_order == "alternating":
-            turned = alternating_flips(self.recipe, epoch, len(self.labels))[indices]
+        epoch, step, batch, mine = key
+        images, labels = self.images.numpy()[batch[mine]], self.labels[batch[mine]]
+        if epoch is None:
+            return torch.stack([self.test(image=image)["image"] for image in images]), labels
+        if self.recipe.flip_order == "alternating":
+            turned = alternating_flips(self.recipe, epoch, len(self.labels))[batch[mine]]
             images[turned] = images[turned, :, ::-1]
-        return torch.stack([transform(image=image)["image"] for image in images]), self.labels[indices]
+        seeds = image_seeds(self.recipe, epoch, step, len(batch))[mine]
+        return torch.stack([augmented(self.train, *each)["image"] for each in zip(images, seeds, strict=True)]), labels
 
 
-def reseed(pipeline, seeds: np.random.SeedSequence) -> None:
-    """Sets the random stream of each transform of an Albumentations pipeline, each from a seed of its own.
+def image_seeds(recipe: Recipe, epoch: int, step: int, count: int) -> list[int]:
+    """A seed for each image of a batch of `count`."""
+    return np.random.default_rng(stream(recipe, epoch, step, AUGMENT)).integers(2**63, size=count).tolist()
 
-    `Compose.set_random_seed` would hand all transforms the same stream: a flip and a hole of equal probability
+
+def augmented(pipeline, image: np.ndarray, seed: int) -> dict:
+    """What an Albumentations pipeline makes of an image, its transforms taking turns at one stream from this seed.
+
+    `Compose.set_random_seed` would start a stream for each at the same place: a flip and a hole of equal probability
     would then always come together.
     """
-    for part, seed in zip(pipeline.transforms, seeds.spawn(len(pipeline.transforms)), strict=True):
-        numpy_seed, python_seed = seed.generate_state(2, np.uint64)
-        part.set_random_state(np.random.default_rng(numpy_seed), random.Random(int(python_seed)))
+    pipeline.set_random_state(np.random.Generator(np.random.PCG64(seed)), random.Random(seed))
+    return pipeline(image=image)
 
 
 def make_batches(split: Split, recipe: Recipe, device: torch.device, loader: str = "auto", workers: int | None = None) -> Batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # torch stays out of what only prints
     from .lr_finder import Suggestions
     from .run import Checkpoint
 
-console = Console(highlight=False)
+console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # under torchrun rank 0 speaks
 if not console.is_terminal:
     console.width = 120
 

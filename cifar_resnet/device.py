@@ -12,19 +12,25 @@ from typing import Any
 import torch
 
 from . import __version__
+from .distributed import ranks, started
 from .errors import UsageError
 from .recipe import Recipe
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """ "auto" is CUDA, then MPS, then the CPU.
+    """ "auto" is CUDA, then MPS, then the CPU; of several processes each takes a CUDA device of its own, or the CPU.
 
     Raises:
-        UsageError: the device is not there.
+        UsageError: the device is not there; or there are several processes, and they do not train.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    several = ranks() > 1
+    if started() > 1 and not several:
+        raise UsageError("only training is shared by processes; start this command without torchrun")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and not several, "cpu": True}
     if name == "auto":
         name = next(kind for kind, available in there.items() if available)
+    if several and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         if not there.get(device.type) or (device.index or 0) >= (torch.cuda.device_count() if device.type == "cuda" else 1):
@@ -34,6 +40,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise UsageError(f"--device {name}: not there; this machine and this torch have {have}") from None
     if device.type == "cpu":
         keep_large_blocks()
+    elif several:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import distributed
 from .batches import Batch, Batches
 from .device import autocast
 from .errors import NonFiniteLossError
@@ -27,7 +28,7 @@ EVALUATION_BATCH = 1000
 
 
 class Step(NamedTuple):
-    """After one step. `loss` is a tensor on the device: reading it waits for the step, and is the reader's choice."""
+    """After one step. `loss`, of this rank's images, is a tensor on the device: reading it waits for the step."""
 
     epoch: int  # from 1
     step: int  # in its epoch, from 1
@@ -49,7 +50,7 @@ class State:
     model: ResNet
     optimizer: torch.optim.Optimizer
     averaged: ResNet | None
-    totals: Tensor  # float64 (2,): sum over images of the loss, and of hits
+    totals: Tensor  # float64 (2,): sum over this rank's images of the loss, and of hits
     bad_step: Tensor  # int64 (): first step of the run whose loss was not finite; -1 for none
     epoch: int = 0
     step: int = 0
@@ -67,7 +68,7 @@ class State:
         return [*self.model.state_dict().values(), *self.tested.state_dict().values(), *slots, self.totals]
 
     def check_finite(self, recipe: Recipe, steps: int) -> None:
-        """Reads from the device whether every loss so far, and every weight, is a finite number.
+        """Reads from the device whether every loss so far, and every weight, is a finite number, on every rank.
 
         Raises:
             NonFiniteLossError: one is not; says at which step and learning rate.
@@ -75,6 +76,7 @@ class State:
         bad = int(self.bad_step)
         if bad < 0 and not all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors()):
             bad = self.epoch * steps + self.step - 1
+        bad = min((each for each in distributed.gather(bad) if each >= 0), default=-1)
         if bad >= 0:
             lr, _ = rates(recipe, bad, recipe.epochs * steps)
             raise NonFiniteLossError(
@@ -107,10 +109,13 @@ def train(
 ) -> Iterator[Step | Epoch]:
     """Trains from where `state` stands to the recipe's last epoch, changing `state` in place.
 
+    Of several ranks each calls it with its share of the images, and gets the same records but for `Step.loss`.
+
     Raises:
         NonFiniteLossError: at the end of an epoch with a loss that was not finite.
     """
     loss_of, total_steps = make_loss(recipe), recipe.epochs * batches.steps
+    model = distributed.parallel(state.model)
     while state.epoch < recipe.epochs:
         state.model.train()
         clock = time.perf_counter()
@@ -119,9 +124,11 @@ def train(
             lr, momentum = rates(recipe, done, total_steps)
             set_rates(state.optimizer, lr, momentum)
             with autocast(recipe, device):
-                output = state.model(images)
+                output = model(images)
             loss = loss_of(output, labels)
-            loss.backward()
+            # The mean over the ranks of gradients weighted so is that of the whole batch's mean loss.
+            whole = min(recipe.batch_size, batches.count - state.step * recipe.batch_size)
+            loss.backward(torch.full_like(loss, len(labels) * distributed.ranks() / whole))
             state.optimizer.step()
             state.optimizer.zero_grad()
             if state.averaged is not None and (done + 1) % recipe.ema_every == 0:
@@ -141,6 +148,9 @@ def train(
 
 
 def _finish_epoch(recipe, state: State, batches: Batches, evaluation, device) -> Epoch:
+    distributed.merge([state.model, state.tested], state.totals)
+    predictions = distributed.gather(predict(recipe, state.tested, evaluation(), device))
+    logits, labels = (torch.cat(parts) for parts in zip(*predictions, strict=True))
     lr, _ = rates(recipe, (state.epoch + 1) * batches.steps - 1, recipe.epochs * batches.steps)
     loss, hits = (state.totals / batches.count).tolist()
     metrics = {
@@ -148,7 +158,7 @@ def _finish_epoch(recipe, state: State, batches: Batches, evaluation, device) ->
         "lr": lr,
         "train_loss": loss,
         "train_accuracy": 100 * hits,
-        **scores(*predict(recipe, state.tested, evaluation(), device)),
+        **scores(logits, labels),
         "seconds": state.seconds,
         "images_per_second": batches.count / state.seconds,
     }

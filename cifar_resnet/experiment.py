@@ -8,7 +8,8 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
-from . import analysis, engine, figures
+from . import analysis, distributed, engine, figures
 from . import data as datasets
 from .batches import Batches, epoch_order, make_batches
 from .device import environment, resolve_device, resolve_precision
@@ -49,7 +50,7 @@ REPEAT = "repeat.json"
 
 
 class Watcher:
-    """What `train` tells of its course; each method may be overridden. This one is silent."""
+    """What `train` tells of its course, on rank 0; each method may be overridden. This one is silent."""
 
     def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: datasets.Data, state: State) -> None: ...
     def step(self, step: Step, state: State) -> None: ...
@@ -91,6 +92,8 @@ def train(
 ) -> Checkpoint:
     """Trains a recipe to its end, or a run on from its checkpoint, and keeps it in a run directory.
 
+    The processes that `torchrun` started share every batch; rank 0 alone reads and writes files.
+
     Args:
         recipe: what to train; `Recipe()` if not given. Left out where `resume` is given.
         run_dir: an empty or new folder; `runs/<recipe>-<dataset>-s<seed>-<UTC time>` if not given.
@@ -109,37 +112,56 @@ def train(
     """
     if not save_every_minutes > 0:
         raise UsageError(f"--save-every-minutes {save_every_minutes:g} must be above 0")
-    watcher, checkpoint = watcher or Watcher(), None
-    if resume is not None:
-        if recipe is not None or run_dir is not None:
-            raise UsageError("a resumed run takes recipe and folder from itself; give neither")
-        folder = Path(resume)
-        recipe, checkpoint = _standing(folder, must_match or {})
-        if checkpoint and checkpoint.finished and any(folder.glob("learning_rate.*")):  # the last file that a run writes
+    if resume is not None and (recipe is not None or run_dir is not None):
+        raise UsageError("a resumed run takes recipe and folder from itself; give neither")
+    with distributed.joined(), ExitStack() as held:
+        watcher = watcher if watcher and distributed.rank() == 0 else Watcher()
+
+        def read() -> tuple[Recipe, Checkpoint | None, datasets.Data | None]:
+            """No images for a run that is finished."""
+            planned, checkpoint = recipe, None
+            if resume is not None:
+                planned, checkpoint = _standing(Path(resume), must_match or {})
+                if checkpoint and checkpoint.finished and any(Path(resume).glob("learning_rate.*")):  # a run's last file
+                    return planned, checkpoint, None
+            planned, _, data = prepare(planned, device, data_dir, watcher.warn)
+            fewest, ranks = (len(data.train) - 1) % planned.batch_size + 1, distributed.ranks()
+            if fewest < ranks:
+                raise UsageError(f"--batch-size {planned.batch_size}: a step of {fewest} images is too few for {ranks} processes")
+            return planned, checkpoint, data
+
+        recipe, checkpoint, data = distributed.on_first(read)
+        if data is None:
             return checkpoint
-    recipe, place, data = prepare(recipe, device, data_dir, watcher.warn)
-    batches = make_batches(data.train, recipe, place, loader, workers)
-    evaluation = make_batches(data.evaluation, recipe, place)
-    if resume is None:
-        folder = Path(run_dir) if run_dir else default_directory(recipe)
-        check_free(folder)
-    with locked(writable(folder)) as taken_over:
-        if taken_over:
-            watcher.warn(taken_over)
-        if resume is None:
-            check_free(folder)
-        else:  # once more, now that nobody else can write it
-            recipe, checkpoint = _standing(folder, must_match or {})
-            recipe = datasets.with_statistics(resolve_precision(recipe, place), data.train)
-        remove_parts(folder)
-        write_whole(folder / "recipe.json", recipe.to_json())
+        place = resolve_device(device)
+        batches = make_batches(data.train, recipe, place, loader, workers)
+        evaluation = make_batches(data.evaluation.take(distributed.share(len(data.evaluation))), recipe, place)
+        folder = Path(resume or run_dir or default_directory(recipe))
+
+        def claim() -> tuple[Recipe, Checkpoint | None]:
+            """What the run directory says once nobody else can write it."""
+            if resume is None:
+                check_free(folder)
+            if taken_over := held.enter_context(locked(writable(folder))):
+                watcher.warn(taken_over)
+            planned, checkpoint = recipe, None
+            if resume is None:
+                check_free(folder)
+            else:
+                planned, checkpoint = _standing(folder, must_match or {})
+                planned = datasets.with_statistics(resolve_precision(planned, place), data.train)
+            remove_parts(folder)
+            write_whole(folder / "recipe.json", planned.to_json())
+            return planned, checkpoint
+
+        recipe, checkpoint = distributed.on_first(claim)
         state = checkpoint.state(place) if checkpoint else engine.start(recipe, place, len(data.classes))
-        described = {**environment(place), **batches.options}
+        state.totals *= distributed.rank() == 0  # each rank adds its own
+        described = {**environment(place), "processes": distributed.ranks(), **batches.options}
         watcher.begin(recipe, folder, described, data, state)
 
         def save(metrics_only: bool = False) -> str:
             """Gives what kept the run from being saved, or ""."""
-            state.check_finite(recipe, batches.steps)
             try:
                 if not metrics_only:
                     save_checkpoint(folder / CHECKPOINT, recipe, state, data.classes, data.evaluated_on, described)
@@ -149,7 +171,7 @@ def train(
             return ""
 
         if checkpoint:  # the truth: metrics.json may be an epoch ahead of it
-            write_metrics(folder, recipe, state.history, data.evaluated_on, described)
+            distributed.on_first(partial(write_metrics, folder, recipe, state.history, data.evaluated_on, described))
         saved = checked = time.monotonic()
         with signals() as received:
             for record in engine.train(recipe, state, batches, lambda: evaluation.plain(engine.EVALUATION_BATCH), place):
@@ -160,21 +182,28 @@ def train(
                 else:
                     watcher.step(record, state)
                     due = now - saved >= 60 * save_every_minutes
-                    if now - checked >= 10:
-                        state.check_finite(recipe, batches.steps)
-                        checked = now
-                if due or received or isinstance(record, Epoch):
-                    trouble = save(metrics_only=not (due or received))
+                due, check, stop = distributed.highest(due, now - checked >= 10, received[0] if received else 0)
+                if due or stop or check or isinstance(record, Epoch):
+                    state.check_finite(recipe, batches.steps)
+                    checked = now
+                if due or stop or isinstance(record, Epoch):
+                    distributed.merge([state.model, state.tested], state.totals)
+                    trouble = distributed.on_first(partial(save, metrics_only=not (due or stop)))
+                    state.totals *= distributed.rank() == 0
                     saved = time.monotonic() if due else saved
-                    if trouble and (done or received):
+                    if trouble and (done or stop):
                         raise RunDirectoryError(trouble)
                     if trouble:
                         watcher.warn(f"{trouble}; the run goes on, unsaved")
-                if received and not done:
-                    raise Interrupted(received[0], folder)
-        figures.save(figures.curves(state.history, recipe, data.evaluated_on), folder / f"curves.{format}")
-        figures.save(figures.learning_rate(recipe, batches.steps), folder / f"learning_rate.{format}")
-    return load_checkpoint(folder)
+                if stop and not done:
+                    raise Interrupted(stop, folder)
+
+        def finish() -> Checkpoint:
+            figures.save(figures.curves(state.history, recipe, data.evaluated_on), folder / f"curves.{format}")
+            figures.save(figures.learning_rate(recipe, batches.steps), folder / f"learning_rate.{format}")
+            return load_checkpoint(folder)
+
+        return distributed.on_first(finish)
 
 
 def repeat(
@@ -201,6 +230,8 @@ def repeat(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
+    if distributed.started() > 1:
+        raise UsageError("--repeat does not go with torchrun: train one seed after the other")
     folder = Path(resume or run_dir or default_directory(recipe or Recipe(), "repeat-"))
     if resume is None:
         recipe, count = recipe or Recipe(), count or 1

@@ -1,5 +1,6 @@
 """What the tests share. They need no network; the real CIFAR-10 is used where it is there."""
 
+import functools
 import hashlib
 import pickle
 import sys
@@ -89,3 +90,38 @@ def tiny_run(tmp_path_factory, tiny_recipe):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     train_run(tiny_recipe, folder)
     return folder
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Divides the network's channels by 16, for tests of what happens around it: a step takes milliseconds.
+
+    The digits are loaded once.
+    """
+    import torch
+
+    monkeypatch.setattr(data, "_digits", functools.cache(data._digits))
+
+    class Narrow:
+        class Conv2d(torch.nn.Conv2d):
+            def __init__(self, inputs, outputs, **options):
+                super().__init__(inputs if inputs == 3 else inputs // 16, outputs // 16, **options)
+
+        @staticmethod
+        def BatchNorm2d(channels):
+            return torch.nn.BatchNorm2d(channels // 16)
+
+        @staticmethod
+        def Linear(inputs, outputs, **options):
+            return torch.nn.Linear(inputs // 16, outputs, **options)
+
+        def __getattr__(self, name):
+            return getattr(torch.nn, name)
+
+    monkeypatch.setattr("cifar_resnet.model.nn", Narrow())
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Pictures of one byte, as drawing them takes longer than a narrow run."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **options: file.write(b"."))

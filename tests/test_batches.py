@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from cifar_resnet import Recipe, batches, data
-from cifar_resnet.batches import AUGMENT, AlbumentationsBatches, Choices, TensorBatches, draw, reseed, stream
+from cifar_resnet.batches import AlbumentationsBatches, Choices, TensorBatches, augmented, draw, image_seeds
 from cifar_resnet.data import Split, with_statistics
 
 CPU = torch.device("cpu")
@@ -46,10 +46,9 @@ def recipe(request):
 def test_the_same_choices_give_the_same_batch(recipe):
     split = random_split(64)
     pipeline = data.train_transform(recipe, save_applied_params=True)
-    reseed(pipeline, stream(recipe, 0, 0, AUGMENT))
     slow, drawn = [], []
-    for image in split.images:
-        result = pipeline(image=image)
+    for image, seed in zip(split.images, image_seeds(recipe, 0, 0, 64), strict=True):
+        result = augmented(pipeline, image, seed)
         slow.append(result["image"])
         drawn.append(choices_of(result["applied_transforms"], recipe))
     choices = Choices(*(torch.from_numpy(np.array(kind)) for kind in zip(*drawn, strict=True)))
@@ -136,8 +135,8 @@ def seen_by_albumentations(recipe, epoch, count):
     pipeline = data.train_transform(recipe, save_applied_params=True)
     image, seen = np.zeros((32, 32, 3), np.uint8), []
     for step in range(count // 500):
-        reseed(pipeline, stream(recipe, epoch, step, AUGMENT))
-        seen += [choices_of(pipeline(image=image)["applied_transforms"], recipe) for _ in range(500)]
+        results = [augmented(pipeline, image, seed) for seed in image_seeds(recipe, epoch, step, 500)]
+        seen += [choices_of(result["applied_transforms"], recipe) for result in results]
     return [np.array(kind) for kind in zip(*seen, strict=True)]
 
 

@@ -1,0 +1,116 @@
+"""Training shared by the processes that `torchrun` started; in a process of its own every function here is the identity.
+
+Rank 0 alone reads and writes files, and speaks; the others are handed what it read.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import CifarResnetError, UsageError
+
+
+class Left(CifarResnetError):
+    """Ends a rank without a word: rank 0 fails, and says why."""
+
+    exit_code = 0
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Joins the other processes for as long as the body runs: gloo for tensors on a CPU, NCCL for those on a GPU.
+
+    Raises:
+        CifarResnetError: another process is gone; or what the body raises, which only rank 0 says where all raise it.
+    """
+    if started() == 1:
+        yield
+        return
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        yield
+    except CifarResnetError as error:
+        raise error if rank() == 0 or isinstance(error, UsageError) else Left from None
+    except (RuntimeError, ValueError) as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise Left if rank() else CifarResnetError(f"a process of the run is gone, or cannot be reached: {error}") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def started() -> int:
+    """How many processes torchrun started, joined or not."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(count: int) -> slice:
+    """This rank's of `count` images: consecutive ones, as many as any other rank's or one more."""
+    return slice(count * rank() // ranks(), count * (rank() + 1) // ranks())
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The model, with gradients that are the mean over the ranks, and BatchNorm statistics of each rank's own."""
+    if not dist.is_initialized():
+        return model
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.15 has another name for half of it
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+@torch.no_grad()
+def merge(models: Iterable[nn.Module], totals: Tensor) -> None:
+    """Sets BatchNorm running statistics to their mean over the ranks, and totals to their sum."""
+    if dist.is_initialized():
+        for buffer in (buffer for model in dict.fromkeys(models) for buffer in model.buffers() if buffer.is_floating_point()):
+            dist.all_reduce(buffer)
+            buffer /= ranks()
+        dist.all_reduce(totals)
+
+
+def highest(*numbers: int) -> list[int]:
+    """The highest of each over the ranks; waits for the ranks, but for no device."""
+    every = torch.tensor(numbers)
+    if dist.is_initialized():
+        dist.all_reduce(every, dist.ReduceOp.MAX)
+    return every.tolist()
+
+
+def gather(value: Any) -> list:
+    """Every rank's value, in the order of the ranks."""
+    every = [value] * ranks()
+    if dist.is_initialized():
+        dist.all_gather_object(every, value)
+    return every
+
+
+def on_first(function: Callable[[], Any]) -> Any:
+    """What the function gives on rank 0, handed to every rank; where it raises there, the others leave."""
+    if not dist.is_initialized():
+        return function()
+    result: list = [Left()]
+    try:
+        if rank() == 0:
+            result = [function()]
+    finally:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], Left):
+        raise result[0]
+    return result[0]
