@@ -56,11 +56,11 @@ class Recipe(BaseModel):
     output: Literal["logits", "softmax", "log-softmax"] = _field("logits", "Model", "What the model puts after its logits.")
     logit_scale: float = _field(0.125, "Model", "Constant that the logits are multiplied by.", gt=0)
     init: Literal["default", "dirac"] = _field(
-        "default", "Model", "Initial weights: torch's own, or all kernels but the first passing their inputs on."
+        "dirac", "Model", "Initial weights: torch's own, or all kernels but the first passing their inputs on."
     )
 
     optimizer: Literal["sgd", "muon", "adam", "adamw"] = _field(
-        "sgd", "Optimizer", "Optimizer; muon is for all kernels but the first, with SGD for the rest."
+        "muon", "Optimizer", "Optimizer; muon is for all kernels but the first, with SGD for the rest."
     )
     max_lr: float = _field(0.4, "Optimizer", "Learning rate at the peak of the schedule.", gt=0)
     momentum: float = _field(0.9, "Optimizer", "Momentum of SGD, or beta1 of Adam, at the lowest learning rate.", ge=0, lt=1)
@@ -208,6 +208,7 @@ class Preset(NamedTuple):
 
 # What the five documented systems share; each preset states the rest in full.
 _DOCUMENTED = dict(
+    init="default", flip_order="random", nesterov=True,
     conv_bias=False, fc_bias=True, prep_order="bn-relu", pool_position="before-bn", output="logits", logit_scale=1.0,
     loss="cross-entropy", label_smoothing=0.0, ema_decay=0.0, epochs=24, batch_size=512, peak_epoch=5.0,
     momentum=0.95, base_momentum=0.85, weight_decay=0.0, div_factor=25.0, final_div_factor=1e4,
@@ -219,7 +220,7 @@ PRESETS: dict[str, Preset] = {
     "digits": Preset(
         "ours, for scikit-learn's 1,797 digits: no flip, a smaller batch",
         "nothing",
-        dict(dataset="digits", flip_probability=0.0, batch_size=64, epochs=8, peak_epoch=2.0, max_lr=0.1),
+        dict(dataset="digits", optimizer="sgd", init="default", flip_order="random", flip_probability=0.0, batch_size=64, epochs=8, peak_epoch=2.0, max_lr=0.1),
     ),
     "page": Preset(
         "cifar10-fast (David Page, 2018): pool after ReLU, no FC bias, logits times 0.125, reflection padding",
@@ -228,7 +229,8 @@ PRESETS: dict[str, Preset] = {
             pool_position="after-relu", fc_bias=False, conv_bias=False, logit_scale=0.125, optimizer="sgd", max_lr=0.4,
             momentum=0.9, base_momentum=None, nesterov=True, weight_decay=5e-4, label_smoothing=0.0, ema_decay=0.0,
             epochs=24, batch_size=512, peak_epoch=5.0, div_factor=490.0, final_div_factor=4.0, pad=4, pad_mode="reflect",
-            flip_probability=0.5, cutout_size=8, cutout_count=1, cutout_probability=1.0, cutout_fill=None,
+            flip_probability=0.5, flip_order="random", cutout_size=8, cutout_count=1, cutout_probability=1.0, cutout_fill=None,
+            init="default",
         ),
     ),
     "eva6-s9": Preset(
