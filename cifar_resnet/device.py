@@ -34,6 +34,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise UsageError(f"--device {name}: not there; this machine and this torch have {have}") from None
     if device.type == "cpu":
         keep_large_blocks()
+    torch.backends.cudnn.benchmark = True  # a run has three batch sizes: the fastest algorithm is looked for once for each
     return device
 
 

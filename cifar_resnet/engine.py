@@ -73,7 +73,8 @@ class State:
             NonFiniteLossError: one is not; says at which step and learning rate.
         """
         bad = int(self.bad_step)
-        if bad < 0 and not all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors()):
+        finite = [tensor.isfinite().all().to(self.totals.device) for tensor in self.tensors()]
+        if bad < 0 and not torch.stack(finite).all():  # one read, not one a tensor
             bad = self.epoch * steps + self.step - 1
         if bad >= 0:
             lr, _ = rates(recipe, bad, recipe.epochs * steps)
@@ -129,7 +130,7 @@ def train(
 
             loss = loss.detach()
             state.totals += torch.stack([loss * len(labels), (output.argmax(1) == labels).sum()])
-            state.bad_step = torch.where((state.bad_step < 0) & ~loss.isfinite(), done, state.bad_step)
+            state.bad_step.masked_fill_((state.bad_step < 0) & ~loss.isfinite(), done)
             state.step += 1
             state.seconds += time.perf_counter() - clock
             yield Step(state.epoch + 1, state.step, batches.steps, lr, loss)

@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch.nn import functional as F
 
 from cifar_resnet import Recipe, engine
-from cifar_resnet.batches import TensorBatches
+from cifar_resnet.batches import TensorBatches, make_batches
 from cifar_resnet.data import Split, load, with_statistics
 from cifar_resnet.errors import NonFiniteLossError
 
@@ -166,3 +166,21 @@ def test_mirrored_logits_are_those_of_the_mirrored_images():
     flipped = Split(data.images[:, :, ::-1].copy(), data.labels, data.indices)
     by_hand, _ = engine.predict(recipe, model, TensorBatches(flipped, recipe, CPU).plain(1000), CPU)
     torch.testing.assert_close(mirrored, by_hand)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here, so nothing that a step could wait for")
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "adam"])
+@pytest.mark.parametrize("loader", ["tensor", "albumentations"])
+def test_no_step_waits_for_the_gpu(loader, optimizer):
+    fields = dict(optimizer=optimizer, max_lr=1e-3, ema_decay=0.9, ema_every=2, flip_order="alternating", flip_probability=0.5)
+    recipe, _, _ = small_run(precision="bfloat16", train_limit=100, **fields)
+    cuda = torch.device("cuda")
+    batches = make_batches(load(recipe).train, recipe, cuda, loader)
+    records = engine.train(recipe, engine.start(recipe, cuda), batches, lambda: (), cuda)
+    next(records)  # allocates, and looks for the fastest algorithms
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while next(records).step < batches.steps:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
