@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args
@@ -56,6 +57,10 @@ Workers = Annotated[
         show_default="1 on a CPU, 4 beside a GPU",
         rich_help_panel=WHERE,
     ),
+]
+Compile = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(help="Compile the model before the first step; auto does on CUDA.", rich_help_panel=WHERE),
 ]
 
 
@@ -206,6 +211,7 @@ def train(
     save_every_minutes: Annotated[
         float, typer.Option(help="Minutes inside an epoch between two checkpoints.", rich_help_panel=WHERE)
     ] = 5.0,
+    compile: Compile = "auto",
 ) -> None:
     """Train a recipe, and keep the run in a folder.
 
@@ -225,16 +231,18 @@ def train(
         if wrong := [option for option, value in given.items() if value]:
             raise UsageError(f"{wrong[0]} does not go with --resume, which takes folder and recipe from the run")
         recipe = None
+    began = time.perf_counter()
     from . import console, experiment
     from .run import check_free
 
+    imports = time.perf_counter() - began
     if find:
         if run_dir is not None:
             check_free(run_dir)
         _, found = _range_test(recipe, None, data_dir, device, loader, workers)
         recipe = experiment.with_found_lr(recipe, found)
         console.say(f"range test: LR from {found.min_lr:.3g} to {found.max_lr:.3g}")
-    with console.TrainingTable() as watcher:
+    with console.TrainingTable(imports) as watcher:
         result = experiment.train(
             recipe,
             run_dir,
@@ -245,6 +253,7 @@ def train(
             loader=loader,
             workers=workers,
             save_every_minutes=save_every_minutes,
+            compile=compile,
             watcher=watcher,
         )
     if not watcher.begun:

@@ -45,9 +45,13 @@ def bar(unit: str) -> Progress:
 
 
 class TrainingTable:
-    """A Watcher that shows one row an epoch and a bar inside it; without a terminal, one plain line an epoch."""
+    """A Watcher that shows one row an epoch and a bar inside it; without a terminal, one plain line an epoch.
 
-    def __init__(self) -> None:
+    `imports` are the seconds that the imports took.
+    """
+
+    def __init__(self, imports: float = 0.0) -> None:
+        self.imports = imports
         self.begun = self.whole = False
         self.stack = ExitStack()
         self.evaluated_on = "test"
@@ -73,6 +77,9 @@ class TrainingTable:
         say(
             f"{len(data.evaluation):,} {data.evaluated_on} images; {recipe.precision} on {environment['device']} ({where}); run directory {run_dir}"
         )
+        startup = {"imports": self.imports, **environment["startup_seconds"]}
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in startup.items())
+        say(f"ready for the first step after {sum(startup.values()):.1f} s: {parts}")
         if state.epoch or state.step:
             say(f"going on after epoch {state.epoch}, step {state.step}")
         if console.is_terminal:

@@ -104,14 +104,21 @@ def make_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def train(
-    recipe: Recipe, state: State, batches: Batches, evaluation: Callable[[], Iterable[Batch]], device: torch.device
+    recipe: Recipe,
+    state: State,
+    batches: Batches,
+    evaluation: Callable[[], Iterable[Batch]],
+    device: torch.device,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Step | Epoch]:
     """Trains from where `state` stands to the recipe's last epoch, changing `state` in place.
+
+    `forward` is what a step calls in place of `state.model`, whose weights it must share: a compiled forward pass.
 
     Raises:
         NonFiniteLossError: at the end of an epoch with a loss that was not finite.
     """
-    loss_of, total_steps = make_loss(recipe), recipe.epochs * batches.steps
+    loss_of, total_steps, forward = make_loss(recipe), recipe.epochs * batches.steps, forward or state.model
     while state.epoch < recipe.epochs:
         state.model.train()
         clock = time.perf_counter()
@@ -120,7 +127,7 @@ def train(
             lr, momentum = rates(recipe, done, total_steps)
             set_rates(state.optimizer, lr, momentum)
             with autocast(recipe, device):
-                output = state.model(images)
+                output = forward(images)
             loss = loss_of(output, labels)
             loss.backward()
             state.optimizer.step()

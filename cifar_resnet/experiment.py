@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from . import analysis, engine, figures
 from . import data as datasets
 from .batches import Batches, make_batches
-from .device import environment, resolve_device, resolve_precision
+from .device import compiled, environment, resolve_device, resolve_precision
 from .engine import Epoch, State, Step
 from .errors import CifarResnetError, RunDirectoryError, UsageError
 from .lr_finder import MIN_POINTS, History, Suggestions, range_test, suggest
@@ -76,6 +77,7 @@ def train(
     loader: str = "auto",
     workers: int | None = None,
     save_every_minutes: float = 5.0,
+    compile: str = "auto",
     watcher: Watcher | None = None,
 ) -> Checkpoint:
     """Trains a recipe to its end, or a run on from its checkpoint, and keeps it in a run directory.
@@ -88,6 +90,7 @@ def train(
         loader: "auto", "tensor" or "albumentations".
         workers: processes of the albumentations loader.
         save_every_minutes: how long inside an epoch until a checkpoint is saved.
+        compile: "auto", "on" or "off"; see `device.compiled`.
 
     Returns:
         The final checkpoint, whose history holds the metrics of every epoch.
@@ -105,9 +108,11 @@ def train(
         recipe, checkpoint = _standing(folder, must_match or {})
         if checkpoint and checkpoint.finished and (folder / "learning_rate.png").exists():  # the last file that a run writes
             return checkpoint
+    clock = [time.perf_counter()]
     recipe, place = prepare(recipe or Recipe(), device)
     data = datasets.load(recipe, Path(data_dir) if data_dir else None, watcher.warn)
     batches = make_batches(data.train, recipe, place, loader, workers)
+    clock.append(time.perf_counter())
     evaluation = make_batches(data.evaluation, recipe, place)
     if resume is None:
         folder = Path(run_dir) if run_dir else default_directory(recipe)
@@ -123,7 +128,12 @@ def train(
         remove_parts(folder)
         write_whole(folder / "recipe.json", recipe.to_json())
         state = checkpoint.state(place) if checkpoint else engine.start(recipe, place, len(data.classes))
-        described = {**environment(place), **batches.options}
+        clock.append(time.perf_counter())
+        sizes = sorted({recipe.batch_size, batches.count % recipe.batch_size or recipe.batch_size}, reverse=True)
+        forward = compiled(compile, recipe, state.model, place, sizes, watcher.warn)
+        clock.append(time.perf_counter())
+        seconds = dict(zip(("data", "model", "compile"), (end - begin for begin, end in pairwise(clock)), strict=True))
+        described = {**environment(place), **batches.options, "compiled": forward is not state.model, "startup_seconds": seconds}
         watcher.begin(recipe, folder, described, data, state)
 
         def save(metrics_only: bool = False) -> str:
@@ -141,7 +151,7 @@ def train(
             write_metrics(folder, recipe, state.history, data.evaluated_on, described)
         saved = checked = time.monotonic()
         with signals() as received:
-            for record in engine.train(recipe, state, batches, lambda: evaluation.plain(engine.EVALUATION_BATCH), place):
+            for record in engine.train(recipe, state, batches, lambda: evaluation.plain(engine.EVALUATION_BATCH), place, forward):
                 now, done = time.monotonic(), state.epoch == recipe.epochs
                 if isinstance(record, Epoch):
                     watcher.epoch(record)
