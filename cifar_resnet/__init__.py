@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .benchmark import bench
     from .errors import CifarResnetError
     from .experiment import Watcher, evaluate, find_lr, misclassified, train
     from .model import ResNet, build_model
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "benchmark": ("bench",),
     "errors": ("CifarResnetError",),
     "experiment": ("Watcher", "evaluate", "find_lr", "misclassified", "train"),
     "model": ("ResNet", "build_model"),
@@ -23,7 +25,7 @@ _HOME = {
     "run": ("Checkpoint", "load_checkpoint"),
 }
 __all__ = [
-    "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "build_model",
+    "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "bench", "build_model",
     "evaluate", "find_lr", "load_checkpoint", "misclassified", "train",
 ]  # fmt: skip
 

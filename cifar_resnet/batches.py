@@ -149,7 +149,7 @@ class AlbumentationsBatches:
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             pin_memory=device.type == "cuda",
         )
 
@@ -169,7 +169,7 @@ class AlbumentationsBatches:
             yield images, labels.to(self.device, non_blocking=True)
 
 
-def _leave_signals(_worker: int) -> None:
+def leave_signals(_worker: int) -> None:
     """Ctrl-C reaches the workers too: it is the training process that ends them, quietly."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-WHERE, STEPS, RANGE = "Where and how", "The four steps", "Range test"
+WHERE, STEPS, RANGE, MEASURE = "Where and how", "The four steps", "Range test", "What to measure"
 
 DataDir = Annotated[
     Path | None,
@@ -359,6 +359,46 @@ def schedule(
         figure = figures.learning_rate(recipe, -(-50_000 // recipe.batch_size))
     figures.save(figure, output)
     console.say(f"written: {output}")
+
+
+@app.command(rich_help_panel="About")
+@recipe_options(leave_out=("dataset", "holdout", "train_limit", "test_limit"))
+def bench(
+    options: dict[str, Any],
+    recipe_file: RecipeFile = None,
+    rounds: Annotated[int, typer.Option(help="Times that everything is measured.", rich_help_panel=MEASURE)] = 9,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Measure a plain loop too, as notebooks have it.", rich_help_panel=MEASURE)
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show which operators take the time of training.", rich_help_panel=MEASURE)
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File for all that was measured.", show_default="none", rich_help_panel=MEASURE)
+    ] = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    compile: Compile = "auto",
+) -> None:
+    """Measure this machine: images a second of model, training and evaluation, against its peak; the time of a run.
+
+    Takes about two minutes on a CPU, half as much again with --reference, and no data. Let nothing else run beside it.
+    """
+    recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
+    from . import benchmark, console, run
+
+    if json_file:
+        run.check_writable(json_file.parent)
+    with console.bar("rounds") as progress:
+        task = progress.add_task("measuring", total=rounds)
+        content = benchmark.bench(
+            recipe, rounds=rounds, reference=reference, profile=profile, device=device, workers=workers, compile=compile,
+            progress=lambda done: progress.update(task, completed=done), notify=console.say,
+        )  # fmt: skip
+    console.bench(content)
+    if json_file:
+        run.write_json(json_file, content)
+        console.say(f"written: {json_file}")
 
 
 @app.command(rich_help_panel="About")

@@ -225,6 +225,38 @@ def layers(rows: list[dict[str, Any]], recipe: Recipe) -> None:
     say("jump: from one unit's field to the next one's; start: centre of the first one's")
 
 
+def bench(content: dict[str, Any]) -> None:
+    """What `cifar-resnet bench` measured."""
+    at, recipe, expected, memory = (content[key] for key in ("environment", "recipe", "predicted_seconds", "peak_memory"))
+    say(
+        f"{recipe['recipe']}: {recipe['optimizer']}, batch {recipe['batch_size']}, {recipe['precision']} on {at['device']} "
+        f"({at['device_name']}, {at['threads']} threads, bfloat16 in hardware: {'yes' if at['bfloat16'] else 'no'})"
+    )
+    say(", ".join(f"{name} {at[name]}" for name in ("python", "torch", "torchvision", "albumentations", "platform")))
+    speeds = Table(
+        "", "median", "lowest", "highest", "", title=f"{len(content['rounds']['model'])} rounds", box=None, header_style="bold"
+    )
+    for name, values in content["rounds"].items():
+        unit, scale = ("GFLOP/s", 1e-9) if name == "matrix product" else ("images/s", 1)
+        speeds.add_row(name, *(f"{scale * value:,.0f}" for value in (content["medians"][name], min(values), max(values))), unit)
+    ratios = Table("ratio", "median", "95 % interval", box=None, header_style="bold")
+    for name, row in content["ratios"].items():
+        ratios.add_row(name, f"{row['median']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}")
+    operators = Table("operator, itself", "share of the time", "calls", box=None, header_style="bold")
+    for row in content["profile"] or ():
+        operators.add_row(row["operator"], f"{row['share']:.1f} %", str(row["calls"]))
+    for table in (speeds, ratios, *([operators] if content["profile"] else [])):
+        for column in table.columns[1:4]:
+            column.justify = "right"
+        console.print(table, "")
+    say(
+        f"{recipe['epochs']} epochs of CIFAR-10: {expected['training'] / 60:,.1f} min of training, {expected['evaluation'] / 60:,.1f} min of evaluation",
+        style="bold",
+    )
+    of_device = f", {memory['device'] / 2**30:.1f} GiB of the device" if memory["device"] else ""
+    say(f"peak memory over all of it: {memory['process'] / 2**30:.1f} GiB{of_device}")
+
+
 def recipes() -> None:
     """Every preset with where it comes from and what was assumed."""
     table = Table(header_style="bold", show_lines=True)
