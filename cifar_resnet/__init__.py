@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .benchmark import bench
     from .errors import CifarResnetError
     from .experiment import Watcher, evaluate, find_lr, misclassified, repeat, samples, train
     from .inference import export, predict
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "benchmark": ("bench",),
     "errors": ("CifarResnetError",),
     "experiment": ("Watcher", "evaluate", "find_lr", "misclassified", "repeat", "samples", "train"),
     "inference": ("export", "predict"),
@@ -27,7 +29,7 @@ _HOME = {
     "run": ("Checkpoint", "load_checkpoint"),
 }
 __all__ = [
-    "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "build_model", "compare",
+    "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "bench", "build_model", "compare",
     "evaluate", "export", "find_lr", "load_checkpoint", "misclassified", "predict", "repeat", "report", "samples", "train",
 ]  # fmt: skip
 

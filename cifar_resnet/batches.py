@@ -90,20 +90,20 @@ class TensorBatches:
         self.range = torch.arange(32, device=device)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        if first_step >= self.steps:  # a run stopped after an epoch's last step
-            return
-        size = self.recipe.batch_size
-        order = torch.from_numpy(epoch_order(self.recipe, epoch, len(self.labels)))
-        rows = [order[step * size : (step + 1) * size] for step in range(first_step, self.steps)]
-        drawn = [draw(self.recipe, epoch, first_step + k, len(row)) for k, row in enumerate(rows)]
-        order, every = order[first_step * size :], Choices(*(torch.cat(kind) for kind in zip(*drawn, strict=True)))
-        if self.recipe.flip_order == "alternating":
-            every = every._replace(flips=torch.from_numpy(alternating_flips(self.recipe, epoch, self.count))[order])
-        # One transfer an epoch, so that nothing waits for the device inside it.
-        order, every = order.to(self.device).split(size), Choices(*(kind.to(self.device) for kind in every))
-        for index, choices in zip(order, zip(*(kind.split(size) for kind in every), strict=True), strict=True):
-            mine = share(len(index))
-            yield self.augment(index[mine], Choices(*(kind[mine] for kind in choices))), self.labels[index[mine]]
+        order, size = torch.from_numpy(epoch_order(self.recipe, epoch, self.count)), self.recipe.batch_size
+        alternating = self.recipe.flip_order == "alternating"
+        turned = torch.from_numpy(alternating_flips(self.recipe, epoch, self.count)) if alternating else None
+        for step in range(first_step, self.steps):
+            index = order[step * size : (step + 1) * size]
+            choices, mine = draw(self.recipe, epoch, step, len(index)), share(len(index))
+            if turned is not None:
+                choices = choices._replace(flips=turned[index])
+            index, *choices = (self.send(each[mine]) for each in (index, *choices))
+            yield self.augment(index, Choices(*choices)), self.labels[index]
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """To the device; from pinned memory, as a GPU would otherwise be waited for."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
 
     def augment(self, index: Tensor, choices: Choices) -> Tensor:
         """Pad, crop and flip as one gather by rows and columns, then holes, then normalise."""
@@ -150,7 +150,7 @@ class AlbumentationsBatches:
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             pin_memory=device.type == "cuda",
         )
 
@@ -170,7 +170,7 @@ class AlbumentationsBatches:
             yield images, labels.to(self.device, non_blocking=True)
 
 
-def _leave_signals(_worker: int) -> None:
+def leave_signals(_worker: int) -> None:
     """Ctrl-C, or a SIGTERM to the whole group, reaches the workers too: the training process ends them, quietly."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-WHERE, RANGE, CHOICE, DRAWING = "Where and how", "Range test", "Which mistakes", "Drawing"
+WHERE, RANGE, CHOICE, DRAWING, MEASURE = "Where and how", "Range test", "Which mistakes", "Drawing", "What to measure"
 STEPS, AFTER, ABOUT = "The four steps", "After a run", "Before a run"
 
 DataDir = Annotated[
@@ -57,6 +58,10 @@ Workers = Annotated[
         show_default="1 on a CPU, 4 beside a GPU",
         rich_help_panel=WHERE,
     ),
+]
+Compile = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(help="Compile the model before the first step; auto does on CUDA.", rich_help_panel=WHERE),
 ]
 
 
@@ -228,6 +233,7 @@ def train(
     save_every_minutes: Annotated[
         float, typer.Option(help="Minutes inside an epoch between two checkpoints.", rich_help_panel=WHERE)
     ] = 5.0,
+    compile: Compile = "auto",
     format: Format = "png",
 ) -> None:
     """Train a recipe, and keep the run in a folder.
@@ -248,9 +254,11 @@ def train(
         if wrong := [option for option, value in given.items() if value]:
             raise UsageError(f"{wrong[0]} does not go with --resume, which takes folder and recipe from the run")
         recipe = None
+    began = time.perf_counter()
     from . import console, experiment
     from .run import check_free
 
+    imports = time.perf_counter() - began
     if find:
         if run_dir is not None:
             check_free(run_dir)
@@ -260,13 +268,13 @@ def train(
     must_match = {name: value for name, value in options.items() if value is not None}
     settings = dict(
         resume=resume, must_match=must_match, data_dir=data_dir, device=device, loader=loader, workers=workers,
-        save_every_minutes=save_every_minutes, format=format,
+        save_every_minutes=save_every_minutes, compile=compile, format=format,
     )  # fmt: skip
     if repeat is not None or (resume is not None and (resume / experiment.REPEAT).exists()):
         content = experiment.repeat(recipe, repeat, run_dir, watch=console.TrainingTable, **settings)
         console.repetition(content)
         return
-    with console.TrainingTable() as watcher:
+    with console.TrainingTable(imports) as watcher:
         result = experiment.train(recipe, run_dir, watcher=watcher, **settings)
     if not watcher.begun:
         console.say(f"the run in {resume} is finished; nothing to do")
@@ -482,6 +490,46 @@ def schedule(
         figure = figures.learning_rate(recipe, -(-50_000 // recipe.batch_size))
     figures.save(figure, output)
     console.say(_written(output.parent, output.name))
+
+
+@app.command(rich_help_panel=ABOUT)
+@recipe_options(leave_out=("dataset", "holdout", "train_limit", "test_limit"))
+def bench(
+    options: dict[str, Any],
+    recipe_file: RecipeFile = None,
+    rounds: Annotated[int, typer.Option(help="Times that everything is measured.", rich_help_panel=MEASURE)] = 9,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Measure a plain loop too, as notebooks have it.", rich_help_panel=MEASURE)
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show which operators take the time of training.", rich_help_panel=MEASURE)
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File for all that was measured.", show_default="none", rich_help_panel=MEASURE)
+    ] = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    compile: Compile = "auto",
+) -> None:
+    """Measure this machine: images a second of model, training and evaluation, against its peak; the time of a run.
+
+    Takes about two minutes on a CPU, half as much again with --reference, and no data. Let nothing else run beside it.
+    """
+    recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
+    from . import benchmark, console, run
+
+    if json_file:
+        run.check_writable(json_file.parent)
+    with console.bar("rounds") as progress:
+        task = progress.add_task("measuring", total=rounds)
+        content = benchmark.bench(
+            recipe, rounds=rounds, reference=reference, profile=profile, device=device, workers=workers, compile=compile,
+            progress=lambda done: progress.update(task, completed=done), notify=console.say,
+        )  # fmt: skip
+    console.bench(content)
+    if json_file:
+        run.write_json(json_file, content)
+        console.say(f"written: {json_file}")
 
 
 @app.command(rich_help_panel=ABOUT)

@@ -58,9 +58,13 @@ def table_of(*columns: str, title: str | None = None, **options: Any) -> Table:
 
 
 class TrainingTable:
-    """A Watcher that shows one row an epoch and a bar inside it; without a terminal, one plain line an epoch."""
+    """A Watcher that shows one row an epoch and a bar inside it; without a terminal, one plain line an epoch.
 
-    def __init__(self) -> None:
+    `imports` are the seconds that the imports took.
+    """
+
+    def __init__(self, imports: float = 0.0) -> None:
+        self.imports = imports
         self.begun = self.whole = False
         self.stack = ExitStack()
         self.evaluated_on = "test"
@@ -86,6 +90,9 @@ class TrainingTable:
         say(
             f"{len(data.evaluation):,} {data.evaluated_on} images; {recipe.precision} on {environment['device']} ({where}); run directory {run_dir}"
         )
+        startup = {"imports": self.imports, **environment["startup_seconds"]}
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in startup.items())
+        say(f"ready for the first step after {sum(startup.values()):.1f} s: {parts}")
         if state.epoch or state.step:
             say(f"going on after epoch {state.epoch}, step {state.step}")
         if console.is_terminal:
@@ -251,6 +258,38 @@ def layers(rows: list[dict[str, Any]], recipe: Recipe) -> None:
     )
     say("k: kernel; M madds: millions of multiply-adds for the batch; field: receptive field of a unit, in pixels of the image;")
     say("jump: from one unit's field to the next one's; start: centre of the first one's")
+
+
+def bench(content: dict[str, Any]) -> None:
+    """What `cifar-resnet bench` measured."""
+    at, recipe, expected, memory = (content[key] for key in ("environment", "recipe", "predicted_seconds", "peak_memory"))
+    say(
+        f"{recipe['recipe']}: {recipe['optimizer']}, batch {recipe['batch_size']}, {recipe['precision']} on {at['device']} "
+        f"({at['device_name']}, {at['threads']} threads, bfloat16 in hardware: {'yes' if at['bfloat16'] else 'no'})"
+    )
+    say(", ".join(f"{name} {at[name]}" for name in ("python", "torch", "torchvision", "albumentations", "platform")))
+    speeds = Table(
+        "", "median", "lowest", "highest", "", title=f"{len(content['rounds']['model'])} rounds", box=None, header_style="bold"
+    )
+    for name, values in content["rounds"].items():
+        unit, scale = ("GFLOP/s", 1e-9) if name == "matrix product" else ("images/s", 1)
+        speeds.add_row(name, *(f"{scale * value:,.0f}" for value in (content["medians"][name], min(values), max(values))), unit)
+    ratios = Table("ratio", "median", "95 % interval", box=None, header_style="bold")
+    for name, row in content["ratios"].items():
+        ratios.add_row(name, f"{row['median']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}")
+    operators = Table("operator, itself", "share of the time", "calls", box=None, header_style="bold")
+    for row in content["profile"] or ():
+        operators.add_row(row["operator"], f"{row['share']:.1f} %", str(row["calls"]))
+    for table in (speeds, ratios, *([operators] if content["profile"] else [])):
+        for column in table.columns[1:4]:
+            column.justify = "right"
+        console.print(table, "")
+    say(
+        f"{recipe['epochs']} epochs of CIFAR-10: {expected['training'] / 60:,.1f} min of training, {expected['evaluation'] / 60:,.1f} min of evaluation",
+        style="bold",
+    )
+    of_device = f", {memory['device'] / 2**30:.1f} GiB of the device" if memory["device"] else ""
+    say(f"peak memory over all of it: {memory['process'] / 2**30:.1f} GiB{of_device}")
 
 
 def recipes() -> None:

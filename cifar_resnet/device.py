@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from . import __version__
 from .distributed import ranks, started
-from .errors import UsageError
+from .errors import CifarResnetError, UsageError
 from .recipe import Recipe
 
 
@@ -42,6 +44,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         keep_large_blocks()
     elif several:
         torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # a run has three batch sizes: the fastest algorithm is looked for once for each
     return device
 
 
@@ -58,6 +61,41 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
 
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+
+
+def compiled(
+    mode: str, recipe: Recipe, model: nn.Module, device: torch.device, sizes: Iterable[int], warn: Callable[[str], None]
+) -> Callable[[Tensor], Tensor]:
+    """The forward pass of `model` through torch.compile, compiled here for batches of each size; or `model` itself.
+
+    It shares the weights of `model`, which is left as it was. The mode "auto" compiles on CUDA, and warns where that fails.
+
+    Raises:
+        UsageError: the mode is not auto, on or off.
+        CifarResnetError: the mode is "on", and torch cannot compile here.
+    """
+    if mode not in ("auto", "on", "off"):
+        raise UsageError(f"--compile {mode}: it is auto, on or off")
+    if mode == "off" or mode == "auto" and device.type != "cuda":
+        return model
+    before = copy.deepcopy(model.state_dict())
+    try:
+        forward = torch.compile(model.forward, dynamic=False)  # a graph for each size; one for all would be slower
+        for size in sizes:
+            images = torch.zeros(size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+            with autocast(recipe, device):
+                output = forward(images)
+            output.float().sum().backward()
+    except Exception as error:  # without a C compiler, or Triton: whatever torch makes of it
+        message = f"the model cannot be compiled here: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        if mode == "on":
+            raise CifarResnetError(f"{message}; use --compile off") from None
+        warn(f"{message}; it trains without")
+        return model
+    finally:
+        model.load_state_dict(before)
+        model.zero_grad()
+    return forward
 
 
 def keep_large_blocks() -> None:

@@ -74,7 +74,8 @@ class State:
             NonFiniteLossError: one is not; says at which step and learning rate.
         """
         bad = int(self.bad_step)
-        if bad < 0 and not all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors()):
+        finite = [tensor.isfinite().all().to(self.totals.device) for tensor in self.tensors()]
+        if bad < 0 and not torch.stack(finite).all():  # one read, not one a tensor
             bad = self.epoch * steps + self.step - 1
         bad = min((each for each in distributed.gather(bad) if each >= 0), default=-1)
         if bad >= 0:
@@ -105,17 +106,23 @@ def make_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def train(
-    recipe: Recipe, state: State, batches: Batches, evaluation: Callable[[], Iterable[Batch]], device: torch.device
+    recipe: Recipe,
+    state: State,
+    batches: Batches,
+    evaluation: Callable[[], Iterable[Batch]],
+    device: torch.device,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Step | Epoch]:
     """Trains from where `state` stands to the recipe's last epoch, changing `state` in place.
 
-    Of several ranks each calls it with its share of the images, and gets the same records but for `Step.loss`.
+    Of several ranks each calls it with its share of the images, and gets the same records but for `Step.loss`. `forward` is
+    what a step calls in place of `state.model`, whose weights it must share: a compiled forward pass.
 
     Raises:
         NonFiniteLossError: at the end of an epoch with a loss that was not finite.
     """
     loss_of, total_steps = make_loss(recipe), recipe.epochs * batches.steps
-    model = distributed.parallel(state.model)
+    forward = forward or distributed.parallel(state.model)
     while state.epoch < recipe.epochs:
         state.model.train()
         clock = time.perf_counter()
@@ -124,7 +131,7 @@ def train(
             lr, momentum = rates(recipe, done, total_steps)
             set_rates(state.optimizer, lr, momentum)
             with autocast(recipe, device):
-                output = model(images)
+                output = forward(images)
             loss = loss_of(output, labels)
             # The mean over the ranks of gradients weighted so is that of the whole batch's mean loss.
             whole = min(recipe.batch_size, batches.count - state.step * recipe.batch_size)
@@ -136,7 +143,7 @@ def train(
 
             loss = loss.detach()
             state.totals += torch.stack([loss * len(labels), (output.argmax(1) == labels).sum()])
-            state.bad_step = torch.where((state.bad_step < 0) & ~loss.isfinite(), done, state.bad_step)
+            state.bad_step.masked_fill_((state.bad_step < 0) & ~loss.isfinite(), done)
             state.step += 1
             state.seconds += time.perf_counter() - clock
             yield Step(state.epoch + 1, state.step, batches.steps, lr, loss)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from . import analysis, distributed, engine, figures
 from . import data as datasets
 from .batches import Batches, epoch_order, make_batches
-from .device import environment, resolve_device, resolve_precision
+from .device import compiled, environment, resolve_device, resolve_precision
 from .engine import Epoch, State, Step
 from .errors import CifarResnetError, RunDirectoryError, UsageError
 from .lr_finder import MIN_POINTS, History, Suggestions, range_test, suggest
@@ -87,6 +88,7 @@ def train(
     loader: str = "auto",
     workers: int | None = None,
     save_every_minutes: float = 5.0,
+    compile: str = "auto",
     format: str = "png",
     watcher: Watcher | None = None,
 ) -> Checkpoint:
@@ -102,6 +104,7 @@ def train(
         loader: "auto", "tensor" or "albumentations".
         workers: processes of the albumentations loader.
         save_every_minutes: how long inside an epoch until a checkpoint is saved.
+        compile: "auto", "on" or "off"; see `device.compiled`. Several processes train without.
         format: of the pictures: "png", "svg" or "pdf".
 
     Returns:
@@ -114,6 +117,7 @@ def train(
         raise UsageError(f"--save-every-minutes {save_every_minutes:g} must be above 0")
     if resume is not None and (recipe is not None or run_dir is not None):
         raise UsageError("a resumed run takes recipe and folder from itself; give neither")
+    clock = [time.perf_counter()]
     with distributed.joined(), ExitStack() as held:
         watcher = watcher if watcher and distributed.rank() == 0 else Watcher()
 
@@ -136,6 +140,7 @@ def train(
         place = resolve_device(device)
         batches = make_batches(data.train, recipe, place, loader, workers)
         evaluation = make_batches(data.evaluation.take(distributed.share(len(data.evaluation))), recipe, place)
+        clock.append(time.perf_counter())
         folder = Path(resume or run_dir or default_directory(recipe))
 
         def claim() -> tuple[Recipe, Checkpoint | None]:
@@ -157,7 +162,17 @@ def train(
         recipe, checkpoint = distributed.on_first(claim)
         state = checkpoint.state(place) if checkpoint else engine.start(recipe, place, len(data.classes))
         state.totals *= distributed.rank() == 0  # each rank adds its own
-        described = {**environment(place), "processes": distributed.ranks(), **batches.options}
+        clock.append(time.perf_counter())
+        forward = None
+        if distributed.ranks() == 1:
+            sizes = sorted({recipe.batch_size, batches.count % recipe.batch_size or recipe.batch_size}, reverse=True)
+            forward = compiled(compile, recipe, state.model, place, sizes, watcher.warn)
+        clock.append(time.perf_counter())
+        seconds = dict(zip(("data", "model", "compile"), (end - begin for begin, end in pairwise(clock)), strict=True))
+        described = {
+            **environment(place), "processes": distributed.ranks(), **batches.options,
+            "compiled": forward not in (None, state.model), "startup_seconds": seconds,
+        }  # fmt: skip
         watcher.begin(recipe, folder, described, data, state)
 
         def save(metrics_only: bool = False) -> str:
@@ -174,7 +189,7 @@ def train(
             distributed.on_first(partial(write_metrics, folder, recipe, state.history, data.evaluated_on, described))
         saved = checked = time.monotonic()
         with signals() as received:
-            for record in engine.train(recipe, state, batches, lambda: evaluation.plain(engine.EVALUATION_BATCH), place):
+            for record in engine.train(recipe, state, batches, lambda: evaluation.plain(engine.EVALUATION_BATCH), place, forward):
                 now, done = time.monotonic(), state.epoch == recipe.epochs
                 if isinstance(record, Epoch):
                     watcher.epoch(record)

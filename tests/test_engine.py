@@ -5,10 +5,11 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar_resnet import Recipe, engine
 from cifar_resnet.analysis import views
-from cifar_resnet.batches import TensorBatches
+from cifar_resnet.batches import TensorBatches, make_batches
 from cifar_resnet.data import Split, load, with_statistics
 from cifar_resnet.errors import NonFiniteLossError
 
@@ -167,3 +168,44 @@ def test_mirrored_logits_are_those_of_the_mirrored_images():
     flipped = Split(data.images[:, :, ::-1].copy(), data.labels, data.indices)
     by_hand, _ = engine.predict(recipe, model, TensorBatches(flipped, recipe, CPU).plain(1000), CPU)
     torch.testing.assert_close(mirrored, by_hand)
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what would wait for a GPU: values read by the host, sizes that depend on values, masks as indices."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        assert function.overloadpacket not in (aten._local_scalar_dense, aten.nonzero, aten.masked_select), function
+        if function.overloadpacket is aten.index:
+            assert all(index is None or index.dtype is torch.int64 for index in args[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "adam"])
+def test_no_step_reads_from_the_device(optimizer):
+    fields = dict(optimizer=optimizer, max_lr=1e-3, ema_decay=0.9, ema_every=2, precision="bfloat16", batch_size=8)
+    recipe, batches, _ = small_run(**fields)
+    records = engine.train(recipe, engine.start(recipe, CPU), batches, lambda: (), CPU)
+    with NoReads():
+        while next(records).step < batches.steps:
+            pass
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReads():
+        next(records)  # the end of the epoch
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here, so nothing that a step could wait for")
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "adam"])
+@pytest.mark.parametrize("loader", ["tensor", "albumentations"])
+def test_no_step_waits_for_the_gpu(loader, optimizer):
+    fields = dict(optimizer=optimizer, max_lr=1e-3, ema_decay=0.9, ema_every=2, flip_order="alternating", flip_probability=0.5)
+    recipe, _, _ = small_run(precision="bfloat16", train_limit=100, **fields)
+    cuda = torch.device("cuda")
+    batches = make_batches(load(recipe).train, recipe, cuda, loader)
+    records = engine.train(recipe, engine.start(recipe, cuda), batches, lambda: (), cuda)
+    next(records)  # allocates, and looks for the fastest algorithms
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while next(records).step < batches.steps:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

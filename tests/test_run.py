@@ -16,9 +16,11 @@ import torch
 from cifar_resnet import Recipe, load_checkpoint, run, train
 from cifar_resnet.batches import make_batches
 from cifar_resnet.data import load
+from cifar_resnet.device import compiled
 from cifar_resnet.engine import Step
-from cifar_resnet.errors import CheckpointError, NonFiniteLossError, RunDirectoryError
+from cifar_resnet.errors import CheckpointError, CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
 from cifar_resnet.experiment import Watcher
+from cifar_resnet.model import build_model
 
 FILES = ["checkpoint.pt", "curves.png", "learning_rate.png", "metrics.json", "recipe.json"]
 
@@ -52,6 +54,44 @@ def test_a_run_leaves_the_files_that_are_documented(tiny_run, tiny_recipe):
     assert load_checkpoint(tiny_run).recipe == recipe
     for picture in ("curves.png", "learning_rate.png"):
         assert (tiny_run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_compiled_run_gives_what_the_plain_one_gives(tmp_path, monkeypatch):
+    """With the tracing but without the code generation, which takes minutes; the last batch is a graph of its own."""
+    graphs = []
+
+    def count(graph, images):
+        graphs.append([tuple(image.shape) for image in images if image.dim() == 4 and image.shape[1:] == (3, 32, 32)])
+        return graph.forward
+
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: plain_compile(forward, backend=count, **options))
+    recipe = Recipe.build(dataset="digits", epochs=2, train_limit=20, test_limit=10, batch_size=8, ema_decay=0.9, ema_every=2)
+    plain = train(recipe, tmp_path / "plain", compile="off")
+    assert graphs == []
+    traced = train(recipe, tmp_path / "compiled", compile="on")
+    assert graphs == [[(8, 3, 32, 32)], [(4, 3, 32, 32)]]
+    assert same_run(content(tmp_path / "plain"), content(tmp_path / "compiled"))
+    assert list(plain.content["model"]) == list(traced.content["model"])
+    assert [checkpoint.environment["compiled"] for checkpoint in (plain, traced)] == [False, True]
+    assert traced.environment["startup_seconds"]["compile"] > plain.environment["startup_seconds"]["compile"]
+
+
+def test_a_model_that_cannot_be_compiled_trains_without_unless_told_to(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Failed to find C compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    recipe, warnings = Recipe.build("digits", precision="float32"), []
+    model = build_model(recipe)
+    with pytest.raises(CifarResnetError, match="Failed to find C compiler; use --compile off$"):
+        compiled("on", recipe, model, torch.device("cpu"), [8], warnings.append)
+    assert compiled("auto", recipe, model, torch.device("cpu"), [8], warnings.append) is model
+    assert warnings == []
+    assert compiled("auto", recipe, model, torch.device("cuda"), [8], warnings.append) is model
+    assert warnings == ["the model cannot be compiled here: Failed to find C compiler; it trains without"]
+    with pytest.raises(UsageError, match="--compile maybe"):
+        compiled("maybe", recipe, model, torch.device("cpu"), [8], warnings.append)
 
 
 class StopAfter(Watcher):

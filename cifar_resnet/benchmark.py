@@ -1,0 +1,275 @@
+"""What to expect of this machine: images a second of the model alone, of training and of evaluation, against its peak.
+
+Every contestant is warmed up; then every round measures each of them once, for seconds, so that what disturbs the machine
+disturbs them all. A ratio is the median over the rounds of the ratio within a round, with its 95 % interval by binomial
+order statistics (scipy.stats.quantile_test), which takes no distribution for granted, but at least six rounds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from importlib.metadata import version
+from itertools import chain, count
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.utils.data import DataLoader, default_collate
+
+from . import analysis, engine
+from .batches import Batch, leave_signals, make_batches
+from .data import Split, train_transform, with_statistics
+from .device import autocast, compiled, environment, resolve_device, resolve_precision
+from .errors import CifarResnetError, UsageError
+from .model import build_model
+from .optimizer import make_optimizer, rates, set_rates
+from .recipe import Recipe
+from .run import SCHEMA
+
+MIN_ROUNDS, TRAIN_IMAGES, TEST_IMAGES, ENDLESS, CPU_SIDE = 6, 50_000, 10_000, 10**9, 4096
+RATIOS = (
+    ("model", "optimizer", "optimizer's share of the model alone"),
+    ("tensor", "model", "training, tensor loader / model alone"),
+    ("albumentations", "model", "training, albumentations loader / model alone"),
+    ("model", "matrix product", "model alone / matrix product"),
+    ("tensor", "matrix product", "training, tensor loader / matrix product"),
+    ("tensor", "plain loop", "training, tensor loader / plain loop"),
+    ("albumentations", "plain loop", "training, albumentations loader / plain loop"),
+)
+
+
+def bench(
+    recipe: Recipe | None = None,
+    *,
+    rounds: int = 9,
+    reference: bool = False,
+    profile: bool = False,
+    device: str = "auto",
+    workers: int | None = None,
+    compile: str = "auto",
+    seconds: float = 2.0,
+    progress: Callable[[int], None] = lambda rounds: None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Measures a recipe on random images of CIFAR-10's size and number; needs no data.
+
+    Args:
+        rounds: how often everything is measured.
+        reference: measures a plain loop too; see `_plain_loop`.
+        profile: adds the operators that take the time of training with the tensor loader.
+        workers: processes of the albumentations loader, and of the plain loop's.
+        compile: "auto", "on" or "off"; see `device.compiled`.
+        seconds: about how long one measurement takes; a step at least.
+
+    Returns:
+        `rounds`: what was measured by contestant, images a second, or FLOP/s of the matrix product; `medians` of these;
+        `ratios` with `median`, `low` and `high`; `predicted_seconds` of the recipe's epochs on CIFAR-10; `peak_memory`:
+        bytes of this process, and on CUDA of the device, over all that was measured; `profile`: see `_operators`.
+
+    Raises:
+        UsageError: the rounds are too few for an interval.
+    """
+    if rounds < MIN_ROUNDS:
+        raise UsageError(f"--rounds {rounds} must be at least {MIN_ROUNDS}: fewer give no 95 % interval of a median")
+    place = resolve_device(device)
+    recipe = resolve_precision(with_statistics(recipe or Recipe()), place)
+    size, steps, measured = recipe.batch_size, {}, {}
+    split, small = (_random_split(images) for images in (max(TRAIN_IMAGES // size, 1) * size, engine.EVALUATION_BATCH))
+    evaluated, model = make_batches(small, recipe, place), engine.start(recipe, place).model
+    contestants: dict[str, tuple[Callable[[], Any], float]] = {
+        "model": (_model_alone(recipe, place, compile, notify), size),
+        "optimizer": (_optimizer_alone(recipe, place), size),
+        "evaluation": (lambda: engine.predict(recipe, model, evaluated.plain(len(small)), place), len(small)),
+        "matrix product": _matrix_product(recipe, place),
+    }
+    for loader in ("tensor", "albumentations"):
+        batches = make_batches(split, recipe, place, loader, workers if loader == "albumentations" else None)
+        contestants[loader] = (_training(recipe, place, batches, compile, notify).__next__, size)
+    workers = batches.options["workers"]
+
+    def measure(name: str, steps: int) -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            contestants[name][0]()
+        if place.type != "cpu":
+            torch.accelerator.synchronize(place)
+        return time.perf_counter() - began
+
+    with _plain_process(recipe, place, len(split), workers) if reference else nullcontext() as step:
+        if step:
+            contestants["plain loop"] = (step, size)
+        for name in contestants:
+            measure(name, 2)
+            steps[name], measured[name] = max(1, round(seconds / measure(name, 1))), []
+        for done in range(rounds):
+            progress(done)
+            for name in list(contestants)[:: -1 if done % 2 else 1]:  # there and back: none always follows the same one
+                measured[name].append(steps[name] * contestants[name][1] / measure(name, steps[name]))
+    operators = _operators(lambda: measure("tensor", max(3, steps["tensor"])), place) if profile else None
+
+    flop = training_flop(recipe)
+    medians = {name: float(np.median(values)) for name, values in measured.items()}
+    native = resolve_precision(recipe.replace(precision="auto"), place).precision == "bfloat16"
+    return {
+        "schema": SCHEMA,
+        "environment": {**environment(place), "albumentations": version("albumentations"), "bfloat16": native},
+        "options": {"compile": compile, "workers": workers, "steps": steps},
+        "recipe": recipe.model_dump(mode="json"),
+        "training_flop_per_image": flop,
+        "rounds": measured,
+        "medians": medians,
+        "ratios": {
+            title: ratio(measured[above], measured[below], flop if below == "matrix product" else 1)
+            for above, below, title in RATIOS
+            if below in measured
+        },
+        "predicted_seconds": {
+            "training": recipe.epochs * TRAIN_IMAGES / medians["tensor"],
+            "evaluation": recipe.epochs * TEST_IMAGES / medians["evaluation"],
+        },
+        "peak_memory": {
+            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "device": torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None,
+        },
+        "profile": operators,
+    }
+
+
+def training_flop(recipe: Recipe) -> int:
+    """FLOP of an image, forward and backward: two a multiply-add, and backward twice as many as forward."""
+    return 6 * sum(layer["multiply_adds"] for layer in analysis.layers(recipe, 1))
+
+
+def ratio(above: list[float], below: list[float], factor: float = 1.0) -> dict[str, float]:
+    """Median over the rounds of factor * above / below, and its 95 % interval."""
+    from scipy.stats import quantile_test
+
+    values = factor * np.divide(above, below)
+    low, high = quantile_test(values, p=0.5).confidence_interval(0.95)
+    return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
+
+
+def _operators(train: Callable[[], float], device: torch.device) -> list[dict[str, Any]]:
+    """The 20 operators that themselves take most time, each with its share of the wall time in percent, and its calls."""
+    kinds = {"cpu": torch.profiler.ProfilerActivity.CPU, "cuda": torch.profiler.ProfilerActivity.CUDA}
+    with torch.profiler.profile(activities={kinds["cpu"], kinds.get(device.type, kinds["cpu"])}) as profiler:
+        seconds = train()
+    kind = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    events = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
+    rows = [{"operator": e.key, "share": getattr(e, kind) / 1e4 / seconds, "calls": e.count} for e in events]
+    return sorted(rows, key=lambda row: -row["share"])[:20]
+
+
+def _random_split(images: int) -> Split:
+    rng = np.random.default_rng(0)
+    return Split(rng.integers(0, 256, (images, 32, 32, 3), np.uint8), rng.integers(0, 10, images), np.arange(images))
+
+
+def _training(recipe, device, batches, compile, notify) -> Iterator[engine.Step | engine.Epoch]:
+    """The loop itself, over one epoch after another as one without end, so that no evaluation comes between."""
+    state = engine.start(recipe, device)
+    forward = compiled(compile, recipe, state.model, device, [recipe.batch_size], notify)
+    endless = SimpleNamespace(
+        count=batches.count, steps=ENDLESS, epoch=lambda *_: chain.from_iterable(map(batches.epoch, count()))
+    )
+    yield from engine.train(recipe, state, endless, lambda: (), device, forward)
+
+
+def _model_alone(recipe, device, compile, notify) -> Callable[[], None]:
+    """Forward, backward and optimizer step on one batch of noise."""
+    state, loss_of = engine.start(recipe, device), engine.make_loss(recipe)
+    forward = compiled(compile, recipe, state.model, device, [recipe.batch_size], notify)
+    images = torch.randn(recipe.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    labels = torch.arange(recipe.batch_size, device=device) % 10
+    set_rates(state.optimizer, *rates(recipe, 0, ENDLESS))
+
+    def step() -> None:
+        with autocast(recipe, device):
+            output = forward(images)
+        loss_of(output, labels).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    return step
+
+
+def _optimizer_alone(recipe, device) -> Callable[[], Any]:
+    state = engine.start(recipe, device)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return state.optimizer.step
+
+
+def _matrix_product(recipe, device) -> tuple[Callable[[], Any], float]:
+    """A product of square matrices in the recipe's precision, and its FLOP.
+
+    On a CPU as a convolution of kernel 1: torch gives float32 products to another library, which can be slower.
+    """
+    side = CPU_SIDE if device.type == "cpu" else 2 * CPU_SIDE
+    left, right = torch.randn(2, side, side, dtype=getattr(torch, recipe.precision), device=device)
+    images, kernel = left.view(-1, 8, 8, side).permute(0, 3, 1, 2), right.view(side, side, 1, 1)
+    return partial(functional.conv2d, images, kernel) if device.type == "cpu" else partial(torch.mm, left, right), 2 * side**3
+
+
+@contextmanager
+def _plain_process(*arguments) -> Iterator[Callable[[], None]]:
+    """Gives what lets `_plain_loop`, in a process of its own, take one step."""
+    context = multiprocessing.get_context("spawn")
+    pipe, its_end = context.Pipe()
+    process = context.Process(target=_plain_loop, args=(its_end, *arguments))
+    process.start()
+    its_end.close()
+
+    def step() -> None:
+        try:
+            pipe.send(True)
+            pipe.recv()
+        except (EOFError, OSError):
+            raise CifarResnetError("the plain loop failed, as shown above") from None
+
+    try:
+        yield step
+    finally:
+        with suppress(OSError):
+            pipe.send(False)
+        process.join()
+
+
+def _plain_loop(pipe: Any, recipe: Recipe, device: torch.device, images: int, workers: int) -> None:
+    """The loop of many a notebook: float32, NCHW, a DataLoader over Albumentations, loss and hits read at every step.
+
+    It has the recipe's optimizer. It runs in a process of its own, begun anew, without `device.keep_large_blocks`, which
+    cannot be undone and which a notebook has not got; between its steps it rests.
+    """
+    leave_signals(0)
+    recipe = recipe.replace(precision="float32")
+    model = build_model(recipe).to(device, memory_format=torch.contiguous_format)
+    optimizer, loss_of = make_optimizer(recipe, model), engine.make_loss(recipe)
+    set_rates(optimizer, *rates(recipe, 0, ENDLESS))
+    collate = partial(_collate, _random_split(images), train_transform(recipe))
+    options = dict(num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
+    loader = DataLoader(range(images), recipe.batch_size, shuffle=True, **options)
+    batches, running_loss, hits = chain.from_iterable(loader for _ in count()), 0.0, 0
+    with suppress(EOFError, OSError):  # the process that asks is gone
+        while pipe.recv():
+            inputs, labels = (tensor.to(device) for tensor in next(batches))
+            optimizer.zero_grad()
+            output = model(inputs)
+            loss = loss_of(output, labels)
+            loss.backward()
+            optimizer.step()
+            running_loss += loss.item()
+            hits += (output.argmax(1) == labels).sum().item()
+            pipe.send(None)
+
+
+def _collate(split: Split, transform: Any, indices: list[int]) -> Batch:
+    return default_collate([(transform(image=split.images[i])["image"], split.labels[i]) for i in indices])
