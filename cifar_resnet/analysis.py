@@ -25,7 +25,7 @@ BINS = 15  # of the reliability diagram
 class Mistake(NamedTuple):
     """One misclassified image. `index` is its place in the published split, `position` in the split given."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     position: int
     true: str
     predicted: str
@@ -62,7 +62,8 @@ def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
 
 def mean_logits(recipe: Recipe, model: ResNet, images: Batches, device: torch.device, tta: str) -> Tensor:
     """Mean of the logits of the views of test-time augmentation, float32 (N, classes)."""
-    return sum(weight * predict(recipe, model, images.plain(EVALUATION_BATCH), device, view)[0] for weight, view in views(tta))
+    every = [weight * predict(recipe, model, images.plain(EVALUATION_BATCH), device, view)[0] for weight, view in views(tta)]
+    return torch.stack(every).sum(0)
 
 
 def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -125,8 +126,8 @@ def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, .
     """Every misclassified image, the surest first."""
     probabilities = torch.softmax(logits.double(), dim=1)
     confidence, predicted = probabilities.max(1)
-    wrong = (predicted != labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist()
+    places = (predicted != labels).nonzero().flatten()
+    wrong = places[confidence[places].argsort(descending=True, stable=True)].tolist()
     return [
         Mistake(
             int(split.indices[i]),
@@ -199,13 +200,15 @@ def layers(recipe: Recipe, batch_size: int = 512, classes: int = 10) -> list[dic
         images = torch.zeros(batch_size, 3, 32, 32)
         found = torchinfo.summary(model, input_data=images, verbose=0, device="meta").summary_list
     names, modules = {id(module): name for name, module in model.named_modules()}, dict(model.named_modules())
-    rows, field, jump, start = [], 1, 1, 0.5
+    rows: list[dict[str, Any]] = []
+    field, jump, start = 1, 1, 0.5
     for layer in (each for each in found if each.is_leaf_layer):
         module = modules[names[layer.layer_id]]
         kernel = None
         if isinstance(module, nn.Conv2d | nn.MaxPool2d):
             kernel, stride, padding = (
-                each[0] if isinstance(each, tuple) else each for each in (module.kernel_size, module.stride, module.padding)
+                int(each[0]) if isinstance(each, tuple) else int(each)
+                for each in (module.kernel_size, module.stride, module.padding)
             )
             field, start, jump = field + (kernel - 1) * jump, start + ((kernel - 1) / 2 - padding) * jump, jump * stride
         rows.append(

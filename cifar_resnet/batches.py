@@ -78,7 +78,8 @@ class TensorBatches:
     """The whole split once on the device as uint8, augmented a batch at a time."""
 
     def __init__(self, split: Split, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device, self.options = recipe, device, {"loader": "tensor"}
+        self.recipe, self.device = recipe, device
+        self.options: dict[str, object] = {"loader": "tensor"}
         self.images = torch.from_numpy(split.images).to(device)  # (N, 32, 32, 3)
         self.labels = torch.from_numpy(split.labels).to(device)
         self.count, self.steps = len(split), math.ceil(len(split) / recipe.batch_size)
@@ -98,8 +99,8 @@ class TensorBatches:
             choices, mine = draw(self.recipe, epoch, step, len(index)), share(len(index))
             if turned is not None:
                 choices = choices._replace(flips=turned[index])
-            index, *choices = (self.send(each[mine]) for each in (index, *choices))
-            yield self.augment(index, Choices(*choices)), self.labels[index]
+            index, *sent = (self.send(each[mine]) for each in (index, *choices))
+            yield self.augment(index, Choices(*sent)), self.labels[index]
 
     def send(self, tensor: Tensor) -> Tensor:
         """To the device; from pinned memory, as a GPU would otherwise be waited for."""
@@ -141,7 +142,8 @@ class AlbumentationsBatches:
     """Albumentations, image by image, in a DataLoader with `workers` processes (0: in this one)."""
 
     def __init__(self, split: Split, recipe: Recipe, device: torch.device, workers: int) -> None:
-        self.recipe, self.device, self.options = recipe, device, {"loader": "albumentations", "workers": workers}
+        self.recipe, self.device = recipe, device
+        self.options: dict[str, object] = {"loader": "albumentations", "workers": workers}
         self.count, self.steps = len(split), math.ceil(len(split) / recipe.batch_size)
         self.order = _Order()
         self.loader = torch.utils.data.DataLoader(

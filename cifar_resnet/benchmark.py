@@ -17,7 +17,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain, count
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -81,7 +81,9 @@ def bench(
         raise UsageError(f"--rounds {rounds} must be at least {MIN_ROUNDS}: fewer give no 95 % interval of a median")
     place = resolve_device(device)
     recipe = resolve_precision(with_statistics(recipe or Recipe()), place)
-    size, steps, measured = recipe.batch_size, {}, {}
+    size = recipe.batch_size
+    steps: dict[str, int] = {}
+    measured: dict[str, list[float]] = {}
     split, small = (_random_split(images) for images in (max(TRAIN_IMAGES // size, 1) * size, engine.EVALUATION_BATCH))
     evaluated, model = make_batches(small, recipe, place), engine.start(recipe, place).model
     contestants: dict[str, tuple[Callable[[], Any], float]] = {
@@ -93,7 +95,7 @@ def bench(
     for loader in ("tensor", "albumentations"):
         batches = make_batches(split, recipe, place, loader, workers if loader == "albumentations" else None)
         contestants[loader] = (_training(recipe, place, batches, compile, notify).__next__, size)
-    workers = batches.options["workers"]
+    used = int(str(batches.options["workers"]))
 
     def measure(name: str, steps: int) -> float:
         began = time.perf_counter()
@@ -103,7 +105,7 @@ def bench(
             torch.accelerator.synchronize(place)
         return time.perf_counter() - began
 
-    with _plain_process(recipe, place, len(split), workers) if reference else nullcontext() as step:
+    with _plain_process(recipe, place, len(split), used) if reference else nullcontext() as step:
         if step:
             contestants["plain loop"] = (step, size)
         for name in contestants:
@@ -121,7 +123,7 @@ def bench(
     return {
         "schema": SCHEMA,
         "environment": {**environment(place), "albumentations": version("albumentations"), "bfloat16": native},
-        "options": {"compile": compile, "workers": workers, "steps": steps},
+        "options": {"compile": compile, "workers": used, "steps": steps},
         "recipe": recipe.model_dump(mode="json"),
         "training_flop_per_image": flop,
         "rounds": measured,
@@ -251,12 +253,14 @@ def _plain_loop(pipe: Any, recipe: Recipe, device: torch.device, images: int, wo
     """
     leave_signals(0)
     recipe = recipe.replace(precision="float32")
-    model = build_model(recipe).to(device, memory_format=torch.contiguous_format)
+    model = build_model(recipe).to(device).to(memory_format=torch.contiguous_format)
     optimizer, loss_of = make_optimizer(recipe, model), engine.make_loss(recipe)
     set_rates(optimizer, *rates(recipe, 0, ENDLESS))
     collate = partial(_collate, _random_split(images), train_transform(recipe))
-    options = dict(num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
-    loader = DataLoader(range(images), recipe.batch_size, shuffle=True, **options)
+    options: dict[str, Any] = dict(
+        num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=leave_signals
+    )
+    loader: Any = DataLoader(cast(Any, range(images)), recipe.batch_size, shuffle=True, **options)
     batches, running_loss, hits = chain.from_iterable(loader for _ in count()), 0.0, 0
     with suppress(EOFError, OSError):  # the process that asks is gone
         while pipe.recv():

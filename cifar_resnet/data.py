@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,8 @@ def load(recipe: Recipe, data_dir: Path | None = None, notify: Callable[[str], N
 
 def with_statistics(recipe: Recipe, train: Split | None = None) -> Recipe:
     """The recipe with the mean and standard deviation that it leaves to the dataset written in: of `train`, where it is a folder."""
+    mean: Any
+    std: Any
     if recipe.dataset in DATASETS or train is None:
         mean, std = (DIGITS_MEAN, DIGITS_STD) if recipe.dataset == "digits" else (CIFAR10_MEAN, CIFAR10_STD)
     else:
@@ -234,12 +237,12 @@ def _locked(path: Path) -> Iterator[None]:
 def hole_pixel(recipe: Recipe) -> tuple[int, ...]:
     """The uint8 value by channel that fills the cutout."""
     level = recipe.mean if recipe.cutout_fill is None else (recipe.cutout_fill,) * 3
-    return tuple(round(255 * value) for value in level)
+    return tuple(round(255 * value) for value in level or ())
 
 
 def pad_pixel(recipe: Recipe) -> tuple[int, ...]:
     """The uint8 value by channel of padding, for the pad modes that are one colour."""
-    return tuple(round(255 * value) for value in recipe.mean) if recipe.pad_mode == "mean" else (0, 0, 0)
+    return tuple(round(255 * value) for value in recipe.mean or ()) if recipe.pad_mode == "mean" else (0, 0, 0)
 
 
 def albumentations():

@@ -149,6 +149,7 @@ def train(
                 check_free(folder)
             if taken_over := held.enter_context(locked(writable(folder))):
                 watcher.warn(taken_over)
+            assert recipe is not None  # `read` gave one
             planned, checkpoint = recipe, None
             if resume is None:
                 check_free(folder)
@@ -353,7 +354,7 @@ def find_lr(
         check_writable(Path(run_dir))
     recipe, place, data = prepare(recipe, device, data_dir, notify)
     batches = make_batches(data.train, recipe, place, loader, workers)
-    settings = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
+    settings: dict[str, Any] = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
     history = range_test(recipe, batches, place, len(data.classes), **settings, progress=progress)
     suggestions = suggest(history)
     if run_dir is not None:
@@ -530,7 +531,7 @@ def mistake_figures(found: Prediction, shown: list[analysis.Mistake], layer: str
         maps.append(analysis.grad_cam(found.model, images, of, layer))
     return {
         "misclassified": figures.misclassified(chosen.images, shown, title),
-        "gradcam": figures.grad_cam(chosen.images, *maps, shown, title and f"Grad-CAM at {layer}: {title}"),
+        "gradcam": figures.grad_cam(chosen.images, maps[0], maps[1], shown, title and f"Grad-CAM at {layer}: {title}"),
     }
 
 

@@ -79,8 +79,7 @@ class _Exported(nn.Module):
     def __init__(self, model: ResNet, mean: Any, std: Any, with_preprocessing: bool) -> None:
         super().__init__()
         self.model, self.with_preprocessing = model, with_preprocessing
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.mean, self.std = nn.Buffer(torch.tensor(mean).view(3, 1, 1)), nn.Buffer(torch.tensor(std).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         if self.with_preprocessing:
@@ -123,8 +122,11 @@ def export(
         raise CifarResnetError(f"export needs the package {error.name}: pip install 'cifar-resnet[export]'") from None
     exported = _Exported(model, loaded.recipe.mean, loaded.recipe.std, with_preprocessing).eval()
     example = torch.zeros(2, 32, 32, 3, dtype=torch.uint8) if with_preprocessing else torch.zeros(2, 3, 32, 32)
-    names = dict(input_names=["images"], output_names=["logits"], dynamic_shapes={"images": {0: torch.export.Dim("N")}})
+    names: dict[str, Any] = dict(
+        input_names=["images"], output_names=["logits"], dynamic_shapes={"images": {0: torch.export.Dim("N")}}
+    )
     program = torch.onnx.export(exported, (example,), dynamo=True, verbose=False, **names)
+    assert program is not None  # as with dynamo
     program.model.metadata_props.update(metadata)
     write_whole(path, program.model_proto.SerializeToString())
     return path

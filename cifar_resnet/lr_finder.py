@@ -77,7 +77,7 @@ def range_test(
             progress(done, num_iter)
             yield batch
 
-    state.model.forward = autocast(recipe, device)(state.model.forward)
+    state.model.forward = autocast(recipe, device)(state.model.forward)  # type: ignore[method-assign]
     finder = LRFinder(state.model, state.optimizer, finite_loss, device=device)
     quiet = mock.patch.object(library, "tqdm", lambda steps: steps), contextlib.redirect_stdout(io.StringIO())
     with torch.random.fork_rng(devices=[]), quiet[0], quiet[1], contextlib.suppress(_NotFinite):

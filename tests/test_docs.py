@@ -29,3 +29,9 @@ def test_the_notebook_runs_and_shows_its_pictures(tmp_path):
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) >= 2
     assert not any(output.output_type == "stream" and output.name == "stderr" for output in outputs)
+
+
+def test_the_types_agree():
+    api = pytest.importorskip("mypy.api", reason="mypy is not installed")
+    out, err, code = api.run(["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", os.devnull, str(ROOT / "cifar_resnet")])
+    assert code == 0, out + err
