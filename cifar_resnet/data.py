@@ -31,7 +31,7 @@ class Split:
     labels: np.ndarray
     indices: np.ndarray
 
-    def take(self, positions: np.ndarray) -> Split:
+    def take(self, positions: np.ndarray | slice) -> Split:
         return Split(self.images[positions], self.labels[positions], self.indices[positions])
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """Training shared by the processes that `torchrun` started; in a process of its own every function here is the identity.
 
-Rank 0 alone reads and writes files, and speaks; the others are handed what it read.
+Rank 0 alone reads and writes the run directory, and speaks; the others are handed what it read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import CifarResnetError, UsageError
+from .errors import CifarResnetError, DataError, UsageError
 
 
 class Left(CifarResnetError):
@@ -39,7 +39,7 @@ def joined() -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         yield
     except CifarResnetError as error:
-        raise error if rank() == 0 or isinstance(error, UsageError) else Left from None
+        raise error if rank() == 0 or isinstance(error, DataError | UsageError) else Left from None
     except (RuntimeError, ValueError) as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

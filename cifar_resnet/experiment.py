@@ -94,7 +94,7 @@ def train(
 ) -> Checkpoint:
     """Trains a recipe to its end, or a run on from its checkpoint, and keeps it in a run directory.
 
-    The processes that `torchrun` started share every batch; rank 0 alone reads and writes files.
+    The processes that `torchrun` started share every batch; rank 0 alone reads and writes the run directory.
 
     Args:
         recipe: what to train; `Recipe()` if not given. Left out where `resume` is given.
@@ -120,24 +120,26 @@ def train(
     clock = [time.perf_counter()]
     with distributed.joined(), ExitStack() as held:
         watcher = watcher if watcher and distributed.rank() == 0 else Watcher()
+        images_in, data = Path(data_dir) if data_dir else None, None
 
-        def read() -> tuple[Recipe, Checkpoint | None, datasets.Data | None]:
-            """No images for a run that is finished."""
+        def read() -> tuple[Recipe, Checkpoint | None, bool]:
+            """The run as it stands, and whether it is finished; if not, rank 0 has the images."""
+            nonlocal data
             planned, checkpoint = recipe, None
             if resume is not None:
                 planned, checkpoint = _standing(Path(resume), must_match or {})
                 if checkpoint and checkpoint.finished and any(Path(resume).glob("learning_rate.*")):  # a run's last file
-                    return planned, checkpoint, None
+                    return planned, checkpoint, True
             planned, _, data = prepare(planned, device, data_dir, watcher.warn)
             fewest, ranks = (len(data.train) - 1) % planned.batch_size + 1, distributed.ranks()
             if fewest < ranks:
                 raise UsageError(f"--batch-size {planned.batch_size}: a step of {fewest} images is too few for {ranks} processes")
-            return planned, checkpoint, data
+            return planned, checkpoint, False
 
-        recipe, checkpoint, data = distributed.on_first(read)
-        if data is None:
+        recipe, checkpoint, finished = distributed.on_first(read)
+        if finished:
             return checkpoint
-        place = resolve_device(device)
+        data, place = data or datasets.load(recipe, images_in, watcher.warn), resolve_device(device)
         batches = make_batches(data.train, recipe, place, loader, workers)
         evaluation = make_batches(data.evaluation.take(distributed.share(len(data.evaluation))), recipe, place)
         clock.append(time.perf_counter())

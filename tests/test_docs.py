@@ -33,5 +33,7 @@ def test_the_notebook_runs_and_shows_its_pictures(tmp_path):
 
 def test_the_types_agree():
     api = pytest.importorskip("mypy.api", reason="mypy is not installed")
-    out, err, code = api.run(["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", os.devnull, str(ROOT / "cifar_resnet")])
+    out, err, code = api.run(
+        ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", os.devnull, str(ROOT / "cifar_resnet")]
+    )
     assert code == 0, out + err
