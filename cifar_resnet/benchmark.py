@@ -180,7 +180,7 @@ def _training(recipe, device, batches, compile, notify) -> Iterator[engine.Step 
     state = engine.start(recipe, device)
     forward = compiled(compile, recipe, state.model, device, [recipe.batch_size], notify)
     endless = SimpleNamespace(
-        count=batches.count, steps=ENDLESS, epoch=lambda *_: chain.from_iterable(map(batches.epoch, count()))
+        count=ENDLESS * recipe.batch_size, steps=ENDLESS, epoch=lambda *_: chain.from_iterable(map(batches.epoch, count()))
     )
     yield from engine.train(recipe, state, endless, lambda: (), device, forward)
 

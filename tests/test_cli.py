@@ -106,7 +106,7 @@ def test_a_schedule_is_drawn_before_the_run(cli, refused, tmp_path):
     for options in (("--recipe", "page"), ("--policy", "triangular", "--cycles", 2)):
         code, out, _ = cli("schedule", *options, "--output", tmp_path / "lr.svg")
         assert code == 0
-        assert str(tmp_path / "lr.svg") in out
+        assert "lr.svg" in out
         assert b"<svg" in (tmp_path / "lr.svg").read_bytes()
     assert ".gif" in refused(2, "schedule", "--output", tmp_path / "lr.gif")
     assert "--min-lr 3" in refused(2, "schedule", "--policy", "triangular", "--min-lr", 3)
