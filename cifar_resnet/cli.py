@@ -54,6 +54,9 @@ OPTIONS: dict[str, Any] = {
     "start_lr": _option(float, "Learning rate of the first step.", RANGE),
     "end_lr": _option(float, "Learning rate of the last step.", RANGE),
     "num_iter": _option(int, "Steps.", RANGE),
+    "suggest": _option(
+        Literal["recommended", "steepest", "valley", "minimum"], "Rule to go by; minimum is a tenth of the lowest point's.", RANGE
+    ),
     "step_mode": _option(Literal["exp", "linear"], "How the LR rises.", RANGE),
     "run_dir": _option(Path | None, "Folder for what is written.", show_default="beside the checkpoint"),
     "find-lr run_dir": _option(
@@ -196,7 +199,7 @@ NOT_SWEPT = (
 
 @command(STEPS, "find-lr", fields=lambda name, panel: name not in NOT_SWEPT)
 def find_lr(
-    recipe, start_lr=1e-4, end_lr=10.0, num_iter=200, step_mode="exp", run_dir=None, data_dir=None, device="auto", loader="auto",
+    recipe, start_lr=1e-4, end_lr=10.0, num_iter=200, step_mode="exp", suggest="recommended", run_dir=None, data_dir=None, device="auto", loader="auto",
     workers=None, format="png",
 ):  # fmt: skip
     """Find the learning rate: a range test, and what it suggests.
@@ -209,7 +212,7 @@ def find_lr(
     folder = run_dir or default_directory(recipe, "find-lr-")
     settings = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, format=format)
     _, found = _range_test(recipe, folder, data_dir=data_dir, device=device, loader=loader, workers=workers, **settings)
-    console.lr_suggestions(found, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
+    console.lr_suggestions(found, suggest, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
 
 
 def _range_test(recipe: Recipe, folder: Path | None, **settings: Any) -> Any:
@@ -223,7 +226,7 @@ def _range_test(recipe: Recipe, folder: Path | None, **settings: Any) -> Any:
 
 @command(STEPS, fields=lambda name, panel: True)
 def train(
-    options, recipe_file=None, max_lr=None, run_dir=None, resume=None, repeat=None, data_dir=None, device="auto", loader="auto",
+    options, recipe_file=None, max_lr=None, suggest="recommended", run_dir=None, resume=None, repeat=None, data_dir=None, device="auto", loader="auto",
     workers=None, save_every_minutes=5.0, compile="auto", format="png",
 ):  # fmt: skip
     """Train a recipe, and keep the run in a folder.
@@ -237,6 +240,8 @@ def train(
         raise UsageError(f"--max-lr {max_lr!r} is neither a number nor find") from None
     if find and options["div_factor"] is not None:
         raise UsageError("--div-factor does not go with --max-lr find, which sets it")
+    if suggest != "recommended" and not find:
+        raise UsageError(f"--suggest {suggest} goes with --max-lr find")
     recipe = None
     if resume is None:
         recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
@@ -253,8 +258,8 @@ def train(
         if run_dir is not None:
             check_free(run_dir)
         _, found = _range_test(recipe, None, data_dir=data_dir, device=device, loader=loader, workers=workers)
-        recipe = experiment.with_found_lr(recipe, found)
-        console.say(f"range test: LR from {found.min_lr:.3g} to {found.max_lr:.3g}")
+        recipe = experiment.with_found_lr(recipe, found, suggest)
+        console.say(f"range test: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
     must_match = {name: value for name, value in options.items() if value is not None}
     settings: dict[str, Any] = dict(
         resume=resume, must_match=must_match, data_dir=data_dir, device=device, loader=loader, workers=workers,

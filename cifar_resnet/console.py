@@ -213,7 +213,7 @@ def comparison(content: dict[str, Any]) -> None:
     console.print()
 
 
-def lr_suggestions(found: Suggestions, written: str) -> None:
+def lr_suggestions(found: Suggestions, suggest: str, written: str) -> None:
     table = table_of("rule", ">LR", "what it is")
     table.add_row("steepest", f"{found.steepest:.3g}", "where the lagging mean falls fastest, as torch-lr-finder suggests")
     table.add_row("valley", f"{found.valley:.3g}", "the middle of the longest fall")
@@ -229,13 +229,12 @@ def lr_suggestions(found: Suggestions, written: str) -> None:
         )
     console.print(table)
     console.print()
-    if found.max_lr is None:
-        say(
-            "no LR is recommended: the loss never fell clearly, or fell to the end; give more --num-iter, or another range",
-            style="yellow",
-        )
+    chosen = found.by(suggest)
+    if chosen is None:
+        say(f"no LR is recommended: {found.why_not}", style="yellow")
     else:
-        say(f"next: cifar-resnet train --max-lr {found.max_lr:.3g}", style="bold")
+        say("train with the maximum at the peak and the minimum at the start: cifar-resnet train --max-lr find does; or")
+        say(f"next: cifar-resnet train --max-lr {chosen:.3g}", style="bold")
     say(written)
 
 

@@ -374,16 +374,16 @@ def find_lr(
     return history, suggestions
 
 
-def with_found_lr(recipe: Recipe, suggestions: Suggestions) -> Recipe:
-    """The recipe at the recommended maximum, starting from the recommended minimum.
+def with_found_lr(recipe: Recipe, suggestions: Suggestions, rule: str = "recommended") -> Recipe:
+    """The recipe at the maximum that a rule gives; the recommended one starts from the recommended minimum.
 
     Raises:
         CifarResnetError: the range test recommends nothing.
     """
+    if rule != "recommended":
+        return recipe.replace(max_lr=suggestions.by(rule))
     if suggestions.max_lr is None or suggestions.min_lr is None:
-        raise CifarResnetError(
-            "the range test recommends no LR: its loss never fell clearly, or fell to the end; give --max-lr a number"
-        )
+        raise CifarResnetError(f"the range test recommends no LR: {suggestions.why_not}; or give --max-lr a number")
     return recipe.replace(max_lr=suggestions.max_lr, div_factor=suggestions.max_lr / suggestions.min_lr)
 
 

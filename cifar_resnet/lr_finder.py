@@ -16,7 +16,7 @@ from torch import Tensor
 from .batches import Batch, Batches
 from .device import autocast
 from .engine import make_loss, start
-from .errors import CifarResnetError
+from .errors import CifarResnetError, UsageError
 from .recipe import Recipe
 
 MIN_POINTS = 20
@@ -38,6 +38,14 @@ class Suggestions(NamedTuple):
     minimum_tenth: float  # a tenth of the LR of the lowest smoothed loss
     max_lr: float | None
     min_lr: float | None
+    why_not: str | None = None  # and what to change, where nothing is recommended
+
+    def by(self, rule: str) -> float | None:
+        """The learning rate of a rule: "steepest", "valley", "minimum" (a tenth of it) or "recommended"."""
+        rules = {"steepest": self.steepest, "valley": self.valley, "minimum": self.minimum_tenth, "recommended": self.max_lr}
+        if rule not in rules:
+            raise UsageError(f"--suggest {rule}: it is {', '.join(rules)}")
+        return rules[rule]
 
 
 def range_test(
@@ -118,12 +126,16 @@ def suggest(history: History) -> Suggestions:
     lowest = int(level[:end].argmin())
     top = int(level[: lowest + 1].argmax())
     drop = level[top] - level[lowest]
-    max_lr = min_lr = None
-    if drop > 3 * noise[lowest] and lowest < len(lr) - 1:
+    max_lr = min_lr = why_not = None
+    if drop <= 3 * noise[lowest]:
+        why_not = "the loss never fell clearly; try a lower --start-lr, or more --num-iter"
+    elif lowest == len(lr) - 1:
+        why_not = "the loss fell to the end of the range; try a higher --end-lr"
+    else:
         begun = top + np.flatnonzero(level[top : lowest + 1] <= level[top] - SHARE * drop)[0]
         past = np.flatnonzero(level[lowest:] > level[lowest] + SHARE * drop)
         max_lr, min_lr = float(lr[lowest + past[0] - 1 if len(past) else -1]), float(lr[begun])
-    return Suggestions(float(steepest), float(lr[valley(lagging)]), float(lr[lagging.argmin()] / 10), max_lr, min_lr)
+    return Suggestions(float(steepest), float(lr[valley(lagging)]), float(lr[lagging.argmin()] / 10), max_lr, min_lr, why_not)
 
 
 def exponential(loss: np.ndarray, weight: float = 0.05) -> np.ndarray:

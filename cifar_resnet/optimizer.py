@@ -15,6 +15,8 @@ from .schedule import one_cycle
 class Muon(torch.optim.SGD):
     """SGD, but for groups with a `muon_momentum`: each kernel there moves by its orthogonalised Nesterov momentum.
 
+    It moves by `lr_factor` times the learning rate, which is the same in all groups, as the range test sets it.
+
     Such a kernel, (outputs, inputs, 3, 3), is scaled to the norm sqrt(outputs) before it moves, as BatchNorm behind it
     makes its own norm irrelevant. Muon is Jordan's (2024, https://kellerjordan.github.io/posts/muon/); momentum, scaling
     and number of iterations are as cifar10-airbench has them. `torch.optim.Muon` takes no kernels of four dimensions.
@@ -33,7 +35,7 @@ class Muon(torch.optim.SGD):
                 buffer = self.state[kernel]["momentum_buffer"].mul_(group["muon_momentum"]).add_(kernel.grad)
                 direction = kernel.grad.add(buffer, alpha=group["muon_momentum"])
                 kernel.mul_(len(kernel) ** 0.5 / kernel.norm())
-                kernel.grad.copy_(orthogonalise(direction.flatten(1).to(self.dtype)).view_as(kernel))
+                kernel.grad.copy_(orthogonalise(direction.flatten(1).to(self.dtype)).view_as(kernel)).mul_(group["lr_factor"])
         return super().step(closure)
 
 
@@ -80,7 +82,7 @@ def rates(recipe: Recipe, step: int, total_steps: int) -> tuple[float, float]:
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_factor", 1.0)
+        group["lr"] = lr
         if "betas" in group:
             group["betas"] = (momentum, group["betas"][1])
         elif "muon_momentum" not in group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from html import escape
@@ -98,7 +99,7 @@ def command(recipe: Recipe) -> str:
     if recipe.dataset in DATASETS:  # which fill in what the preset leaves to them
         filled = with_statistics(before.replace(dataset=recipe.dataset))
         before = before.replace(mean=filled.mean, std=filled.std)
-    words = ["cifar-resnet train", f"--recipe {preset}"]
+    words = ["cifar-resnet", "train", "--recipe", preset]
     for name, value in recipe:
         if name == "recipe" or value == getattr(before, name):
             continue
@@ -106,8 +107,8 @@ def command(recipe: Recipe) -> str:
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
-            words.append(f"--{option} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
-    return " ".join(words)
+            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
 
 
 def report(

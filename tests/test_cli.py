@@ -174,6 +174,10 @@ def test_train_with_max_lr_find_uses_both_ends(cli, tmp_path, monkeypatch):
     assert code == 0
     recipe = load_checkpoint(tmp_path / "run").recipe
     assert (recipe.max_lr, recipe.div_factor) == (0.06, pytest.approx(30))
+    options = ("--epochs", 1, "--max-lr", "find", "--suggest", "minimum", "--run-dir", tmp_path / "other")
+    assert cli("train", *SMALL, *options)[0] == 0
+    recipe = load_checkpoint(tmp_path / "other").recipe
+    assert (recipe.max_lr, recipe.div_factor) == (1.0, Recipe().div_factor)
 
 
 @pytest.mark.cifar10

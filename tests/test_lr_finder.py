@@ -7,7 +7,7 @@ import torch
 from cifar_resnet import Recipe, build_model, find_lr, lr_finder
 from cifar_resnet.batches import TensorBatches
 from cifar_resnet.data import load, with_statistics
-from cifar_resnet.errors import CifarResnetError
+from cifar_resnet.errors import CifarResnetError, UsageError
 from cifar_resnet.experiment import with_found_lr
 from cifar_resnet.lr_finder import History, suggest
 
@@ -63,14 +63,17 @@ def test_a_second_fall_after_the_bottom_is_left_does_not_count():
         assert found.min_lr < 3e-3
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.5, -0.5])
-def test_nothing_is_recommended_where_the_loss_never_falls_or_never_stops(slope):
+@pytest.mark.parametrize(("slope", "why_not"), [(0.0, "never fell"), (0.5, "never fell"), (-0.5, "a higher --end-lr")])
+def test_nothing_is_recommended_where_the_loss_never_falls_or_never_stops(slope, why_not):
     lr = np.geomspace(1e-4, 10, 200)
     loss = 2.3 + slope * (np.log10(lr) + 4) + np.random.default_rng(0).normal(0, 0.05, 200)
     found = suggest(History(lr, loss))
     assert (found.max_lr, found.min_lr) == (None, None)
-    with pytest.raises(CifarResnetError, match="recommends no LR"):
+    with pytest.raises(CifarResnetError, match=f"recommends no LR: .*{why_not}"):
         with_found_lr(Recipe(), found)
+    assert with_found_lr(Recipe(), found, "steepest").max_lr == found.steepest
+    with pytest.raises(UsageError, match="--suggest best"):
+        with_found_lr(Recipe(), found, "best")
 
 
 def test_smoothing_does_not_lag_and_keeps_a_line():

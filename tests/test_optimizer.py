@@ -76,7 +76,8 @@ def test_muon_takes_every_kernel_but_the_first():
     )
     assert {id(p) for group in (rest, kernels) for p in group["params"]} == {id(p) for p in model.parameters()}
     set_rates(optimizer, 0.4, 0.8)
-    assert [group["lr"] for group in (rest, kernels)] == [0.4, 0.1]
+    assert [group["lr"] for group in (rest, kernels)] == [0.4, 0.4]
+    assert kernels["lr_factor"] == 0.25
     assert [group["momentum"] for group in (rest, kernels)] == [0.8, 0.0]
 
 
