@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -177,7 +178,8 @@ def grad_cam(model: ResNet, images: Tensor, classes: Tensor, layer: str = "layer
     Returns:
         float32 (N, 32, 32): positive attributions, scaled to a maximum of 1 for each image.
     """
-    from captum.attr import LayerAttribution, LayerGradCam
+    with warnings.catch_warnings(action="ignore"):  # in a notebook its progress bars ask for widgets
+        from captum.attr import LayerAttribution, LayerGradCam
 
     model.eval()
     explain = LayerGradCam(model.logits, getattr(model, layer))
