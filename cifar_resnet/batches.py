@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 import signal
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -155,6 +156,7 @@ class AlbumentationsBatches:
             worker_init_fn=leave_signals,
             pin_memory=device.type == "cuda",
         )
+        weakref.finalize(self, _stop_workers, self.loader)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         order, size = epoch_order(self.recipe, epoch, self.count), self.recipe.batch_size
@@ -176,6 +178,12 @@ def leave_signals(_worker: int) -> None:
     """Ctrl-C, or a SIGTERM to the whole group, reaches the workers too: the training process ends them, quietly."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _stop_workers(loader: torch.utils.data.DataLoader) -> None:
+    """At the exit of the process at the latest: multiprocessing would send them SIGTERM, and wait for ever."""
+    if loader._iterator is not None and loader.num_workers:
+        loader._iterator._shutdown_workers()
 
 
 class _Order(torch.utils.data.Sampler):

@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -179,3 +181,18 @@ def test_probabilities_are_those_of_the_recipe():
         _, flips, holes = seen_by(recipe, 0, 6000)
         for share in (flips.mean(), (holes[:, 0, 0] >= 0).mean()):
             assert share == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_process_that_ends_inside_an_epoch_ends_its_workers():
+    code = """
+import numpy as np, torch
+from cifar_resnet import Recipe
+from cifar_resnet.batches import AlbumentationsBatches
+from cifar_resnet.data import Split, with_statistics
+split = Split(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64), np.arange(64))
+batches = AlbumentationsBatches(split, with_statistics(Recipe.build(batch_size=16)), torch.device("cpu"), 1)
+kept = [batches.epoch(0)]
+next(kept[0])
+kept.append(kept)  # a cycle, which the interpreter does not collect at its end
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0

@@ -95,7 +95,7 @@ def test_the_model_alone_trains_as_the_loop_does():
         step = benchmark._model_alone(recipe, CPU, "auto", print)
     torch.manual_seed(0)
     batch = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last), torch.arange(8) % 10
-    endless = type("", (), dict(count=8, steps=benchmark.ENDLESS, epoch=lambda *_: iter([batch, batch])))()
+    endless = type("", (), dict(count=16, steps=benchmark.ENDLESS, epoch=lambda *_: iter([batch, batch])))()
     loop = start(recipe, CPU)
     records = engine.train(recipe, loop, endless, lambda: (), CPU)
     for _ in range(2):

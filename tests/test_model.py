@@ -33,7 +33,7 @@ def test_multiply_adds_at_batch_512(name, giga):
 )
 def test_receptive_field_jump_and_start_are_the_gradients_footprint(layer):
     """Pixels that move a unit, over random images and channels: a box of the field's size, centred where start and jump say."""
-    model = build_model(Recipe()).eval()
+    model = build_model(Recipe.build(init="default")).eval()  # Dirac's kernels are narrow
     row = next(row for row in layers(Recipe()) if row["layer"] == layer)
     kept = []
     model.get_submodule(layer).register_forward_hook(lambda _module, _input, output: kept.append(output))

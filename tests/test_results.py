@@ -23,9 +23,11 @@ def three_runs(tiny_run, tiny_recipe, tmp_path_factory):
     return [tiny_run, folder / "seed1", folder / "slow"]
 
 
-def test_runs_that_differ_only_in_the_seed_are_one_group(three_runs, tmp_path):
-    content = results.compare(three_runs, tmp_path / "c.svg", tmp_path / "c.json")
-    assert json.loads((tmp_path / "c.json").read_text()) == json.loads(json.dumps(content))
+def test_runs_that_differ_only_in_the_seed_are_one_group(three_runs, tmp_path, cli):
+    content = results.compare(three_runs, tmp_path / "c.svg")
+    assert b"<svg" in (tmp_path / "c.svg").read_bytes()
+    code, out, _ = cli("compare", *three_runs, "--output", tmp_path / "d.png", "--json")
+    assert (code, json.loads(out)) == (0, content)
     last = [load_checkpoint(run).history[-1]["test_accuracy"] for run in three_runs]
     both, alone = content["groups"]
     assert (both["n"], both["mean"]) == (2, pytest.approx(np.mean(last[:2])))
