@@ -25,7 +25,7 @@ def small(monkeypatch):
 
 
 def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, small, tmp_path):
-    options = ("--batch-size", 4, "--rounds", 7, "--reference", "--profile", "--optimizer", "muon", "--json", tmp_path / "b.json")
+    options = ("--batch-size", 4, "--rounds", 7, "--reference", "--profile", "--optimizer", "sgd", "--json", tmp_path / "b.json")
     code, out, err = cli("bench", *options)
     assert (code, err.count("cifar-resnet:")) == (0, 0)
     content = json.loads((tmp_path / "b.json").read_text())

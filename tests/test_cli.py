@@ -182,7 +182,7 @@ def test_train_with_max_lr_find_uses_both_ends(cli, tmp_path, monkeypatch):
 
 @pytest.mark.cifar10
 def test_a_short_run_on_real_images_learns(cli, tmp_path):
-    options = ("--epochs", 2, "--train-limit", 2048, "--test-limit", 500, "--batch-size", 64, "--max-lr", 0.1)
+    options = ("--epochs", 2, "--train-limit", 1024, "--test-limit", 300, "--batch-size", 64, "--max-lr", 0.1)
     code, out, _ = cli("train", *options, "--run-dir", tmp_path / "run")
     assert code == 0
     history = load_checkpoint(tmp_path / "run").history

@@ -33,7 +33,15 @@ def check(folder, processes, *sizes):
 def found(tmp_path_factory):
     """By number of processes: what each rank found, with gradients at 64 and 40 images."""
     folder = tmp_path_factory.mktemp("ranks")
-    return {processes: check(folder, processes, 64, 40) for processes in (1, 2, 3)}
+
+    class Found(dict):
+        def __missing__(self, processes):
+            return self.setdefault(processes, check(folder, processes, 64, 40))
+
+    return Found()
+
+
+THREE = pytest.param(3, marks=pytest.mark.slow)
 
 
 def same_gradients(one, many):
@@ -44,7 +52,7 @@ def same_gradients(one, many):
     return True
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, THREE])
 def test_the_gradient_is_that_of_the_whole_batch(found, processes):
     assert same_gradients(found[1], found[processes])
 
@@ -57,7 +65,7 @@ def test_the_gradient_of_512_and_of_336_images_is_that_of_one_process(tmp_path):
 
 
 @pytest.mark.parametrize("loader", ["tensor", "albumentations"])
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, THREE])
 def test_the_ranks_together_see_the_batches_of_one_process(found, processes, loader):
     (one,), many = found[1], found[processes]
     assert len(one[loader]) == 12
@@ -67,7 +75,7 @@ def test_the_ranks_together_see_the_batches_of_one_process(found, processes, loa
         assert max(len(part) for _, part in parts) - min(len(part) for _, part in parts) <= 1
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2, THREE])
 def test_every_image_is_evaluated_once_and_the_ranks_end_alike(found, processes):
     """Parameters and BatchNorm statistics, of the averaged model too, to the bit; metrics but the clock's."""
     first = found[processes][0]["epoch"]
@@ -86,6 +94,7 @@ def test_every_image_is_evaluated_once_and_the_ranks_end_alike(found, processes)
             torch.testing.assert_close(first["weights"][name], value, rtol=0.2, atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_goes_on(tmp_path):
     folder = tmp_path / "run"
     stopped = torchrun(2, RANKS, "run", tmp_path, *TINY, "--run-dir", folder, "--loader", "albumentations")
@@ -109,6 +118,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_goes_on(t
             assert row[key] * images / 100 == pytest.approx(round(row[key] * images / 100))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
