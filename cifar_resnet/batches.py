@@ -182,8 +182,8 @@ def leave_signals(_worker: int) -> None:
 
 def _stop_workers(loader: torch.utils.data.DataLoader) -> None:
     """At the exit of the process at the latest: multiprocessing would send them SIGTERM, and wait for ever."""
-    if loader._iterator is not None and loader.num_workers:
-        loader._iterator._shutdown_workers()
+    if stop := getattr(loader._iterator, "_shutdown_workers", None):
+        stop()
 
 
 class _Order(torch.utils.data.Sampler):
