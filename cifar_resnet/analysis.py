@@ -53,6 +53,8 @@ def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
         return [(1.0, plain)]
     if tta == "flip":
         return [(1 / 2, plain), (1 / 2, mirrored)]
+    if tta != "flip-shift":
+        raise UsageError(f"--tta {tta}: it is none, flip or flip-shift")
     moved = [
         (1 / 8, partial(lambda view, by, images: shifted(view(images), by), view, by))
         for view in (plain, mirrored)

@@ -7,9 +7,9 @@ epoch, and any number of workers gives the same batches. Of several ranks each g
 from __future__ import annotations
 
 import math
+import multiprocessing.util
 import random
 import signal
-import weakref
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -156,7 +156,7 @@ class AlbumentationsBatches:
             worker_init_fn=leave_signals,
             pin_memory=device.type == "cuda",
         )
-        weakref.finalize(self, _stop_workers, self.loader)
+        multiprocessing.util.Finalize(self, _stop_workers, (self.loader,), exitpriority=10)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         order, size = epoch_order(self.recipe, epoch, self.count), self.recipe.batch_size

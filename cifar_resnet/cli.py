@@ -206,13 +206,15 @@ def find_lr(
 
     A fresh model is trained for some steps while the LR rises; the loss tells at which LRs it learns.
     """
-    from . import console
+    from . import console, results
     from .run import default_directory
 
     folder = run_dir or default_directory(recipe, "find-lr-")
     settings = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, format=format)
     _, found = _range_test(recipe, folder, data_dir=data_dir, device=device, loader=loader, workers=workers, **settings)
-    console.lr_suggestions(found, suggest, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
+    chosen = found.by(suggest)
+    then = results.command(recipe.replace(max_lr=float(f"{chosen:.3g}"))) if chosen else ""
+    console.lr_suggestions(found, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
 
 
 def _range_test(recipe: Recipe, folder: Path | None, **settings: Any) -> Any:
@@ -407,7 +409,7 @@ def bench(recipe, rounds=9, reference=False, profile=False, json_file=None, devi
     from . import benchmark, console, run
 
     if json_file:
-        run.check_writable(json_file.parent)
+        run.writable(json_file.parent)
     with console.bar("rounds") as progress:
         task = progress.add_task("measuring", total=rounds)
         watch = dict(progress=lambda done: progress.update(task, completed=done), notify=console.say)

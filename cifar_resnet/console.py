@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .recipe import PRESETS, Recipe
 
@@ -23,14 +23,16 @@ if TYPE_CHECKING:  # torch stays out of what only prints
     from .lr_finder import Suggestions
     from .run import Checkpoint
 
-console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # under torchrun rank 0 speaks
+console = Console(
+    highlight=False, markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0"
+)  # under torchrun rank 0 speaks
 if not console.is_terminal:
     console.width = 120
 
 
 def say(message: str, style: str | None = None) -> None:
     """One line, never wrapped by us: a path in it can be copied."""
-    console.print(message, style=style, markup=False, soft_wrap=True)
+    console.print(message, style=style, soft_wrap=True)
 
 
 def bar(unit: str) -> Progress:
@@ -108,7 +110,7 @@ class TrainingTable:
         for m in self.rows if self.whole else self.rows[-max(console.height - 5, 1) :]:
             table.add_row(
                 f"{m['epoch']}", f"{m['lr']:.5f}", f"{m['train_loss']:.4f}", f"{m['train_accuracy']:.2f} %", f"{m['test_loss']:.4f}",
-                f"[bold]{m['test_accuracy']:.2f} %[/]", f"{m['seconds']:.1f}", f"{m['images_per_second']:,.0f}",
+                Text(f"{m['test_accuracy']:.2f} %", "bold"), f"{m['seconds']:.1f}", f"{m['images_per_second']:,.0f}",
             )  # fmt: skip
         return Group(table) if self.whole else Group(table, self.progress)
 
@@ -158,7 +160,10 @@ def predictions(found: list[dict[str, Any]]) -> None:
     count = max((len(row["classes"]) for row in found), default=0)
     table = table_of("image", *(("class", "second", "third")[i] if i < 3 else f"{i + 1}th" for i in range(count)))
     for row in found:
-        table.add_row(escape(row["image"]), *(f"{each['class']} {100 * each['probability']:.1f} %" for each in row["classes"]))
+        table.add_row(
+            row["image"].encode(errors="replace").decode(),
+            *(f"{each['class']} {100 * each['probability']:.1f} %" for each in row["classes"]),
+        )
     console.print(table)
 
 
@@ -213,28 +218,30 @@ def comparison(content: dict[str, Any]) -> None:
     console.print()
 
 
-def lr_suggestions(found: Suggestions, suggest: str, written: str) -> None:
+def lr_suggestions(found: Suggestions, then: str, written: str) -> None:
     table = table_of("rule", ">LR", "what it is")
     table.add_row("steepest", f"{found.steepest:.3g}", "where the lagging mean falls fastest, as torch-lr-finder suggests")
     table.add_row("valley", f"{found.valley:.3g}", "the middle of the longest fall")
     table.add_row("minimum / 10", f"{found.minimum_tenth:.3g}", "a tenth of the LR of the lowest lagging mean")
     if found.max_lr is not None:
         table.add_row(
-            "[bold]recommended maximum[/]",
-            f"[bold]{found.max_lr:.3g}[/]",
+            Text("recommended maximum", "bold"),
+            Text(f"{found.max_lr:.3g}", "bold"),
             "the highest LR at which the loss is still at its bottom",
         )
         table.add_row(
-            "[bold]recommended minimum[/]", f"[bold]{found.min_lr:.3g}[/]", "the lowest LR at which the loss has begun to fall"
+            Text("recommended minimum", "bold"),
+            Text(f"{found.min_lr:.3g}", "bold"),
+            "the lowest LR at which the loss has begun to fall",
         )
     console.print(table)
     console.print()
-    chosen = found.by(suggest)
-    if chosen is None:
+    if then:
+        say(f"next: {then}", style="bold")
+    if found.why_not:
         say(f"no LR is recommended: {found.why_not}", style="yellow")
     else:
-        say("train with the maximum at the peak and the minimum at the start: cifar-resnet train --max-lr find does; or")
-        say(f"next: cifar-resnet train --max-lr {chosen:.3g}", style="bold")
+        say("--max-lr find in place of a number takes both recommended ones: the peak, and where the schedule starts")
     say(written)
 
 
@@ -295,6 +302,6 @@ def recipes() -> None:
     """Every preset with where it comes from and what was assumed."""
     table = table_of("recipe", "origin", "assumed where the origin is silent", box=box.HEAVY_HEAD, pad_edge=True, show_lines=True)
     for name, preset in PRESETS.items():
-        table.add_row(f"[bold]{name}[/]", preset.origin, preset.assumed)
+        table.add_row(Text(name, "bold"), preset.origin, preset.assumed)
     console.print(table)
     say("all fields of one: cifar-resnet recipes NAME")

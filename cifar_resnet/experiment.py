@@ -28,7 +28,7 @@ from .engine import Epoch, State, Step
 from .errors import CifarResnetError, RunDirectoryError, UsageError
 from .lr_finder import MIN_POINTS, History, Suggestions, range_test, suggest
 from .model import ResNet
-from .recipe import Recipe, read_json
+from .recipe import ADDED, Recipe, read_json
 from .run import (
     CHECKPOINT,
     SCHEMA,
@@ -64,6 +64,7 @@ class Interrupted(CifarResnetError):
 
     def __init__(self, number: int, run_dir: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; go on with: cifar-resnet train --resume {run_dir}")
+        self.number = number
         self.exit_code = 128 + number
 
 
@@ -117,6 +118,7 @@ def train(
         raise UsageError(f"--save-every-minutes {save_every_minutes:g} must be above 0")
     if resume is not None and (recipe is not None or run_dir is not None):
         raise UsageError("a resumed run takes recipe and folder from itself; give neither")
+    figures.check_format(format)
     clock = [time.perf_counter()]
     with distributed.joined(), ExitStack() as held:
         watcher = watcher if watcher and distributed.rank() == 0 else Watcher()
@@ -163,10 +165,16 @@ def train(
             return planned, checkpoint
 
         recipe, checkpoint = distributed.on_first(claim)
+        if checkpoint and checkpoint.classes != data.classes:
+            raise CifarResnetError(
+                f"{folder} was trained on the classes {', '.join(checkpoint.classes)}, not {', '.join(data.classes)}"
+            )
         state = checkpoint.state(place) if checkpoint else engine.start(recipe, place, len(data.classes))
         state.totals *= distributed.rank() == 0  # each rank adds its own
         clock.append(time.perf_counter())
         forward = None
+        if distributed.ranks() > 1 and compile == "on":
+            raise UsageError("--compile on: several processes train without compiling; leave it out")
         if distributed.ranks() == 1:
             sizes = sorted({recipe.batch_size, batches.count % recipe.batch_size or recipe.batch_size}, reverse=True)
             forward = compiled(compile, recipe, state.model, place, sizes, watcher.warn)
@@ -259,18 +267,20 @@ def repeat(
         write_json(writable(folder) / REPEAT, {"schema": SCHEMA, "recipe": recipe.model_dump(mode="json"), "count": count})
     else:
         written = read_json(folder / REPEAT, "repetition")
-        recipe, count = Recipe.parse(written.get("recipe"), f"{folder / REPEAT}: "), written.get("count")
+        stored, count = written.get("recipe"), written.get("count")
+        recipe = Recipe.parse({**ADDED, **stored} if isinstance(stored, dict) else stored, f"{folder / REPEAT}: ")
         if not isinstance(count, int) or count < 2:
             raise UsageError(f"{folder / REPEAT} has the count {count!r}, not a number of runs")
         _check_match(recipe, must_match or {}, folder)
     done = []
     for seed in range(recipe.seed, recipe.seed + count):
         one = folder / f"s{seed}"
-        with watch() as watcher:
-            if (one / "recipe.json").exists():
-                done.append(train(resume=one, watcher=watcher, **options))
-            else:
-                done.append(train(recipe.replace(seed=seed), one, watcher=watcher, **options))
+        how = dict(resume=one) if (one / "recipe.json").exists() else dict(recipe=recipe.replace(seed=seed), run_dir=one)
+        try:
+            with watch() as watcher:
+                done.append(train(**how, watcher=watcher, **options))
+        except Interrupted as stopped:
+            raise Interrupted(stopped.number, folder) from None
     accuracies = [checkpoint.history[-1]["test_accuracy"] for checkpoint in done]
     mean, std = statistics.fmean(accuracies), statistics.stdev(accuracies)
     half = float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
@@ -350,6 +360,9 @@ def find_lr(
     """
     if not 0 < start_lr < end_lr:
         raise UsageError(f"--start-lr {start_lr:g} must be above 0 and below --end-lr {end_lr:g}")
+    if step_mode not in ("exp", "linear"):
+        raise UsageError(f"--step-mode {step_mode}: it is exp or linear")
+    figures.check_format(format)
     if num_iter < MIN_POINTS:
         raise UsageError(f"--num-iter {num_iter} must be at least {MIN_POINTS}")
     if run_dir is not None:
@@ -404,8 +417,10 @@ def logits_of(checkpoint: Path | str, data_dir: Path | str | None, device: str, 
     place = resolve_device(device)
     loaded = load_checkpoint(checkpoint)
     data = datasets.load(loaded.recipe, Path(data_dir) if data_dir else None, notify)
-    if len(data.classes) != len(loaded.classes):
-        raise CifarResnetError(f"{loaded.path} has {len(loaded.classes)} classes, the images have {len(data.classes)}")
+    if data.classes != loaded.classes:
+        raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")
+    if not loaded.finished:
+        notify(f"the run stands at epoch {loaded.content['epoch']} of {loaded.recipe.epochs}: what follows is not its end")
     model, images = loaded.model(place), make_batches(data.evaluation, loaded.recipe, place)
     logits, labels = engine.predict(loaded.recipe, model, images.plain(engine.EVALUATION_BATCH), place)
     return Prediction(loaded, model, data, images, logits, labels, place)
@@ -432,6 +447,8 @@ def evaluate(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
+    figures.check_format(format)
+    analysis.views(tta)
     found = logits_of(checkpoint, data_dir, device, notify)
     content = evaluation(found, tta)
     folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
@@ -503,6 +520,9 @@ def misclassified(
     """
     if not 1 <= count <= 100:
         raise UsageError(f"--count {count} must be 1 to 100")
+    if layer not in analysis.LAYERS:
+        raise UsageError(f"--layer {layer}: it is {', '.join(analysis.LAYERS)}")
+    figures.check_format(format)
     found = logits_of(checkpoint, data_dir, device, notify)
     split, classes = found.data.evaluation, found.data.classes
     wrong = analysis.mistakes(found.logits, found.labels, split, classes)
@@ -558,7 +578,7 @@ def samples(
     """
     if not 1 <= views <= 20:
         raise UsageError(f"--views {views} must be 1 to 20")
-    recipe, place, data = prepare(recipe, "cpu", data_dir, notify)
+    recipe, place, data = prepare((recipe or Recipe()).replace(batch_size=1), "cpu", data_dir, notify)
     rng = np.random.default_rng(recipe.seed)
     positions = [rng.choice(np.flatnonzero(data.train.labels == label)) for label in range(len(data.classes))]
     chosen = data.train.take(np.array(positions))

@@ -21,6 +21,7 @@ from .run import write_whole
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
+FORMATS = ("png", "svg", "pdf")
 BEST_REFERENCE = ("best of the five documented systems, 91.97 %", 91.97)
 
 
@@ -31,13 +32,23 @@ def render(figure: Figure, format: str = "png") -> bytes:
     return buffer.getvalue()
 
 
+def check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise UsageError(f"--format {format}: it is {', '.join(FORMATS)}")
+
+
+def _plain(name: str) -> str:
+    """A name that Matplotlib does not take for mathematics."""
+    return name.replace("$", r"\$")
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Writes the figure whole, in the format of its suffix, and gives the path.
 
     Raises:
         UsageError: the suffix is none of .png, .svg and .pdf.
     """
-    if path.suffix not in (".png", ".svg", ".pdf"):
+    if path.suffix[1:] not in FORMATS:
         raise UsageError(f"{path} must end in .png, .svg or .pdf")
     write_whole(path, render(figure, path.suffix[1:]))
     return path
@@ -137,14 +148,16 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], ti
     """Counts, true classes down and predicted across; the colour shows the mistakes, the diagonal is left white."""
     counts = np.asarray(matrix)
     wrong = counts * (1 - np.eye(len(counts), dtype=int))
-    figure, (axis,) = _figure(size=(7.5, 6.6))
+    side = max(6.6, 1 + 0.5 * len(counts))
+    figure, (axis,) = _figure(size=(side + 0.9, side))
     axis.grid(visible=False)
-    image = axis.imshow(np.ma.masked_equal(wrong, 0), cmap="Oranges", vmin=0)
+    image = axis.imshow(np.ma.masked_equal(wrong, 0), cmap="Oranges", vmin=0, vmax=max(1, wrong.max()))
     for (row, column), count in np.ndenumerate(counts):
         shown = dict(color="white" if row != column and count > 0.6 * wrong.max() else "black")
         axis.text(column, row, count or "", ha="center", va="center", weight="bold" if row == column else "normal", **shown)
-    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axis.set_yticks(range(len(classes)), classes)
+    names = [_plain(name) for name in classes]
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
     figure.colorbar(image, label="mistakes", shrink=0.8)
     return figure
@@ -155,7 +168,7 @@ def class_accuracy(classes: dict[str, dict[str, float]], title: str) -> Figure:
     figure, (axis,) = _figure(size=(7, 0.9 + 0.32 * len(classes)))
     names = sorted(classes, key=lambda name: -classes[name]["recall"])
     recall = [classes[name]["recall"] for name in names]
-    bars = axis.barh(names, recall, color=BLUE)
+    bars = axis.barh([_plain(name) for name in names], recall, color=BLUE)
     axis.bar_label(bars, [f"{value:.1f} %" for value in recall], padding=3)
     axis.set(xlim=(0, 112), xticks=range(0, 101, 20), xlabel="percent of the class predicted right", title=title)
     axis.grid(visible=False, axis="y")
@@ -197,7 +210,7 @@ def misclassified(images: np.ndarray, shown: Sequence[Mistake], title: str) -> F
     figure, axes = _cells(len(shown), 5, 1.7, title)
     for axis, image, mistake in zip(axes, images, shown, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(f"{mistake.predicted}, {100 * mistake.confidence:.0f} %\ntrue: {mistake.true}", fontsize=9)
+        axis.set_title(_plain(f"{mistake.predicted}, {100 * mistake.confidence:.0f} %\ntrue: {mistake.true}"), fontsize=9)
     return figure
 
 
@@ -216,7 +229,7 @@ def grad_cam(images: np.ndarray, predicted: np.ndarray, true: np.ndarray, shown:
                 axis.imshow(heat, cmap="inferno", extent=extent, **options)
         axis.set(xlim=(-5, 105), ylim=(32, 0))
         for place, name in enumerate((mistake.predicted, mistake.true)):
-            text = f"{('predicted', 'true')[place]}: {name}\n{100 * mistake.probabilities[name]:.1f} %"
+            text = f"{('predicted', 'true')[place]}: {_plain(name)}\n{100 * mistake.probabilities[name]:.1f} %"
             axis.text(34 * place + 50, -1, text, ha="center", va="bottom", fontsize=9)
     return figure
 
@@ -231,7 +244,7 @@ def samples(images: np.ndarray, views: np.ndarray, classes: Sequence[str], title
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        row[0].set_ylabel(_plain(name), rotation=0, ha="right", va="center")
     grid[0, 0].set_title("image", fontsize=10)
     grid[0, 1].set_title("as training sees it", fontsize=10, loc="left")
     figure.suptitle(title, fontsize=11)

@@ -45,13 +45,15 @@ def predict(
         CifarResnetError: one line that says what was wrong.
     """
     place, loaded = resolve_device(device), load_checkpoint(checkpoint)
-    if not 1 <= top <= len(loaded.classes):
-        raise UsageError(f"--top {top} must be 1 to {len(loaded.classes)}")
+    if top < 1:
+        raise UsageError(f"--top {top} must be at least 1")
     files = [
         file
         for path in map(Path, images)
         for file in (sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path])
     ]
+    if not files:
+        raise UsageError(f"there are no files in {', '.join(map(str, images))}")
     model = loaded.model(place)
     for start in range(0, len(files), CHUNK):
         read, pixels = [], []
@@ -68,7 +70,7 @@ def predict(
         batches = TensorBatches(split, loaded.recipe, place)
         probabilities = torch.softmax(analysis.mean_logits(loaded.recipe, model, batches, place, tta).double(), dim=1)
         for file, row in zip(read, probabilities, strict=True):
-            best = row.topk(top)
+            best = row.topk(min(top, len(row)))
             classes = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             yield {"image": str(file), "classes": [{"class": loaded.classes[i], "probability": p} for i, p in classes]}
 

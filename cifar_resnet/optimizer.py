@@ -68,7 +68,11 @@ def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
         muon_momentum=recipe.muon_momentum, lr_factor=recipe.muon_lr_factor, momentum=0.0, nesterov=False, weight_decay=0.0
     )
     rest = [p for p in parameters if p.dim() != 4 or p is first]
-    return Muon([{"params": rest}, {"params": kernels, **of_kernels}], getattr(torch, recipe.precision), **common)
+    return Muon(
+        [{"params": rest}, {"params": kernels, **of_kernels}],
+        torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32,
+        **common,
+    )
 
 
 def rates(recipe: Recipe, step: int, total_steps: int) -> tuple[float, float]:

@@ -18,6 +18,8 @@ from .errors import UsageError
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 DATASETS = ("cifar10", "digits")  # anything else is a folder
+# Fields added after the first checkpoints were written, with the value that reproduces the runs before.
+ADDED: dict[str, Any] = {"init": "default", "muon_lr_factor": 0.3, "muon_momentum": 0.6, "flip_order": "random"}
 Channels = tuple[float, float, float]
 
 
@@ -142,6 +144,8 @@ class Recipe(BaseModel):
         if options.get("dataset", "cifar10") not in DATASETS:
             options["dataset"] = str(Path(options["dataset"]).absolute())
         from_file = read_json(file, "recipe file") if file else {}
+        if set(cls.model_fields) - set(ADDED) <= set(from_file):  # a whole recipe, if from before these
+            from_file = {**ADDED, **from_file}
         if recipe is not None and from_file.get("recipe", recipe) != recipe:
             raise UsageError(f"--recipe {recipe} contradicts {file}, which is of recipe {from_file['recipe']}; leave it out")
         if recipe is None:

@@ -101,8 +101,11 @@ def command(recipe: Recipe) -> str:
         before = before.replace(mean=filled.mean, std=filled.std)
     words = ["cifar-resnet", "train", "--recipe", preset]
     for name, value in recipe:
-        if name == "recipe" or value == getattr(before, name):
+        moved = name == "peak_epoch" and recipe.epochs != before.epochs  # it would move in proportion
+        if name == "recipe" or (value == getattr(before, name) and not moved):
             continue
+        if value is None:  # which no option can say
+            return "cifar-resnet train --recipe-file recipe.json"
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
@@ -180,7 +183,9 @@ def _page(checkpoint: Checkpoint, content: dict[str, Any], found: experiment.Pre
         mistakes="".join(_picture(f"mistake {i}", figure, "png") for i, figure in enumerate(seen, start=1)),
         by_class=_table(("class", "precision", "recall", "F1", "images"), by_class),
         pairs=_table(("true", "predicted as", "images", "of the class"), pairs),
-        environment=_table((), [(key.replace("_", " "), value) for key, value in checkpoint.environment.items()]),
+        environment=_table(
+            (), [(key.replace("_", " "), value) for key, value in checkpoint.environment.items() if key != "startup_seconds"]
+        ),
         recipe=_table((), [(name, value) for name, value in recipe]),
     )
 

@@ -23,13 +23,11 @@ from .engine import State, start
 from .errors import CheckpointError, RunDirectoryError
 from .model import ResNet, build_model
 from .optimizer import make_optimizer
-from .recipe import Recipe, read_json
+from .recipe import ADDED, Recipe, read_json
 
 CHECKPOINT, LOCK = "checkpoint.pt", ".lock"
 ROW = {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second"}
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
-# Recipe fields added after schema 1 began, with the value that reproduces the runs before.
-ADDED: dict[str, Any] = {"init": "default", "muon_lr_factor": 0.3, "muon_momentum": 0.6, "flip_order": "random"}
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -71,7 +69,7 @@ def check_free(path: Path) -> None:
         RunDirectoryError: it is not empty, or cannot be made or written.
     """
     check_writable(path)
-    if path.exists() and any(name != LOCK for name in os.listdir(path)):
+    if path.exists() and any(name != LOCK and not name.endswith(".part") for name in os.listdir(path)):
         raise RunDirectoryError(
             f"run directory {path} is not empty; choose another, or go on with the run in it: cifar-resnet train --resume {path}"
         )

@@ -104,7 +104,9 @@ def test_safetensors_hold_the_weights_that_are_evaluated(tiny_run, tmp_path):
 
 def test_what_cannot_be_exported_or_predicted_is_refused(tiny_run, tmp_path, monkeypatch, refused):
     assert "--with-preprocessing goes with" in refused(2, "export", tiny_run, "--format", "safetensors", "--with-preprocessing")
-    assert "--top 11 must be 1 to 10" in refused(2, "predict", tiny_run, tmp_path, "--top", 11)
+    assert "--top 0 must be at least 1" in refused(2, "predict", tiny_run, tmp_path, "--top", 0)
+    (tmp_path / "empty").mkdir()
+    assert "there are no files in" in refused(2, "predict", tiny_run, tmp_path / "empty")
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(CifarResnetError, match=r"cifar-resnet\[export\]"):
         export(tiny_run, tmp_path / "m.onnx")
@@ -137,12 +139,13 @@ def test_own_images_are_trained_on_with_their_class_names(own_images, cli, tmp_p
     code, out, _ = cli("evaluate", tmp_path / "run")
     assert code == 0
     assert "bright" in out
-    (found,) = predict(tmp_path / "run", [own_images / "test" / "dark" / "0.png"], top=2)
+    (found,) = predict(tmp_path / "run", [own_images / "test" / "dark" / "0.png"])
     assert {each["class"] for each in found["classes"]} == {"bright", "dark"}
 
 
 def test_a_folder_in_another_layout_is_refused(own_images, refused, tmp_path):
     assert "there is no folder" in refused(2, "train", "--dataset", tmp_path / "nowhere")
+    assert "--views 0" in refused(2, "samples", "--dataset", own_images, "--views", 0)
     (own_images / "train" / "dark" / "0.png").write_text("no image")
     with pytest.raises(DataError, match=r"0\.png: is no image"):
         data.load(Recipe.build(dataset=str(own_images)))
