@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .benchmark import bench
     from .errors import CifarResnetError
-    from .experiment import Watcher, evaluate, find_lr, misclassified, repeat, samples, train
+    from .evaluation import evaluate, misclassified
+    from .experiment import Watcher, find_lr, repeat, samples, train
     from .inference import export, predict
     from .model import ResNet, build_model
     from .recipe import PRESETS, Recipe
@@ -21,7 +22,8 @@ __version__ = "0.1.0"
 _HOME = {
     "benchmark": ("bench",),
     "errors": ("CifarResnetError",),
-    "experiment": ("Watcher", "evaluate", "find_lr", "misclassified", "repeat", "samples", "train"),
+    "evaluation": ("evaluate", "misclassified"),
+    "experiment": ("Watcher", "find_lr", "repeat", "samples", "train"),
     "inference": ("export", "predict"),
     "model": ("ResNet", "build_model"),
     "recipe": ("PRESETS", "Recipe"),

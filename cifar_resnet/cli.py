@@ -280,11 +280,11 @@ def train(
 @command(STEPS)
 def evaluate(checkpoint, tta="none", run_dir=None, data_dir=None, device="auto", format="png"):
     """Evaluate a checkpoint: loss, accuracy, calibration, a table by class, the confusion matrix."""
-    from . import console, experiment
+    from . import console, evaluation
 
     with console.console.status("evaluating"):
         where = dict(data_dir=data_dir, device=device, format=format, notify=console.say)
-        content = experiment.evaluate(checkpoint, run_dir, tta=tta, **where)
+        content = evaluation.evaluate(checkpoint, run_dir, tta=tta, **where)
     pictures = [f"{name}.{format}" for name in ("confusion_matrix", "class_accuracy", "reliability")]
     folder = run_dir or Path(content["checkpoint"]).parent
     console.evaluation(content, _written(folder, "evaluation.json", *pictures))
@@ -296,13 +296,13 @@ def misclassified(
     device="auto", format="png",
 ):  # fmt: skip
     """Show what a checkpoint gets wrong, and where it looked: Grad-CAM of the class predicted and of the true one."""
-    from . import console, experiment
+    from . import console, evaluation
     from .run import find_checkpoint
 
     with console.console.status("looking for mistakes"):
         where = dict(data_dir=data_dir, device=device, format=format, notify=console.say)
         choice = dict(count=count, sort=sort, true=true, predicted=predicted, layer=layer)
-        chosen = experiment.misclassified(checkpoint, run_dir, **choice, **where)
+        chosen = evaluation.misclassified(checkpoint, run_dir, **choice, **where)
     pictures = [f"misclassified.{format}", f"gradcam.{format}"] if chosen else []
     console.mistakes(chosen, _written(run_dir or find_checkpoint(checkpoint).parent, "misclassified.json", *pictures))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from . import analysis, experiment, figures
+from . import analysis, evaluation, figures
 from .data import with_statistics
 from .errors import CifarResnetError, UsageError
 from .recipe import DATASETS, PRESETS, Recipe
@@ -132,15 +132,15 @@ def report(
         CifarResnetError: one line that says what was wrong.
     """
     checkpoint = finished(run)
-    found = experiment.logits_of(checkpoint.path, data_dir, device, notify)
-    content = experiment.evaluation(found, "flip")
+    found = evaluation.logits_of(checkpoint.path, data_dir, device, notify)
+    content = evaluation.content_of(found, "flip")
     wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes)
     path = Path(path) if path else checkpoint.path.parent / "report.html"
     write_whole(path, _page(checkpoint, content, found, wrong))
     return path
 
 
-def _page(checkpoint: Checkpoint, content: dict[str, Any], found: experiment.Prediction, wrong: list[analysis.Mistake]) -> str:
+def _page(checkpoint: Checkpoint, content: dict[str, Any], found: evaluation.Prediction, wrong: list[analysis.Mistake]) -> str:
     recipe, judged = checkpoint.recipe, content["evaluated_on"]
     pictures = {
         "Loss and accuracy by epoch": figures.curves(checkpoint.history, recipe, judged, stacked=True),
@@ -148,12 +148,12 @@ def _page(checkpoint: Checkpoint, content: dict[str, Any], found: experiment.Pre
         **dict(
             zip(
                 ("Confusion matrix", "Accuracy by class", "Calibration"),
-                experiment.evaluation_figures(content).values(),
+                evaluation.evaluation_figures(content).values(),
                 strict=True,
             )
         ),
     }
-    seen = [experiment.mistake_figures(found, [mistake], "layer2", "")["gradcam"] for mistake in wrong[:8]]
+    seen = [evaluation.mistake_figures(found, [mistake], "layer2", "")["gradcam"] for mistake in wrong[:8]]
     by_class = [
         (name, *(f"{row[key]:.1f} %" for key in ("precision", "recall", "f1")), row["count"])
         for name, row in content["classes"].items()
