@@ -6,10 +6,11 @@ epoch, and any number of workers gives the same batches. Of several ranks each g
 
 from __future__ import annotations
 
+import atexit
 import math
-import multiprocessing.util
 import random
 import signal
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -156,7 +157,7 @@ class AlbumentationsBatches:
             worker_init_fn=leave_signals,
             pin_memory=device.type == "cuda",
         )
-        multiprocessing.util.Finalize(self, _stop_workers, (self.loader,), exitpriority=10)
+        atexit.register(_stop_workers, weakref.ref(self.loader))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         order, size = epoch_order(self.recipe, epoch, self.count), self.recipe.batch_size
@@ -180,9 +181,9 @@ def leave_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _stop_workers(loader: torch.utils.data.DataLoader) -> None:
-    """At the exit of the process at the latest: multiprocessing would send them SIGTERM, and wait for ever."""
-    if stop := getattr(loader._iterator, "_shutdown_workers", None):
+def _stop_workers(reference: weakref.ref) -> None:
+    """At the exit of the process, before multiprocessing sends them SIGTERM, which they ignore, and waits for ever."""
+    if stop := getattr(getattr(reference(), "_iterator", None), "_shutdown_workers", None):
         stop()
 
 
