@@ -262,6 +262,8 @@ def _check_content(checkpoint: Checkpoint) -> None:
     recipe, content = checkpoint.recipe, checkpoint.content
     if len(checkpoint.classes) != len(content["model"]["fc.weight"]):
         raise CheckpointError(f"{checkpoint.path} has {len(checkpoint.classes)} classes, its model another number")
+    if not all(isinstance(name, str) for name in checkpoint.classes):
+        raise CheckpointError(f"{checkpoint.path} has class names that are no text")
     if any(set(row) != ROW or not all(math.isfinite(value) for value in row.values()) for row in content["history"]):
         raise CheckpointError(f"{checkpoint.path} has metrics that are not those of epochs")
     inside = 0 <= content["epoch"] <= recipe.epochs and content["step"] >= 0 and len(content["history"]) == content["epoch"]
