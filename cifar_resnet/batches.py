@@ -57,6 +57,9 @@ class Batches(Protocol):
         """Every image once, in order, normalised only."""
         ...
 
+    def close(self) -> None:
+        """Ends what loads, inside an epoch too. To be called: what an exception holds on to is not ended with it."""
+
 
 class Choices(NamedTuple):
     """What augmentation does to each image of a batch of B."""
@@ -133,6 +136,9 @@ class TensorBatches:
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
             yield self.normalise(images), labels
 
+    def close(self) -> None:
+        pass
+
 
 def reflect(position: Tensor) -> Tensor:
     """Positions outside 0 to 31 mirrored at the edge pixels, which are not repeated."""
@@ -157,7 +163,7 @@ class AlbumentationsBatches:
             worker_init_fn=leave_signals,
             pin_memory=device.type == "cuda",
         )
-        atexit.register(_stop_workers, weakref.ref(self.loader))
+        atexit.register(lambda reference: reference() and reference().close(), weakref.ref(self))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         order, size = epoch_order(self.recipe, epoch, self.count), self.recipe.batch_size
@@ -175,16 +181,17 @@ class AlbumentationsBatches:
             yield images, labels.to(self.device, non_blocking=True)
 
 
+    def close(self) -> None:
+        iterator, self.loader._iterator = self.loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()  # torch has no public way, and its own fails on an iterator in a reference cycle
+
+
 def leave_signals(_worker: int) -> None:
-    """Ctrl-C, or a SIGTERM to the whole group, reaches the workers too: the training process ends them, quietly."""
+    """Ctrl-C, or a SIGTERM to the whole group, reaches the workers too: the training process, whose step needs them, ends
+    them. Of a SIGTERM they die half a minute later, so that nobody who waits for them waits for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _stop_workers(reference: weakref.ref) -> None:
-    """At the exit of the process, before multiprocessing sends them SIGTERM, which they ignore, and waits for ever."""
-    if stop := getattr(getattr(reference(), "_iterator", None), "_shutdown_workers", None):
-        stop()
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 class _Order(torch.utils.data.Sampler):

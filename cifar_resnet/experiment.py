@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -141,6 +141,7 @@ def train(
             return checkpoint
         data, place = data or datasets.load(recipe, images_in, watcher.warn), resolve_device(device)
         batches = make_batches(data.train, recipe, place, loader, workers)
+        held.callback(batches.close)
         evaluation = make_batches(data.evaluation.take(distributed.share(len(data.evaluation))), recipe, place)
         clock.append(time.perf_counter())
         folder = Path(resume or run_dir or default_directory(recipe))
@@ -368,7 +369,8 @@ def find_lr(
     recipe, place, data = prepare(recipe, device, data_dir, notify)
     batches = make_batches(data.train, recipe, place, loader, workers)
     settings: dict[str, Any] = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
-    history = range_test(recipe, batches, place, len(data.classes), **settings, progress=progress)
+    with closing(batches):
+        history = range_test(recipe, batches, place, len(data.classes), **settings, progress=progress)
     suggestions = suggest(history)
     if run_dir is not None:
         folder = writable(Path(run_dir))

@@ -1,6 +1,7 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -115,6 +116,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny_recipe, tiny_ru
     with pytest.raises(Exception, match=r"stopped by SIGINT; go on with: cifar-resnet train --resume") as stopped:
         train(tiny_recipe, tmp_path / "run", loader=loader, workers=workers, watcher=StopAfter(stop))
     assert stopped.value.exit_code == 130
+    assert multiprocessing.active_children() == []  # while the exception still holds on to all that there was
     part = content(tmp_path / "run")
     assert 3 * part["epoch"] + part["step"] == stop
     train(resume=tmp_path / "run", loader=loader, workers=workers)
