@@ -163,7 +163,7 @@ class AlbumentationsBatches:
             worker_init_fn=leave_signals,
             pin_memory=device.type == "cuda",
         )
-        atexit.register(lambda reference: reference() and reference().close(), weakref.ref(self))
+        atexit.register(_close, weakref.ref(self))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         order, size = epoch_order(self.recipe, epoch, self.count), self.recipe.batch_size
@@ -180,11 +180,15 @@ class AlbumentationsBatches:
             images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             yield images, labels.to(self.device, non_blocking=True)
 
-
     def close(self) -> None:
-        iterator, self.loader._iterator = self.loader._iterator, None
-        if iterator is not None:
-            iterator._shutdown_workers()  # torch has no public way, and its own fails on an iterator in a reference cycle
+        if stop := getattr(self.loader._iterator, "_shutdown_workers", None):  # torch has no public way
+            stop()
+        self.loader._iterator = None
+
+
+def _close(reference: weakref.ref) -> None:
+    if batches := reference():
+        batches.close()
 
 
 def leave_signals(_worker: int) -> None:

@@ -53,7 +53,7 @@ class Doubled:
     ids=str,
 )
 def test_the_loop_is_the_plain_one(changes):
-    """Eight steps against a loop in torch's own words: NCHW layout, its optimizers, its OneCycleLR, losses read each step.
+    """Five steps, the peak among them, against a loop in torch's own words: NCHW layout, its optimizers, its OneCycleLR, losses read each step.
 
     In float64: in float32 the rounding of the first step grows a thousandfold by the third, in this network at this batch.
     """
@@ -62,7 +62,7 @@ def test_the_loop_is_the_plain_one(changes):
     for model in (state.model, state.averaged or state.model):
         model.double()
     records = engine.train(recipe, state, Doubled(batches), lambda: Doubled(evaluation).plain(1000), CPU)
-    while len(steps) < 8:
+    while len(steps) < 5:
         steps += [record for record in [next(records)] if isinstance(record, engine.Step)]
 
     model = engine.build_model(recipe).to(memory_format=torch.contiguous_format).double()
@@ -80,7 +80,7 @@ def test_the_loop_is_the_plain_one(changes):
     )  # fmt: skip
     every = [batch for epoch in range(4) for batch in Doubled(batches).epoch(epoch)]
     model.train()
-    for done, (images, labels) in enumerate(every[:8]):
+    for done, (images, labels) in enumerate(every[:5]):
         optimizer.zero_grad()
         output = model(images.contiguous())
         if recipe.loss == "nll":

@@ -186,11 +186,6 @@ def test_repeat_takes_two_or_more(refused, tmp_path):
     assert "--repeat does not go with --resume" in refused(2, "train", "--resume", tmp_path / "run", "--repeat", 2)
 
 
-def test_quiet_prints_nothing(tiny_run, tmp_path):
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-m", "cifar_resnet", "--quiet", "evaluate", str(tiny_run), "--run-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_quiet_prints_nothing(tiny_run, tmp_path, cli):
+    assert cli("--quiet", "evaluate", tiny_run, "--run-dir", tmp_path) == (0, "", "")
     assert (tmp_path / "evaluation.json").exists()
