@@ -68,7 +68,7 @@ OPTIONS: dict[str, Any] = {
     "resume": _option(Path | None, "Go on with the run in this folder.", show_default=False),
     "repeat": _option(int | None, "Train this many seeds in a row, each in a folder of its own.", show_default="1"),
     "data_dir": _option(
-        Path | None, "Folder with CIFAR-10, downloaded there if missing.",
+        Path | None, "Folder with CIFAR-10, downloaded there if missing; or that a folder of your own images is now in.",
         envvar="CIFAR_RESNET_DATA_DIR", show_default="the user's cache folder",
     ),
     "device": _option(str, "auto, cpu, cuda, cuda:N or mps; auto is the first there of cuda, mps, cpu."),

@@ -60,7 +60,7 @@ def load(recipe: Recipe, data_dir: Path | None = None, notify: Callable[[str], N
     elif recipe.dataset == "cifar10":
         train, evaluation, classes = _cifar10(data_directory(data_dir), notify)
     else:
-        train, evaluation, classes = _image_folder(Path(recipe.dataset))
+        train, evaluation, classes = _image_folder(Path(recipe.dataset), data_dir)
     if recipe.holdout:
         _check_size("--holdout", recipe.holdout, len(train) - 1, len(classes))
         held = stratified(train.labels, recipe.holdout, HOLDOUT_SEED)
@@ -95,6 +95,7 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     for label in np.unique(labels):
         members = order[labels[order] == label]
         place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        place[members[0]] = 0  # so that the rarest class has one too
     return np.sort(order[np.argsort(place[order], kind="stable")[:count]])
 
 
@@ -119,12 +120,17 @@ def _digits() -> tuple[Split, Split, tuple[str, ...]]:
     return every.take(np.sort(train)), every.take(np.sort(test)), tuple(str(name) for name in digits.target_names)
 
 
-def _image_folder(folder: Path) -> tuple[Split, Split, tuple[str, ...]]:
+def _image_folder(folder: Path, moved_to: Path | None) -> tuple[Split, Split, tuple[str, ...]]:
     """Images of one's own, in the layout of torchvision's ImageFolder: train/CLASS/* and test/CLASS/*."""
     from torchvision.datasets import ImageFolder
 
+    if moved_to and not folder.is_dir():
+        folder = Path(moved_to) / folder.name
     if not folder.is_dir():
-        raise UsageError(f"--dataset {folder.name}: it is cifar10, digits or a folder, and there is no folder {folder}")
+        raise UsageError(
+            f"--dataset {folder.name}: it is cifar10, digits or a folder, and there is no folder {folder}; "
+            "give the one that it is in with --data-dir"
+        )
     splits = []
     for part in ("train", "test"):
         try:
@@ -153,7 +159,9 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":  # more than 8 bits
-                image = Image.fromarray((np.asarray(image, np.float64).clip(0, 65535) / 257).astype(np.uint8))
+                pixels = np.asarray(image, np.float64)
+                most = 1 if image.mode[0] == "F" and pixels.max() <= 1 else 65535
+                image = Image.fromarray((pixels.clip(0, most) * (255 / most)).astype(np.uint8))
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image).convert("RGB")

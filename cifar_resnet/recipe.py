@@ -141,8 +141,6 @@ class Recipe(BaseModel):
         Without a preset's name the dataset chooses it: `digits` for the digits, else `default`.
         """
         options = {name: value for name, value in options.items() if value is not None}
-        if options.get("dataset", "cifar10") not in DATASETS:
-            options["dataset"] = str(Path(options["dataset"]).absolute())
         from_file = read_json(file, "recipe file") if file else {}
         if set(cls.model_fields) - set(ADDED) <= set(from_file):  # a whole recipe, if from before these
             from_file = {**ADDED, **from_file}
@@ -152,6 +150,9 @@ class Recipe(BaseModel):
             dataset = options.get("dataset", from_file.get("dataset"))
             recipe = from_file.get("recipe") or ("digits" if dataset == "digits" else "default")
         fields = {**preset(recipe).fields, "recipe": recipe, **from_file}
+        for given in (fields, options):
+            if isinstance(path := given.get("dataset", "cifar10"), str) and path not in DATASETS:
+                given["dataset"] = str(Path(path).absolute())
         if "epochs" in options and "peak_epoch" not in options:
             before = cls.parse(fields)
             options["peak_epoch"] = before.peak_epoch * max(options["epochs"], 1) / before.epochs

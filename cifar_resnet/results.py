@@ -44,7 +44,7 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
 
     Raises:
         CifarResnetError: a run cannot be read or has not ended.
-        UsageError: a run is given twice, or holdout and test figures would mix.
+        UsageError: a run is given twice, or two of them are of one recipe and seed, or holdout and test figures would mix.
     """
     loaded = [finished(run) for run in runs]
     if len({checkpoint.path.resolve() for checkpoint in loaded}) < len(loaded):
@@ -58,6 +58,12 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
     together: dict[Recipe, list[Checkpoint]] = {}
     for checkpoint in loaded:
         together.setdefault(checkpoint.recipe.replace(seed=0), []).append(checkpoint)
+    for members in together.values():
+        by_seed = {checkpoint.recipe.seed: checkpoint for checkpoint in members}
+        if len(by_seed) < len(members):
+            twice = next(checkpoint for checkpoint in members if checkpoint not in by_seed.values())
+            first = by_seed[twice.recipe.seed]
+            raise UsageError(f"{first.path} and {twice.path} are of one recipe and one seed, so no two samples; leave one out")
     differing = [
         name for name in Recipe.model_fields if name != "recipe" and len({getattr(recipe, name) for recipe in together}) > 1
     ]

@@ -27,7 +27,12 @@ def gradient(recipe, batches, step):
     for module in state.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval().train = lambda mode=True: None
-    state.optimizer.register_step_pre_hook(lambda *_: found.extend(each.grad.clone() for each in state.model.parameters()))
+
+    def keep(*_):
+        if not found:  # Muon's step has SGD's inside, which may call the hook again
+            found.extend(each.grad.clone() for each in state.model.parameters())
+
+    state.optimizer.register_step_pre_hook(keep)
     next(engine.train(recipe, state, batches, lambda: (), CPU))
     return torch.cat([each.flatten() for each in found])
 

@@ -47,6 +47,11 @@ def test_stratified_takes_each_class_in_proportion(count):
     assert set(data.stratified(labels, count // 2, seed=3)) < set(taken)
 
 
+def test_stratified_leaves_no_class_out():
+    labels = np.repeat([0, 1, 2], [900, 98, 2])
+    assert set(labels[data.stratified(labels, 100, seed=0)]) == {0, 1, 2}
+
+
 def test_the_holdout_is_disjoint_and_the_same_for_every_seed():
     a, b = (data.load(Recipe.build("digits", holdout=200, seed=seed)) for seed in (0, 1))
     assert a.evaluated_on == "holdout"

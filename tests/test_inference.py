@@ -74,6 +74,8 @@ def test_images_are_turned_cut_and_laid_on_white(tmp_path):
     np.testing.assert_array_equal(data.read_image(tmp_path / "turned.webp"), np.rot90(small, -1))
     Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (data.read_image(tmp_path / "clear.png") == 255).all()
+    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "float.tiff")
+    assert (data.read_image(tmp_path / "float.tiff") == 127).all()
 
 
 @pytest.mark.parametrize("with_preprocessing", [False, True])
@@ -139,6 +141,11 @@ def test_own_images_are_trained_on_with_their_class_names(own_images, cli, tmp_p
     code, out, _ = cli("evaluate", tmp_path / "run")
     assert code == 0
     assert "bright" in out
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(own_images, tmp_path / "elsewhere")
+    assert "give the one that it is in with --data-dir" in cli("evaluate", tmp_path / "run")[2]
+    assert cli("evaluate", tmp_path / "run", "--data-dir", tmp_path / "elsewhere")[:2] == (0, out)
+    own_images = tmp_path / "elsewhere" / "own"
     (found,) = predict(tmp_path / "run", [own_images / "test" / "dark" / "0.png"])
     assert {each["class"] for each in found["classes"]} == {"bright", "dark"}
 

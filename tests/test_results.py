@@ -55,6 +55,8 @@ def test_what_cannot_be_compared_is_refused(tiny_run, tiny_recipe, refused, tmp_
     train_run(tiny_recipe.replace(holdout=40, epochs=2), tmp_path / "held")
     assert "cannot be compared" in refused(2, "compare", tiny_run, tmp_path / "held")
     assert "given twice" in refused(2, "compare", tiny_run, tiny_run / "checkpoint.pt")
+    shutil.copytree(tiny_run, tmp_path / "copy")
+    assert "one recipe and one seed" in refused(2, "compare", tiny_run, tmp_path / "copy")
     assert "there is no checkpoint" in refused(1, "compare", tmp_path)
     assert "must end in" in refused(2, "compare", tiny_run, "--output", tmp_path / "x.jpg")
 
