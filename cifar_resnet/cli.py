@@ -57,6 +57,9 @@ OPTIONS: dict[str, Any] = {
     "suggest": _option(
         Literal["recommended", "steepest", "valley", "minimum"], "Rule to go by; minimum is a tenth of the lowest point's.", RANGE
     ),
+    "sweep": _option(
+        int | None, "Also train this many epochs at each of nine maxima, judged on held-out images: what the rules are worth.", RANGE
+    ),
     "step_mode": _option(Literal["exp", "linear"], "How the LR rises.", RANGE),
     "run_dir": _option(Path | None, "Folder for what is written.", show_default="beside the checkpoint"),
     "find-lr run_dir": _option(
@@ -199,8 +202,8 @@ NOT_SWEPT = (
 
 @command(STEPS, "find-lr", fields=lambda name, panel: name not in NOT_SWEPT)
 def find_lr(
-    recipe, start_lr=1e-4, end_lr=10.0, num_iter=200, step_mode="exp", suggest="recommended", run_dir=None, data_dir=None, device="auto", loader="auto",
-    workers=None, format="png",
+    recipe, start_lr=1e-4, end_lr=10.0, num_iter=200, step_mode="exp", suggest="recommended", sweep=None, run_dir=None, data_dir=None,
+    device="auto", loader="auto", workers=None, format="png",
 ):  # fmt: skip
     """Find the learning rate: a range test, and what it suggests.
 
@@ -210,11 +213,11 @@ def find_lr(
     from .run import default_directory
 
     folder = run_dir or default_directory(recipe, "find-lr-")
-    settings = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, format=format)
-    _, found = _range_test(recipe, folder, data_dir=data_dir, device=device, loader=loader, workers=workers, **settings)
+    settings = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, sweep=sweep, format=format)
+    found, swept = _range_test(recipe, folder, data_dir=data_dir, device=device, loader=loader, workers=workers, **settings)[1:]
     chosen = found.by(suggest)
     then = results.command(recipe.replace(max_lr=float(f"{chosen:.3g}"))) if chosen else ""
-    console.lr_suggestions(found, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
+    console.lr_suggestions(found, swept, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
 
 
 def _range_test(recipe: Recipe, folder: Path | None, **settings: Any) -> Any:
@@ -259,7 +262,7 @@ def train(
     if find:
         if run_dir is not None:
             check_free(run_dir)
-        _, found = _range_test(recipe, None, data_dir=data_dir, device=device, loader=loader, workers=workers)
+        found = _range_test(recipe, None, data_dir=data_dir, device=device, loader=loader, workers=workers).suggestions
         recipe = experiment.with_found_lr(recipe, found, suggest)
         console.say(f"range test: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
     must_match = {name: value for name, value in options.items() if value is not None}

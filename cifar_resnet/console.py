@@ -218,7 +218,7 @@ def comparison(content: dict[str, Any]) -> None:
     console.print()
 
 
-def lr_suggestions(found: Suggestions, then: str, written: str) -> None:
+def lr_suggestions(found: Suggestions, sweep: list[dict[str, Any]], then: str, written: str) -> None:
     table = table_of("rule", ">LR", "what it is")
     table.add_row("steepest", f"{found.steepest:.3g}", "where the lagging mean falls fastest, as torch-lr-finder suggests")
     table.add_row("valley", f"{found.valley:.3g}", "the middle of the longest fall")
@@ -236,6 +236,17 @@ def lr_suggestions(found: Suggestions, then: str, written: str) -> None:
         )
     console.print(table)
     console.print()
+    if sweep:
+        best = max((row["accuracy"] for row in sweep if row["accuracy"] is not None), default=None)
+        table = table_of(
+            ">maximum LR", ">minimum LR", "chosen by", ">accuracy", ">loss", title=f"{sweep[0]['epochs']} epochs, held-out images"
+        )
+        for row in sorted(sweep, key=lambda row: row["max_lr"]):
+            score = ("diverged", "") if row["accuracy"] is None else (f"{row['accuracy']:.2f} %", f"{row['loss']:.4f}")
+            style = "bold" if row["accuracy"] == best else ""
+            table.add_row(f"{row['max_lr']:.3g}", f"{row['min_lr']:.3g}", row["rule"], *score, style=style)
+        console.print(table)
+        console.print()
     if then:
         say(f"next: {then}", style="bold")
     if found.why_not:

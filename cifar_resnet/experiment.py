@@ -8,11 +8,11 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from scipy import stats
 
 from . import data as datasets
 from . import distributed, engine, figures
-from .batches import epoch_order, make_batches
+from .batches import Batches, epoch_order, make_batches
 from .device import compiled, environment, resolve_device, resolve_precision
 from .engine import Epoch, State, Step
-from .errors import CifarResnetError, RunDirectoryError, UsageError
+from .errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
 from .lr_finder import MIN_POINTS, History, Suggestions, range_test, suggest
 from .recipe import ADDED, Recipe, read_json
 from .run import (
@@ -46,6 +46,15 @@ from .run import (
 )
 
 REPEAT = "repeat.json"
+SWEPT = 9  # short trainings of a sweep at most
+
+
+class FoundLR(NamedTuple):
+    """What a range test showed, and the short trainings beside it: dicts with `rule`, `max_lr`, `min_lr`, `accuracy`, ..."""
+
+    history: History
+    suggestions: Suggestions
+    sweep: list[dict[str, Any]]
 
 
 class Watcher:
@@ -348,11 +357,18 @@ def find_lr(
     end_lr: float = 10.0,
     num_iter: int = 200,
     step_mode: str = "exp",
+    sweep: int | None = None,
     format: str = "png",
     progress: Callable[[int, int], None] = lambda done, total: None,
     notify: Callable[[str], None] = lambda message: None,
-) -> tuple[History, Suggestions]:
+) -> FoundLR:
     """Runs the learning-rate range test; with `run_dir`, writes `lr_finder.json` and its picture there.
+
+    Args:
+        sweep: epochs of short trainings to hold the test against: one from the recommended minimum to the recommended maximum,
+            one at the steepest point, and seven at maxima a factor of 2 apart around the recommended one, or the recipe's where
+            nothing is recommended. A tenth of the training images, on which none trains, judges them.
+        progress: called with the steps done and those planned.
 
     Raises:
         CifarResnetError: one line that says what was wrong.
@@ -364,14 +380,25 @@ def find_lr(
     figures.check_format(format)
     if num_iter < MIN_POINTS:
         raise UsageError(f"--num-iter {num_iter} must be at least {MIN_POINTS}")
+    if sweep is not None and sweep < 1:
+        raise UsageError(f"--sweep {sweep} must be at least 1 epoch")
     if run_dir is not None:
         check_writable(Path(run_dir))
     recipe, place, data = prepare(recipe, device, data_dir, notify)
-    batches = make_batches(data.train, recipe, place, loader, workers)
+    if sweep:
+        recipe = recipe.replace(holdout=recipe.holdout or max(len(data.train) // 10, len(data.classes)))
+        data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify)
+    batches, swept = make_batches(data.train, recipe, place, loader, workers), []
+    to_come = (sweep or 0) * SWEPT * batches.steps
     settings: dict[str, Any] = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
     with closing(batches):
-        history = range_test(recipe, batches, place, len(data.classes), **settings, progress=progress)
-    suggestions = suggest(history)
+        tested = range_test(
+            recipe, batches, place, len(data.classes), **settings, progress=lambda done, total: progress(done, total + to_come)
+        )
+        suggestions = suggest(tested)
+        if sweep:
+            evaluation = make_batches(data.evaluation, recipe, place)
+            swept = _sweep(recipe, suggestions, sweep, batches, evaluation, len(data.classes), place, progress, num_iter)
     if run_dir is not None:
         folder = writable(Path(run_dir))
         content = {
@@ -380,11 +407,38 @@ def find_lr(
             "recipe": recipe.model_dump(mode="json"),
             **settings,
             "suggestions": suggestions._asdict(),
-            "history": {"lr": history.lr.tolist(), "loss": history.loss.tolist()},
+            "history": {"lr": tested.lr.tolist(), "loss": tested.loss.tolist()},
+            "sweep": swept,
         }
         write_json(folder / "lr_finder.json", content)
-        figures.save(figures.lr_finder(history, suggestions, recipe, step_mode), folder / f"lr_finder.{format}")
-    return history, suggestions
+        figures.save(figures.lr_finder(tested, suggestions, recipe, step_mode, swept), folder / f"lr_finder.{format}")
+    return FoundLR(tested, suggestions, swept)
+
+
+def _sweep(
+    recipe: Recipe, found: Suggestions, epochs: int, batches: Batches, evaluation: Batches, classes: int, place: torch.device,
+    progress: Callable[[int, int], None], before: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Short trainings at several learning rates, each with its last accuracy and loss; None for both where it diverged."""
+    short = recipe.replace(epochs=epochs, peak_epoch=recipe.peak_epoch * epochs / recipe.epochs)
+    middle = found.max_lr or recipe.max_lr
+    planned = [("grid", short.replace(max_lr=middle * 2.0**power)) for power in range(-3, 4)]
+    planned.append(("steepest", short.replace(max_lr=found.steepest)))
+    if found.max_lr is not None:
+        planned.append(("recommended", with_found_lr(short, found)))
+    rows: list[dict[str, Any]] = []
+    for rule, trained in planned:
+        state, score = engine.start(trained, place, classes), {}
+        with suppress(NonFiniteLossError):
+            for record in engine.train(trained, state, batches, lambda: evaluation.plain(engine.EVALUATION_BATCH), place):
+                progress(
+                    before + (len(rows) * epochs + state.epoch) * batches.steps + state.step,
+                    before + SWEPT * epochs * batches.steps,
+                )
+                score = record.metrics if isinstance(record, Epoch) else {}
+        lrs = dict(max_lr=trained.max_lr, min_lr=trained.max_lr / trained.div_factor)
+        rows.append(dict(rule=rule, **lrs, epochs=epochs, accuracy=score.get("test_accuracy"), loss=score.get("test_loss")))
+    return rows
 
 
 def with_found_lr(recipe: Recipe, suggestions: Suggestions, rule: str = "recommended") -> Recipe:

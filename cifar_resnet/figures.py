@@ -116,9 +116,14 @@ def triangular(min_lr: float, max_lr: float, step_size: int, cycles: int) -> Fig
     return figure
 
 
-def lr_finder(history: History, suggestions: Suggestions, recipe: Recipe, step_mode: str = "exp") -> Figure:
-    """The range test's loss against the learning rate, the suggestions marked and the recommended band shaded."""
-    figure, (axis,) = _figure(size=(8, 4.8))
+def lr_finder(
+    history: History, suggestions: Suggestions, recipe: Recipe, step_mode: str = "exp", sweep: Sequence[dict[str, Any]] = ()
+) -> Figure:
+    """The range test's loss against the learning rate, the suggestions marked and the recommended band shaded.
+
+    Below it, where there was a sweep, the accuracies that short trainings reached.
+    """
+    figure, (axis, *below) = _figure(2, (8, 7.6), sharex=True) if sweep else _figure(size=(8, 4.8))
     level = smooth(history.loss)
     axis.plot(history.lr, history.loss, color=GREY, alpha=0.5, linewidth=0.8, label="loss of each step")
     axis.plot(history.lr, level, color=BLUE, linewidth=2, label="smoothed, without lag")
@@ -141,6 +146,19 @@ def lr_finder(history: History, suggestions: Suggestions, recipe: Recipe, step_m
         title=f"Learning-rate range test of {recipe.recipe} on {recipe.dataset_name}",
     )
     axis.legend(frameon=False, fontsize=9)
+    for under in below:
+        axis.set_xlabel("")
+        ended = [row for row in sweep if row["accuracy"] is not None]
+        for rule, style in (("grid", "o-"), ("steepest", "s"), ("recommended", "D")):
+            rows = [row for row in ended if row["rule"] == rule]
+            colour = {"grid": BLUE, "steepest": RED, "recommended": GREEN}[rule]
+            label = {"grid": "grid, from the recipe's share of it"}.get(rule, rule)
+            under.plot([row["max_lr"] for row in rows], [row["accuracy"] for row in rows], style, color=colour, label=label)
+        if suggestions.max_lr is not None:
+            under.axvspan(suggestions.min_lr, suggestions.max_lr, color=GREEN, alpha=0.12)
+        epochs = sweep[0]["epochs"]
+        under.set(xlabel="learning rate", ylabel="percent", title=f"Holdout accuracy after {epochs} epochs with this maximum")
+        under.legend(frameon=False, fontsize=9)
     return figure
 
 

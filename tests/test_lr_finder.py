@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_resnet import Recipe, build_model, find_lr, lr_finder
+from cifar_resnet import Recipe, build_model, find_lr, lr_finder, train
 from cifar_resnet.batches import TensorBatches
 from cifar_resnet.data import load, with_statistics
 from cifar_resnet.errors import CifarResnetError, UsageError
@@ -107,7 +107,7 @@ def test_a_real_range_test(tmp_path):
     """On digits: the rates asked for, the files read back, the random state as it was."""
     recipe = Recipe.build("digits", train_limit=64, batch_size=16, precision="float32")
     before, steps = torch.random.get_rng_state(), []
-    history, found = find_lr(
+    history, found, _ = find_lr(
         recipe, tmp_path, start_lr=1e-3, end_lr=0.1, num_iter=24, progress=lambda done, total: steps.append((done, total))
     )
     assert torch.equal(before, torch.random.get_rng_state())
@@ -121,6 +121,26 @@ def test_a_real_range_test(tmp_path):
     assert content["suggestions"] == found._asdict()
     assert content["recipe"] == json.loads(with_statistics(recipe).to_json())
     assert (tmp_path / "lr_finder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_gives_what_train_gives(cli, tmp_path):
+    fields = dict(train_limit=60, batch_size=16, precision="float32")
+    options = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
+    options += ["--dataset", "digits", "--num-iter", 24, "--sweep", 1, "--run-dir", tmp_path / "find"]
+    code, out, err = cli("find-lr", *options)
+    assert (code, err) == (0, "")
+    content = json.loads((tmp_path / "find" / "lr_finder.json").read_text())
+    grid = [row["max_lr"] for row in content["sweep"] if row["rule"] == "grid"]
+    np.testing.assert_allclose(
+        grid, (content["suggestions"]["max_lr"] or Recipe.build("digits").max_lr) * 2.0 ** np.arange(-3, 4)
+    )
+    for row in (content["sweep"][2], content["sweep"][-1]):
+        recipe = Recipe.build(
+            "digits", **fields, holdout=10, epochs=1, max_lr=row["max_lr"], div_factor=row["max_lr"] / row["min_lr"]
+        )
+        last = train(recipe, tmp_path / str(row["max_lr"]), compile="off").history[-1]
+        assert (row["accuracy"], row["loss"]) == (last["test_accuracy"], pytest.approx(last["test_loss"]))
+        assert f"{row['accuracy']:.2f} %" in out
 
 
 def test_the_range_test_trains_as_the_recipe_says():
