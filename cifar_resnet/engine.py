@@ -7,6 +7,7 @@ it saves, draws or stops at any of them. All that it needs to go on later is in 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -119,7 +120,7 @@ def train(
     what a step calls in place of `state.model`, whose weights it must share: a compiled forward pass.
 
     Raises:
-        NonFiniteLossError: at the end of an epoch with a loss that was not finite.
+        NonFiniteLossError: at the end of an epoch with a loss that was not finite, of a step or of the evaluation.
     """
     loss_of, total_steps = make_loss(recipe), recipe.epochs * batches.steps
     forward = forward or distributed.parallel(state.model)
@@ -169,6 +170,10 @@ def _finish_epoch(recipe, state: State, batches: Batches, evaluation, device) ->
         "seconds": state.seconds,
         "images_per_second": batches.count / state.seconds,
     }
+    if not math.isfinite(metrics["test_loss"]):
+        raise NonFiniteLossError(
+            f"the loss on the evaluation images is not finite after epoch {state.epoch + 1}; try a lower --max-lr than {recipe.max_lr:g}"
+        )
     state.history.append(metrics)
     state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
     state.totals.zero_()

@@ -138,6 +138,8 @@ def train(
             if resume is not None:
                 planned, checkpoint = _standing(Path(resume), must_match or {})
                 if checkpoint and checkpoint.finished and any(Path(resume).glob("learning_rate.*")):  # a run's last file
+                    with suppress(RunDirectoryError), locked(Path(resume)):  # it may have been killed right after it
+                        remove_parts(Path(resume))
                     return planned, checkpoint, True
             planned, _, data = prepare(planned, device, data_dir, watcher.warn)
             fewest, ranks = (len(data.train) - 1) % planned.batch_size + 1, distributed.ranks()

@@ -71,9 +71,7 @@ def child(folder, flags, dataset):
         target = dict(resume=folder)
     else:
         options = dict(batch_size=128, ema_decay=0.9, ema_every=2, precision="bfloat16", epochs=3)
-        target = dict(
-            run_dir=folder, recipe=Recipe.build("default", dataset=dataset, train_limit=300, test_limit=100, **options)
-        )
+        target = dict(run_dir=folder, recipe=Recipe.build("default", dataset=dataset, train_limit=300, test_limit=100, **options))
     experiment.train(**target, save_every_minutes=1e-9, watcher=First())
 
 

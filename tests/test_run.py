@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,26 @@ def test_a_non_finite_loss_leaves_the_last_good_checkpoint(tiny_recipe, tmp_path
         train(tiny_recipe, tmp_path / "run", watcher=Poison(), save_every_minutes=1e-6)
     kept = load_checkpoint(tmp_path / "run").content
     assert (kept["epoch"], kept["step"]) == (0, 3)
+
+
+def test_weights_that_are_finite_but_give_no_finite_loss_end_the_run(tiny_recipe, tmp_path):
+    class Poison(Watcher):
+        def step(self, step, state):
+            if step.step == step.steps:
+                for module in state.tested.modules():
+                    if isinstance(module, torch.nn.BatchNorm2d):
+                        module.weight.data.fill_(1e30)
+
+    with pytest.raises(NonFiniteLossError, match="evaluation images is not finite after epoch 1; try a lower --max-lr"):
+        train(tiny_recipe, tmp_path / "run", watcher=Poison())
+    assert os.listdir(tmp_path / "run") == ["recipe.json"]
+
+
+def test_what_a_run_killed_after_its_last_write_leaves_is_removed(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / ".lock").write_text("process 1 on nowhere")
+    assert train(resume=tmp_path / "run").finished
+    assert sorted(os.listdir(tmp_path / "run")) == FILES
 
 
 def test_a_learning_rate_that_diverges_is_said(tmp_path, refused):
