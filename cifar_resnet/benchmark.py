@@ -8,6 +8,7 @@ order statistics (scipy.stats.quantile_test), which takes no distribution for gr
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -161,6 +162,7 @@ def ratio(above: list[float], below: list[float], factor: float = 1.0) -> dict[s
 
 def _operators(train: Callable[[], float], device: torch.device) -> list[dict[str, Any]]:
     """The 20 operators that themselves take most time, each with its share of the wall time in percent, and its calls."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells a user without a GPU that there is an error
     kinds = {"cpu": torch.profiler.ProfilerActivity.CPU, "cuda": torch.profiler.ProfilerActivity.CUDA}
     with torch.profiler.profile(activities={kinds["cpu"], kinds.get(device.type, kinds["cpu"])}) as profiler:
         seconds = train()

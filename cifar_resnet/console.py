@@ -285,21 +285,17 @@ def bench(content: dict[str, Any]) -> None:
         f"({at['device_name']}, {at['threads']} threads, bfloat16 in hardware: {'yes' if at['bfloat16'] else 'no'})"
     )
     say(", ".join(f"{name} {at[name]}" for name in ("python", "torch", "torchvision", "albumentations", "platform")))
-    speeds = Table(
-        "", "median", "lowest", "highest", "", title=f"{len(content['rounds']['model'])} rounds", box=None, header_style="bold"
-    )
+    speeds = table_of("", ">median", ">lowest", ">highest", "", title=f"{len(content['rounds']['model'])} rounds")
     for name, values in content["rounds"].items():
         unit, scale = ("GFLOP/s", 1e-9) if name == "matrix product" else ("images/s", 1)
         speeds.add_row(name, *(f"{scale * value:,.0f}" for value in (content["medians"][name], min(values), max(values))), unit)
-    ratios = Table("ratio", "median", "95 % interval", box=None, header_style="bold")
+    ratios = table_of("ratio", ">median", ">95 % interval")
     for name, row in content["ratios"].items():
         ratios.add_row(name, f"{row['median']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}")
-    operators = Table("operator, itself", "share of the time", "calls", box=None, header_style="bold")
+    operators = table_of("operator, itself", ">share of the time", ">calls")
     for row in content["profile"] or ():
         operators.add_row(row["operator"], f"{row['share']:.1f} %", str(row["calls"]))
     for table in (speeds, ratios, *([operators] if content["profile"] else [])):
-        for column in table.columns[1:4]:
-            column.justify = "right"
         console.print(table, "")
     say(
         f"{recipe['epochs']} epochs of CIFAR-10: {expected['training'] / 60:,.1f} min of training, {expected['evaluation'] / 60:,.1f} min of evaluation",
