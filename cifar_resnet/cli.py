@@ -363,6 +363,13 @@ def export(checkpoint, output=None, format="onnx", with_preprocessing=False):
 
     path = inference.export(checkpoint, output, format=format, with_preprocessing=with_preprocessing)
     console.say(_written(path.parent, path.name))
+    if format == "onnx":
+        takes = (
+            "uint8 (N, 32, 32, 3), pixels"
+            if with_preprocessing
+            else "float32 (N, 3, 32, 32), normalised by the recipe's mean and std"
+        )
+        console.say(f"input images: {takes}; output logits: float32 (N, classes)")
 
 
 @command(BEFORE, fields=lambda name, panel: panel in ("Recipe", "Augmentation") or name in ("dataset", "mean", "std", "seed"))
@@ -448,7 +455,8 @@ def main() -> None:
         _fail("interrupted", 130)
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type
-            _fail(error.format_message(), getattr(error, "exit_code", 2))
+            before = "; it goes before the command" if "--quiet" in error.format_message() else ""
+            _fail(error.format_message().replace("Value error, ", "") + before, getattr(error, "exit_code", 2))
         if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
             _fail("out of memory; try a smaller --batch-size", 1)
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ class TrainingTable:
             else environment["device_name"]
         )
         say(
-            f"{recipe.recipe} on {recipe.dataset_name}: {len(data.train):,} training images, {recipe.epochs} epochs at batch "
+            f"{recipe.title}: {len(data.train):,} training images, {recipe.epochs} epochs at batch "
             f"{recipe.batch_size}, {recipe.optimizer} to LR {recipe.max_lr:.4g} at epoch {recipe.peak_epoch:.4g}, seed {recipe.seed}"
         )
         say(
@@ -144,7 +145,8 @@ def training_result(checkpoint: Checkpoint) -> None:
         f"after {sum(row['seconds'] for row in checkpoint.history):,.0f} s of training",
         style="bold",
     )
-    say(f"next: cifar-resnet evaluate {folder}, cifar-resnet misclassified {folder}")
+    say(f"next: cifar-resnet evaluate {folder}")
+    say(f"      cifar-resnet misclassified {folder}")
 
 
 def repetition(content: dict[str, Any]) -> None:
@@ -158,12 +160,11 @@ def repetition(content: dict[str, Any]) -> None:
 def predictions(found: list[dict[str, Any]]) -> None:
     """One row an image: its most probable classes, the first one first."""
     count = max((len(row["classes"]) for row in found), default=0)
-    table = table_of("image", *(("class", "second", "third")[i] if i < 3 else f"{i + 1}th" for i in range(count)))
+    places = (("first", "second", "third")[i] if i < 3 else f"{i + 1}th" for i in range(count))
+    table = table_of("image", *chain.from_iterable((place, ">") for place in places))
     for row in found:
-        table.add_row(
-            row["image"].encode(errors="replace").decode(),
-            *(f"{each['class']} {100 * each['probability']:.1f} %" for each in row["classes"]),
-        )
+        best = chain.from_iterable((each["class"], f"{100 * each['probability']:.1f} %") for each in row["classes"])
+        table.add_row(row["image"].encode(errors="replace").decode(), *best)
     console.print(table)
 
 
@@ -212,7 +213,11 @@ def comparison(content: dict[str, Any]) -> None:
         differs = ", ".join(f"{name} {value}" for name, value in group["differs"].items())
         name = group["label"].split(":")[0]
         table.add_row(
-            name, str(group["n"]), f"{group['mean']:.2f}{spread} %", f"{group['seconds']:,.0f}", differs or "only the seed"
+            name,
+            str(group["n"]),
+            f"{group['mean']:.2f}{spread} %",
+            f"{group['seconds']:,.0f}",
+            differs or ("only the seed" if group["n"] > 1 else ""),
         )
     console.print(table)
     console.print()
@@ -307,7 +312,7 @@ def bench(content: dict[str, Any]) -> None:
 
 def recipes() -> None:
     """Every preset with where it comes from and what was assumed."""
-    table = table_of("recipe", "origin", "assumed where the origin is silent", box=box.HEAVY_HEAD, pad_edge=True, show_lines=True)
+    table = table_of("recipe", "origin", "assumed where the origin is silent", show_lines=True, box=box.SIMPLE)
     for name, preset in PRESETS.items():
         table.add_row(Text(name, "bold"), preset.origin, preset.assumed)
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import io
 import os
@@ -127,10 +128,9 @@ def _image_folder(folder: Path, moved_to: Path | None) -> tuple[Split, Split, tu
     if moved_to and not folder.is_dir():
         folder = Path(moved_to) / folder.name
     if not folder.is_dir():
-        raise UsageError(
-            f"--dataset {folder.name}: it is cifar10, digits or a folder, and there is no folder {folder}; "
-            "give the one that it is in with --data-dir"
-        )
+        near = difflib.get_close_matches(folder.name, DATASETS, n=1)
+        advice = f"did you mean {near[0]}?" if near else "if it has moved, give the folder that holds it with --data-dir"
+        raise UsageError(f"--dataset {folder.name}: it is cifar10, digits or a folder, and there is no folder {folder}; {advice}")
     splits = []
     for part in ("train", "test"):
         try:
@@ -167,7 +167,7 @@ def read_image(path: Path) -> np.ndarray:
             image = Image.alpha_composite(white, image).convert("RGB")
             return np.asarray(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
     except Exception as error:  # whatever a damaged file makes its decoder raise
-        reason = "is a folder" if path.is_dir() else getattr(error, "strerror", None) or "is no image that can be read"
+        reason = "is a folder" if path.is_dir() else getattr(error, "strerror", None) or "not an image that can be read"
         raise DataError(f"{path}: {reason}") from None
 
 

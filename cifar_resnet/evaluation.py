@@ -155,9 +155,9 @@ def misclassified(
     write_json(folder / "misclassified.json", {**content, "mistakes": listed})
     order = {"confidence": "surest of", "class": "first, by class, of", "random": "drawn at random from"}[sort]
     of_classes = "".join(f", {what} {name}" for what, name in (("true class", true), ("predicted", predicted)) if name)
-    title = (
-        f"{min(count, len(chosen))} {order} {len(chosen)} mistakes in {len(split):,} {found.data.evaluated_on} images{of_classes}"
-    )
+    which = f"{count} {order} {len(chosen)}" if count < len(chosen) else f"all {len(chosen)}"
+    which = "the one mistake" if len(chosen) == 1 else f"{which} mistakes"
+    title = f"{which[0].upper()}{which[1:]} in {len(split):,} {found.data.evaluated_on} images{of_classes}"
     if chosen:
         for name, figure in mistake_figures(found, chosen[:count], layer, title).items():
             figures.save(figure, folder / f"{name}.{format}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import schedule
 from .analysis import Mistake
@@ -76,13 +77,11 @@ def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test", 
     if recipe.dataset == "cifar10" and evaluated_on == "test":
         right.axhline(BEST_REFERENCE[1], color=GREY, linewidth=1, linestyle=":", label=BEST_REFERENCE[0])
     last = history[-1]
-    left.set(title="Loss", ylabel="mean an image")
+    left.set(title="Loss", ylabel="mean over the images")
     right.set(title="Accuracy", ylabel="percent")
     for axis in (left, right):
         axis.legend(frameon=False)
-    figure.suptitle(
-        f"{recipe.recipe} on {recipe.dataset_name}, seed {recipe.seed}: {last['test_accuracy']:.2f} % {evaluated_on} accuracy"
-    )
+    figure.suptitle(f"{recipe.title}, seed {recipe.seed}: {last['test_accuracy']:.2f} % {evaluated_on} accuracy")
     return figure
 
 
@@ -143,7 +142,7 @@ def lr_finder(
     axis.set(
         xlabel="learning rate",
         ylabel="training loss",
-        title=f"Learning-rate range test of {recipe.recipe} on {recipe.dataset_name}",
+        title=f"Learning-rate range test of {recipe.title}",
     )
     axis.legend(frameon=False, fontsize=9)
     for under in below:
@@ -177,14 +176,14 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], ti
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
-    figure.colorbar(image, label="mistakes", shrink=0.8)
+    figure.colorbar(image, label="mistakes", shrink=0.8, ticks=MaxNLocator(integer=True))
     return figure
 
 
 def class_accuracy(classes: dict[str, dict[str, float]], title: str) -> Figure:
     """The share of each true class that is predicted right, as bars, the worst on top; `classes` as in `evaluation.json`."""
     figure, (axis,) = _figure(size=(7, 0.9 + 0.32 * len(classes)))
-    names = sorted(classes, key=lambda name: -classes[name]["recall"])
+    names = sorted(reversed(classes), key=lambda name: -classes[name]["recall"])
     recall = [classes[name]["recall"] for name in names]
     bars = axis.barh([_plain(name) for name in names], recall, color=BLUE)
     axis.bar_label(bars, [f"{value:.1f} %" for value in recall], padding=3)
@@ -201,12 +200,11 @@ def reliability(bins: Sequence[dict[str, Any]], calibration_error: float, loss: 
     filled = [row for row in bins if row["count"]]
     axis.plot([r["confidence"] for r in filled], [r["accuracy"] for r in filled], "o", color=RED, label="at its mean confidence")
     axis.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="perfectly calibrated")
-    axis.set(ylabel="accuracy, percent", title=title, ylim=(0, 103), xlim=(0, 100))
-    axis.plot([], [], " ", label=f"expected calibration error {calibration_error:.2f} %")
-    axis.plot([], [], " ", label=f"negative log likelihood {loss:.4f}")
-    axis.legend(frameon=False, loc="upper left")
+    numbers = f"expected calibration error {calibration_error:.2f} %, negative log likelihood {loss:.4f}"
+    axis.set(ylabel="accuracy, percent", title=f"{title}\n{numbers}", ylim=(0, 103), xlim=(0, 100))
     below.bar(centres, [row["count"] for row in bins], 0.92 * width, color=GREY)
     below.set(xlabel="confidence: probability of the predicted class, percent", ylabel="images")
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
@@ -214,12 +212,14 @@ def _cells(count: int, columns: int, width: float, title: str) -> tuple[Figure, 
     """Axes without frames in rows, for `count` images of that width in inches, each with two lines of text above."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, 2.05 * rows + (0.4 if title else 0)), layout="constrained")
+    figure = Figure(
+        figsize=(max(width * columns, 5.1 if title else 0), 2.05 * rows + (0.4 if title else 0)), layout="constrained"
+    )
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize=11, wrap=True)
     return figure, axes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def predict(
     tta: str = "none",
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
-    skipped: Callable[[str], None] = lambda message: None,
+    skipped: Callable[[str], object] = warnings.warn,
 ) -> Iterator[dict[str, Any]]:
     """For each image file its most probable classes: {"image": path, "classes": [{"class", "probability"}, ...]}.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -177,6 +178,10 @@ class Recipe(BaseModel):
     def dataset_name(self) -> str:
         return Path(self.dataset).name
 
+    @property
+    def title(self) -> str:
+        return self.recipe if self.recipe == self.dataset_name else f"{self.recipe} on {self.dataset_name}"
+
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
@@ -200,7 +205,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def _one_line(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
-        return message
+        return re.sub(r"[a-z]+(_[a-z]+)+", lambda field: "--" + field[0].replace("_", "-"), message)
     option = "--" + str(problem["loc"][0]).replace("_", "-")
     return f"{option} {problem['input']!r}: {message[0].lower()}{message[1:]}"
 

@@ -139,7 +139,7 @@ def report(
     """
     checkpoint = finished(run)
     found = evaluation.logits_of(checkpoint.path, data_dir, device, notify)
-    content = evaluation.content_of(found, "flip")
+    content = evaluation.content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")
     wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes)
     path = Path(path) if path else checkpoint.path.parent / "report.html"
     write_whole(path, _page(checkpoint, content, found, wrong))
@@ -167,7 +167,7 @@ def _page(checkpoint: Checkpoint, content: dict[str, Any], found: evaluation.Pre
     pairs = [(row["true"], row["predicted"], row["count"], f"{row['share']:.1f} %") for row in content["most_confused"]]
     seconds = sum(row["seconds"] for row in checkpoint.history)
     figures_of = (
-        ("with flips at test time", f"{content['tta']['flip']['accuracy']:.2f} %"),
+        *(("with flips at test time", f"{row['accuracy']:.2f} %") for row in (content["tta"] or {}).values()),
         ("negative log likelihood", f"{content['loss']:.4f}"),
         ("expected calibration error", f"{content['calibration_error']:.2f} %"),
         ("training images", f"{len(found.data.train):,}"),
@@ -176,7 +176,7 @@ def _page(checkpoint: Checkpoint, content: dict[str, Any], found: evaluation.Pre
     )
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=escape(f"{recipe.recipe} on {recipe.dataset_name}, seed {recipe.seed}"),
+        title=escape(f"{recipe.title}, seed {recipe.seed}"),
         accuracy=f"{content['accuracy']:.2f} %",
         judged=escape(
             f"{judged} accuracy of the last epoch, single view, {content['images']:,} images; n = 1 run, seed {recipe.seed}"

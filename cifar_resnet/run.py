@@ -70,9 +70,8 @@ def check_free(path: Path) -> None:
     """
     check_writable(path)
     if path.exists() and any(name != LOCK and not name.endswith(".part") for name in os.listdir(path)):
-        raise RunDirectoryError(
-            f"run directory {path} is not empty; choose another, or go on with the run in it: cifar-resnet train --resume {path}"
-        )
+        go_on = f", or go on with the run in it: cifar-resnet train --resume {path}" if (path / "recipe.json").exists() else ""
+        raise RunDirectoryError(f"run directory {path} is not empty; choose another{go_on}")
 
 
 def check_writable(path: Path) -> None:

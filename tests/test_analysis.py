@@ -137,7 +137,7 @@ def test_the_reliability_diagram_shows_its_bins(scored):
     assert [bar.get_height() for bar in below.patches] == [row["count"] for row in bins]
     points = above.lines[0]
     assert points.get_xdata().tolist() == [row["confidence"] for row in bins if row["count"]]
-    assert "expected calibration error 1.23 %" in [text.get_text() for text in above.get_legend().get_texts()]
+    assert above.get_title().endswith("\nexpected calibration error 1.23 %, negative log likelihood 0.5000")
 
 
 def test_the_grids_name_predicted_and_true_class():

@@ -143,7 +143,7 @@ def test_own_images_are_trained_on_with_their_class_names(own_images, cli, tmp_p
     assert "bright" in out
     (tmp_path / "elsewhere").mkdir()
     shutil.move(own_images, tmp_path / "elsewhere")
-    assert "give the one that it is in with --data-dir" in cli("evaluate", tmp_path / "run")[2]
+    assert "give the folder that holds it with --data-dir" in cli("evaluate", tmp_path / "run")[2]
     assert cli("evaluate", tmp_path / "run", "--data-dir", tmp_path / "elsewhere")[:2] == (0, out)
     own_images = tmp_path / "elsewhere" / "own"
     (found,) = predict(tmp_path / "run", [own_images / "test" / "dark" / "0.png"])
@@ -154,7 +154,7 @@ def test_a_folder_in_another_layout_is_refused(own_images, refused, tmp_path):
     assert "there is no folder" in refused(2, "train", "--dataset", tmp_path / "nowhere")
     assert "--views 0" in refused(2, "samples", "--dataset", own_images, "--views", 0)
     (own_images / "train" / "dark" / "0.png").write_text("no image")
-    with pytest.raises(DataError, match=r"0\.png: is no image"):
+    with pytest.raises(DataError, match=r"0\.png: not an image"):
         data.load(Recipe.build(dataset=str(own_images)))
     shutil.rmtree(own_images / "test" / "dark")
     (own_images / "train" / "dark" / "0.png").unlink()
