@@ -54,9 +54,8 @@ def table_of(*columns: str, title: str | None = None, **options: Any) -> Table:
     """An empty table without lines; a column whose name begins with > is aligned right."""
     table = Table(header_style="bold", title=title, title_justify="left", **{"box": None, "pad_edge": False, **options})
     for name in columns:
-        table.add_column(
-            name.removeprefix(">"), justify="right" if name.startswith(">") else "left", no_wrap=name.startswith(">")
-        )
+        right = name.startswith(">")
+        table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
     return table
 
 

@@ -38,11 +38,12 @@ def test_predictions_on_files_are_those_on_the_dataset(digit_images, tiny_run, c
         assert [each["probability"] for each in row["classes"]] == pytest.approx(probabilities.tolist())
 
 
-def test_what_is_no_image_is_named_and_skipped(digit_images, tiny_run, cli, tmp_path):
+def test_what_is_no_image_is_named_and_skipped(digit_images, tiny_run, cli, tmp_path, monkeypatch):
     folder, _ = digit_images
+    monkeypatch.chdir(folder)
     (folder / "aa.txt").write_text("no image")
     (folder / "bb.png").write_bytes((folder / "00.png").read_bytes()[:60])
-    code, out, err = cli("predict", tiny_run, folder, tmp_path / "missing.png")
+    code, out, err = cli("predict", tiny_run, ".", tmp_path / "missing.png")
     assert code == 1
     assert [name in err for name in ("aa.txt", "bb.png", "missing.png: No such file")] == [True] * 3
     assert err.count("cifar-resnet: skipped") == 3
