@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import os
 import random
 import signal
 import weakref
@@ -160,7 +161,7 @@ class AlbumentationsBatches:
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=leave_signals,
+            worker_init_fn=give_way if device.type == "cpu" else leave_signals,
             pin_memory=device.type == "cuda",
         )
         atexit.register(_close, weakref.ref(self))
@@ -196,6 +197,12 @@ def leave_signals(_worker: int) -> None:
     them. Of a SIGTERM they die half a minute later, so that nobody who waits for them waits for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+def give_way(worker: int) -> None:
+    """Works while the training process leaves a core free: a convolution is as slow as its slowest thread."""
+    leave_signals(worker)
+    os.nice(19)
 
 
 class _Order(torch.utils.data.Sampler):
