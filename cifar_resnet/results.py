@@ -103,7 +103,7 @@ def command(recipe: Recipe) -> str:
     preset = recipe.recipe if recipe.recipe in PRESETS else "default"
     before = Recipe.build(preset)
     if recipe.dataset in DATASETS:  # which fill in what the preset leaves to them
-        filled = with_statistics(before.replace(dataset=recipe.dataset))
+        recipe, filled = with_statistics(recipe), with_statistics(before.replace(dataset=recipe.dataset))
         before = before.replace(mean=filled.mean, std=filled.std)
     words = ["cifar-resnet", "train", "--recipe", preset]
     for name, value in recipe:

@@ -96,6 +96,7 @@ def test_the_command_repeats_the_run(cli, tmp_path):
     assert cli(*words[1:], "--run-dir", tmp_path / "b")[0] == 0
     assert load_checkpoint(tmp_path / "b").recipe == recipe
     assert results.command(with_statistics(Recipe.build("page"))) == "cifar-resnet train --recipe page"
+    assert results.command(Recipe.build("digits", max_lr=0.2)) == "cifar-resnet train --recipe digits --max-lr 0.2"
 
 
 @pytest.fixture(scope="module")
