@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_resnet import Recipe, data, export, load_checkpoint, predict
+from cifar_resnet import Recipe, console, data, export, load_checkpoint, predict
 from cifar_resnet import train as train_run
 from cifar_resnet.batches import TensorBatches
 from cifar_resnet.errors import CifarResnetError, DataError, UsageError
@@ -194,6 +194,7 @@ def test_repeat_takes_two_or_more(refused, tmp_path):
     assert "--repeat does not go with --resume" in refused(2, "train", "--resume", tmp_path / "run", "--repeat", 2)
 
 
-def test_quiet_prints_nothing(tiny_run, tmp_path, cli):
+def test_quiet_prints_nothing(tiny_run, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr(console.console, "quiet", False)  # as it is again afterwards
     assert cli("--quiet", "evaluate", tiny_run, "--run-dir", tmp_path) == (0, "", "")
     assert (tmp_path / "evaluation.json").exists()

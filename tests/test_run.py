@@ -158,9 +158,10 @@ def test_sigterm_says_143_and_a_killed_run_goes_on(tiny_recipe, tiny_run, tmp_pa
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path, refused):
     (tmp_path / "notes.txt").write_text("mine")
-    line = refused(1, "train", "--dataset", "digits", "--run-dir", tmp_path)
-    assert f"--resume {tmp_path}" in line
+    assert "is not empty; choose another\n" in refused(1, "train", "--dataset", "digits", "--run-dir", tmp_path)
     assert os.listdir(tmp_path) == ["notes.txt"]
+    (tmp_path / "recipe.json").write_text("{}")
+    assert f"--resume {tmp_path}" in refused(1, "train", "--dataset", "digits", "--run-dir", tmp_path)
 
 
 def test_a_folder_in_use_names_its_holder(tiny_run):
