@@ -124,7 +124,7 @@ def test_a_real_range_test(tmp_path):
 
 
 def test_a_sweep_gives_what_train_gives(cli, tmp_path):
-    fields = dict(train_limit=60, batch_size=16, precision="float32")
+    fields = dict(train_limit=32, batch_size=16, precision="float32")
     options = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
     options += ["--dataset", "digits", "--num-iter", 24, "--sweep", 1, "--run-dir", tmp_path / "find"]
     code, out, err = cli("find-lr", *options)
