@@ -214,10 +214,10 @@ def find_lr(
 
     folder = run_dir or default_directory(recipe, "find-lr-")
     settings = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, sweep=sweep, format=format)
-    found, swept = _range_test(recipe, folder, data_dir=data_dir, device=device, loader=loader, workers=workers, **settings)[1:]
-    chosen = found.by(suggest)
+    found = _range_test(recipe, folder, data_dir=data_dir, device=device, loader=loader, workers=workers, **settings)
+    chosen = found.suggestions.by(suggest)
     then = results.command(recipe.replace(max_lr=float(f"{chosen:.3g}"))) if chosen else ""
-    console.lr_suggestions(found, swept, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
+    console.lr_suggestions(found.suggestions, found.sweep, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
 
 
 def _range_test(recipe: Recipe, folder: Path | None, **settings: Any) -> Any:

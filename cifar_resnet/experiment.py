@@ -435,7 +435,7 @@ def _sweep(
             for record in engine.train(trained, state, batches, lambda: evaluation.plain(engine.EVALUATION_BATCH), place):
                 progress(
                     before + (len(rows) * epochs + state.epoch) * batches.steps + state.step,
-                    before + SWEPT * epochs * batches.steps,
+                    before + len(planned) * epochs * batches.steps,
                 )
                 score = record.metrics if isinstance(record, Epoch) else {}
         lrs = dict(max_lr=trained.max_lr, min_lr=trained.max_lr / trained.div_factor)

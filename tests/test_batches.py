@@ -1,4 +1,5 @@
 import itertools
+import os
 import subprocess
 import sys
 
@@ -181,6 +182,19 @@ def test_probabilities_are_those_of_the_recipe():
         _, flips, holes = seen_by(recipe, 0, 6000)
         for share in (flips.mean(), (holes[:, 0, 0] >= 0).mean()):
             assert share == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_worker_gives_way_and_ends_when_the_batches_are_closed():
+    split = Split(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64), np.arange(64))
+    loaded = AlbumentationsBatches(split, with_statistics(Recipe.build(batch_size=16)), CPU, 1)
+    kept = loaded.epoch(0)
+    next(kept)
+    (worker,) = loaded.loader._iterator._workers
+    assert os.getpriority(os.PRIO_PROCESS, worker.pid) == min(os.getpriority(os.PRIO_PROCESS, 0) + 19, 19)
+    loaded.close()
+    assert not worker.is_alive()
+    assert len(next(loaded.epoch(1))[1]) == 16  # with a new one
+    loaded.close()
 
 
 def test_a_process_that_ends_inside_an_epoch_ends_its_workers():

@@ -53,9 +53,9 @@ class Doubled:
     ids=str,
 )
 def test_the_loop_is_the_plain_one(changes):
-    """Five steps, the peak among them, against a loop in torch's own words: NCHW layout, its optimizers, its OneCycleLR, losses read each step.
+    """Five steps, the peak among them, against a loop in torch's own words.
 
-    In float64: in float32 the rounding of the first step grows a thousandfold by the third, in this network at this batch.
+    NCHW layout, its optimizers, its OneCycleLR, losses read each step. In float64: in float32 the rounding of the first step grows a thousandfold by the third, in this network at this batch.
     """
     recipe, batches, evaluation = small_run(epochs=4, train_limit=20, batch_size=8, **changes)
     state, steps = engine.start(recipe, CPU), []
