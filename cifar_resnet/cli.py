@@ -54,6 +54,7 @@ OPTIONS: dict[str, Any] = {
     "start_lr": _option(float, "Learning rate of the first step.", RANGE),
     "end_lr": _option(float, "Learning rate of the last step.", RANGE),
     "num_iter": _option(int, "Steps.", RANGE),
+    "trial_steps": _option(int, "Steps of each of the short trainings, three to six, that find the maximum; 0 for none.", RANGE),
     "suggest": _option(
         Literal["recommended", "steepest", "valley", "minimum"], "Rule to go by; minimum is a tenth of the lowest point's.", RANGE
     ),
@@ -195,29 +196,35 @@ def _written(folder: Path, *names: str) -> str:
 
 # What a range test sweeps or never reaches, and so does not take.
 NOT_SWEPT = (
-    "holdout", "test_limit", "max_lr", "base_momentum", "epochs", "peak_epoch", "div_factor", "final_div_factor",
-    "ema_decay", "ema_every",
+    "holdout", "test_limit", "max_lr", "epochs", "peak_epoch", "div_factor", "ema_decay", "ema_every",
 )  # fmt: skip
 
 
 @command(STEPS, "find-lr", fields=lambda name, panel: name not in NOT_SWEPT)
 def find_lr(
-    recipe, start_lr=1e-4, end_lr=10.0, num_iter=200, step_mode="exp", suggest="recommended", sweep=None, run_dir=None, data_dir=None,
+    recipe, start_lr=1e-4, end_lr=10.0, num_iter=100, step_mode="exp", trial_steps=50, suggest="recommended", sweep=None, run_dir=None, data_dir=None,
     device="auto", loader="auto", workers=None, format="png",
 ):  # fmt: skip
-    """Find the learning rate: a range test, and what it suggests.
+    """Find the learning rate: a range test, then short trainings around its bottom.
 
-    A fresh model is trained for some steps while the LR rises; the loss tells at which LRs it learns.
+    A fresh model is trained for some steps while the LR rises; the loss tells at which LRs it learns. Then three to six short
+    trainings with whole schedules tell which maximum trains well.
     """
-    from . import console, results
+    from . import console, experiment, results
     from .run import default_directory
 
     folder = run_dir or default_directory(recipe, "find-lr-")
-    settings = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, sweep=sweep, format=format)
-    found = _range_test(recipe, folder, data_dir=data_dir, device=device, loader=loader, workers=workers, **settings)
-    chosen = found.suggestions.by(suggest)
-    then = results.command(recipe.replace(max_lr=float(f"{chosen:.3g}"))) if chosen else ""
-    console.lr_suggestions(found.suggestions, found.sweep, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
+    settings = dict(
+        start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, trial_steps=trial_steps, sweep=sweep
+    )
+    settings |= dict(data_dir=data_dir, device=device, loader=loader, workers=workers, format=format)
+    found = _range_test(recipe, folder, **settings)
+    then = ""
+    if found.suggestions.by(suggest):
+        chosen = experiment.with_found_lr(recipe, found.suggestions, suggest)
+        rounded = {name: float(f"{getattr(chosen, name):.3g}") for name in ("max_lr", "div_factor")}
+        then = results.command(recipe.replace(**rounded))
+    console.lr_suggestions(found, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
 
 
 def _range_test(recipe: Recipe, folder: Path | None, **settings: Any) -> Any:
@@ -262,7 +269,8 @@ def train(
     if find:
         if run_dir is not None:
             check_free(run_dir)
-        found = _range_test(recipe, None, data_dir=data_dir, device=device, loader=loader, workers=workers).suggestions
+        trials = {} if suggest == "recommended" else {"trial_steps": 0}
+        found = _range_test(recipe, None, data_dir=data_dir, device=device, loader=loader, workers=workers, **trials).suggestions
         recipe = experiment.with_found_lr(recipe, found, suggest)
         console.say(f"range test: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
     must_match = {name: value for name, value in options.items() if value is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # torch stays out of what only prints
     from .analysis import Mistake
     from .data import Data
     from .engine import Epoch, State, Step
-    from .lr_finder import Suggestions
+    from .experiment import FoundLR
     from .run import Checkpoint
 
 console = Console(
@@ -222,7 +223,8 @@ def comparison(content: dict[str, Any]) -> None:
     console.print()
 
 
-def lr_suggestions(found: Suggestions, sweep: list[dict[str, Any]], then: str, written: str) -> None:
+def lr_suggestions(lr: FoundLR, then: str, written: str) -> None:
+    found, sweep = lr.suggestions, lr.sweep
     table = table_of("rule", ">LR", "what it is")
     table.add_row("steepest", f"{found.steepest:.3g}", "where the lagging mean falls fastest, as torch-lr-finder suggests")
     table.add_row("valley", f"{found.valley:.3g}", "the middle of the longest fall")
@@ -231,15 +233,20 @@ def lr_suggestions(found: Suggestions, sweep: list[dict[str, Any]], then: str, w
         table.add_row(
             Text("recommended maximum", "bold"),
             Text(f"{found.max_lr:.3g}", "bold"),
-            "the highest LR at which the loss is still at its bottom",
+            "the highest LR from which short trainings end at their best, within 5 % of the drop"
+            if lr.trials
+            else "the highest LR at which the loss is still at its bottom",
         )
         table.add_row(
             Text("recommended minimum", "bold"),
             Text(f"{found.min_lr:.3g}", "bold"),
-            "the lowest LR at which the loss has begun to fall",
+            "the lowest LR at which the loss has fallen by half of its drop",
         )
     console.print(table)
     console.print()
+    if lr.trials:
+        ends = (f"{lr:g} {f'{loss:.3f}' if isfinite(loss) else 'diverged'}" for lr, loss in lr.trials)
+        say(f"short trainings, maximum LR and last loss: {', '.join(ends)}")
     if sweep:
         best = max((row["accuracy"] for row in sweep if row["accuracy"] is not None), default=None)
         table = table_of(
@@ -256,7 +263,7 @@ def lr_suggestions(found: Suggestions, sweep: list[dict[str, Any]], then: str, w
     if found.why_not:
         say(f"no LR is recommended: {found.why_not}", style="yellow")
     else:
-        say("--max-lr find in place of a number takes both recommended ones: the peak, and where the schedule starts")
+        say("from the recommended minimum up to the maximum; `train --max-lr find` does all this before it trains")
     say(written)
 
 

@@ -25,7 +25,7 @@ from .batches import Batches, epoch_order, make_batches
 from .device import compiled, environment, resolve_device, resolve_precision
 from .engine import Epoch, State, Step
 from .errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
-from .lr_finder import MIN_POINTS, History, Suggestions, range_test, suggest
+from .lr_finder import MIN_POINTS, History, Suggestions, Trial, range_test, run_trials, suggest
 from .recipe import ADDED, Recipe, read_json
 from .run import (
     CHECKPOINT,
@@ -50,10 +50,11 @@ SWEPT = 9  # short trainings of a sweep at most
 
 
 class FoundLR(NamedTuple):
-    """What a range test showed, and the short trainings beside it: dicts with `rule`, `max_lr`, `min_lr`, `accuracy`, ..."""
+    """What a range test and its trials showed, and a sweep: dicts with `rule`, `max_lr`, `min_lr`, `accuracy`, ..."""
 
     history: History
     suggestions: Suggestions
+    trials: list[Trial]
     sweep: list[dict[str, Any]]
 
 
@@ -357,16 +358,19 @@ def find_lr(
     workers: int | None = None,
     start_lr: float = 1e-4,
     end_lr: float = 10.0,
-    num_iter: int = 200,
+    num_iter: int = 100,
     step_mode: str = "exp",
+    trial_steps: int = 50,
     sweep: int | None = None,
     format: str = "png",
     progress: Callable[[int, int], None] = lambda done, total: None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> FoundLR:
-    """Runs the learning-rate range test; with `run_dir`, writes `lr_finder.json` and its picture there.
+    """Runs the learning-rate range test and its trials; with `run_dir`, writes `lr_finder.json` and its picture there.
 
     Args:
+        trial_steps: steps of each of the short trainings, three to six, that find the recommended maximum; 0 for none: it is then
+            read off the range test, and lower than what trains best.
         sweep: epochs of short trainings to hold the test against: one from the recommended minimum to the recommended maximum,
             one at the steepest point, and seven at maxima a factor of 2 apart around the recommended one, or the recipe's where
             nothing is recommended. A tenth of the training images, on which none trains, judges them.
@@ -382,6 +386,8 @@ def find_lr(
     figures.check_format(format)
     if num_iter < MIN_POINTS:
         raise UsageError(f"--num-iter {num_iter} must be at least {MIN_POINTS}")
+    if trial_steps and trial_steps < MIN_POINTS:
+        raise UsageError(f"--trial-steps {trial_steps} must be 0 or at least {MIN_POINTS}")
     if sweep is not None and sweep < 1:
         raise UsageError(f"--sweep {sweep} must be at least 1 epoch")
     if run_dir is not None:
@@ -390,17 +396,25 @@ def find_lr(
     if sweep:
         recipe = recipe.replace(holdout=recipe.holdout or max(len(data.train) // 10, len(data.classes)))
         data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify)
-    batches, swept = make_batches(data.train, recipe, place, loader, workers), []
-    to_come = (sweep or 0) * SWEPT * batches.steps
+    batches, trials, swept = make_batches(data.train, recipe, place, loader, workers), [], []
     settings: dict[str, Any] = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
+    in_trials, in_sweep = 4 * trial_steps, (sweep or 0) * SWEPT * batches.steps  # steps, about
+
     with closing(batches):
         tested = range_test(
-            recipe, batches, place, len(data.classes), **settings, progress=lambda done, total: progress(done, total + to_come)
-        )
-        suggestions = suggest(tested)
+            recipe, batches, place, len(data.classes), **settings,
+            progress=lambda done, total: progress(done, total + in_trials + in_sweep),
+        )  # fmt: skip
+        if trial_steps:
+            trials = run_trials(
+                recipe, batches, place, tested, len(data.classes), steps=trial_steps,
+                progress=lambda done, total: progress(num_iter + done, num_iter + total + in_sweep),
+            )  # fmt: skip
+        suggestions, before = suggest(tested, trials), num_iter + len(trials) * trial_steps
+        progress(before, before + in_sweep)
         if sweep:
             evaluation = make_batches(data.evaluation, recipe, place)
-            swept = _sweep(recipe, suggestions, sweep, batches, evaluation, len(data.classes), place, progress, num_iter)
+            swept = _sweep(recipe, suggestions, sweep, batches, evaluation, len(data.classes), place, progress, before)
     if run_dir is not None:
         folder = writable(Path(run_dir))
         content = {
@@ -408,13 +422,15 @@ def find_lr(
             "environment": environment(place),
             "recipe": recipe.model_dump(mode="json"),
             **settings,
+            "trial_steps": trial_steps,
             "suggestions": suggestions._asdict(),
             "history": {"lr": tested.lr.tolist(), "loss": tested.loss.tolist()},
+            "trials": [trial._asdict() | {"loss": trial.loss if math.isfinite(trial.loss) else None} for trial in trials],
             "sweep": swept,
         }
         write_json(folder / "lr_finder.json", content)
-        figures.save(figures.lr_finder(tested, suggestions, recipe, step_mode, swept), folder / f"lr_finder.{format}")
-    return FoundLR(tested, suggestions, swept)
+        figures.save(figures.lr_finder(tested, suggestions, recipe, step_mode, trials, swept), folder / f"lr_finder.{format}")
+    return FoundLR(tested, suggestions, trials, swept)
 
 
 def _sweep(

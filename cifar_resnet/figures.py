@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from . import schedule
 from .analysis import Mistake
 from .errors import UsageError
-from .lr_finder import History, Suggestions, smooth
+from .lr_finder import History, Suggestions, Trial, smooth
 from .optimizer import rates
 from .recipe import Recipe
 from .run import write_whole
@@ -116,16 +116,24 @@ def triangular(min_lr: float, max_lr: float, step_size: int, cycles: int) -> Fig
 
 
 def lr_finder(
-    history: History, suggestions: Suggestions, recipe: Recipe, step_mode: str = "exp", sweep: Sequence[dict[str, Any]] = ()
+    history: History,
+    suggestions: Suggestions,
+    recipe: Recipe,
+    step_mode: str = "exp",
+    trials: Sequence[Trial] = (),
+    sweep: Sequence[dict[str, Any]] = (),
 ) -> Figure:
-    """The range test's loss against the learning rate, the suggestions marked and the recommended band shaded.
+    """The range test's loss against the learning rate, the suggestions marked, the recommended band shaded, and the trials.
 
-    Below it, where there was a sweep, the accuracies that short trainings reached.
+    Below it, where there was a sweep, the accuracies that its trainings reached.
     """
-    figure, (axis, *below) = _figure(2, (8, 7.6), sharex=True) if sweep else _figure(size=(8, 4.8))
+    figure, (axis, *below) = _figure(2, (8, 8.4), sharex=True, height_ratios=(5, 4)) if sweep else _figure(size=(8, 5.2))
     level = smooth(history.loss)
     axis.plot(history.lr, history.loss, color=GREY, alpha=0.5, linewidth=0.8, label="loss of each step")
     axis.plot(history.lr, level, color=BLUE, linewidth=2, label="smoothed, without lag")
+    points = [(trial.max_lr, trial.loss) for trial in trials if np.isfinite(trial.loss)]
+    if points:
+        axis.plot(*zip(*points, strict=True), "o-", color=GREEN, label="where short trainings with this maximum ended")
     if suggestions.max_lr is not None:
         axis.axvspan(suggestions.min_lr, suggestions.max_lr, color=GREEN, alpha=0.12)
         axis.axvline(suggestions.max_lr, color=GREEN, label=f"recommended: {suggestions.min_lr:.3g} to {suggestions.max_lr:.3g}")
@@ -137,7 +145,7 @@ def lr_finder(
         axis.axvline(value, color=colour, linestyle=dash, label=f"{label}: {value:.3g}")
     if step_mode == "exp":
         axis.set_xscale("log")
-    low, high = level.min(), max(level[: max(len(level) // 2, 1)].max(), level[0])
+    low, high = min([level.min(), *(loss for _, loss in points)]), max(level[: max(len(level) // 2, 1)].max(), level[0])
     axis.set_ylim(low - 0.15 * (high - low), high + 0.35 * (high - low))
     axis.set(
         xlabel="learning rate",

@@ -1,12 +1,17 @@
-"""The learning-rate range test (Smith 2017, https://arxiv.org/abs/1506.01186), run by torch-lr-finder, and what it suggests."""
+"""The learning-rate range test (Smith 2017, https://arxiv.org/abs/1506.01186), run by torch-lr-finder, and what it suggests.
+
+The test's loss holds the noise of a high learning rate, which the end of a schedule takes away: training stands a higher
+maximum than its bottom shows. So short trainings with a whole schedule each, from the bottom on, find the maximum.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import itertools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, cast
 from unittest import mock
 
 import numpy as np
@@ -15,12 +20,13 @@ from torch import Tensor
 
 from .batches import Batch, Batches
 from .device import autocast
-from .engine import make_loss, start
+from .engine import Step, make_loss, start, train
 from .errors import CifarResnetError, UsageError
 from .recipe import Recipe
 
 MIN_POINTS = 20
-SHARE = 0.05  # of the whole drop of the loss: what counts as having begun to fall, and as still being at the bottom
+SHARE = 0.05  # of the whole drop of the loss: what counts as still being at the bottom
+MOST_TRIALS = 6
 
 
 class History(NamedTuple):
@@ -30,8 +36,15 @@ class History(NamedTuple):
     loss: np.ndarray
 
 
+class Trial(NamedTuple):
+    """A short training with a whole schedule: its highest learning rate, and the mean training loss of its last fifth."""
+
+    max_lr: float
+    loss: float  # infinite where it diverged
+
+
 class Suggestions(NamedTuple):
-    """Learning rates read off a range test. The recommended two are None where it shows no bottom."""
+    """Learning rates read off a range test, and off trials. The recommended two are None where the test shows no bottom."""
 
     steepest: float  # where the smoothed loss falls fastest, as the reference systems read it
     valley: float  # the middle of the longest fall, as fastai reads it
@@ -56,7 +69,7 @@ def range_test(
     *,
     start_lr: float = 1e-4,
     end_lr: float = 10.0,
-    num_iter: int = 200,
+    num_iter: int = 100,
     step_mode: str = "exp",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> History:
@@ -80,8 +93,7 @@ def range_test(
         return loss
 
     def stream() -> Iterator[Batch]:
-        steps = (batch for epoch in itertools.count() for batch in batches.epoch(epoch))
-        for done, batch in enumerate(steps):
+        for done, batch in enumerate(_endless(batches)):
             progress(done, num_iter)
             yield batch
 
@@ -106,13 +118,87 @@ class _NotFinite(Exception):
     pass
 
 
-def suggest(history: History) -> Suggestions:
-    """Reads the suggestions off a range test.
+def _endless(batches: Batches) -> Iterator[Batch]:
+    return (batch for epoch in itertools.count() for batch in batches.epoch(epoch))
+
+
+class _Stretch:
+    """A number of batches as an epoch, of data that may have fewer or more; what `engine.train` asks of its batches.
+
+    An epoch's last batch is left out where it is smaller than the others.
+    """
+
+    def __init__(self, batches: Batches, steps: int, size: int) -> None:
+        self.batches, self.steps, self.size, self.count = batches, steps, size, steps * size
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        return itertools.islice((batch for batch in _endless(self.batches) if len(batch[1]) == self.size), self.steps)
+
+
+def run_trials(
+    recipe: Recipe,
+    batches: Batches,
+    device: torch.device,
+    history: History,
+    classes: int = 10,
+    *,
+    steps: int = 50,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Trial]:
+    """Trains fresh models of the recipe for `steps` steps each, on its schedule in small, from the `min_lr` of the range test.
+
+    The first has the power of 2 nearest to the test's bottom as its maximum. Then it is doubled until a trial ends above the
+    lowest loss by more than 5 % of the whole drop, and halved while the lowest maximum is the best. Six are the most.
+
+    Returns:
+        The trials by rising `max_lr`; none where the range test shows no bottom.
+    """
+    found = suggest(history)
+    if found.max_lr is None or found.min_lr is None:
+        return []
+    begin, losses = found.min_lr, dict[int, float]()
+    size = min(recipe.batch_size, batches.count)
+    stretch = cast(Batches, _Stretch(batches, steps, size))
+
+    def run(power: int) -> None:
+        lr = 2.0**power
+        trial = recipe.replace(max_lr=lr, div_factor=max(lr / begin, 1.0), ema_decay=0.0)
+        trial = trial.replace(batch_size=size, epochs=1, peak_epoch=recipe.peak_epoch / recipe.epochs)
+        state, last = start(trial, device, classes), []
+        for record in itertools.islice(train(trial, state, stretch, lambda: (), device), steps):
+            assert isinstance(record, Step)
+            last.append(record.loss)
+            progress(len(losses) * steps + record.step, max(4, len(losses) + 1) * steps)
+        loss = float(torch.stack(last[-max(steps // 5, 1) :]).mean())
+        losses[power] = loss if math.isfinite(loss) else math.inf
+
+    run(round(math.log2(found.max_lr)))
+    while len(losses) < MOST_TRIALS:
+        best, highest, lowest = min(losses, key=losses.__getitem__), max(losses), min(losses)
+        if math.isinf(losses[best]):
+            run(lowest - 1)
+        elif losses[highest] <= _limit(history, losses[best]):
+            run(highest + 1)
+        elif best == lowest:
+            run(lowest - 1)
+        else:
+            break
+    return [Trial(2.0**power, losses[power]) for power in sorted(losses)]
+
+
+def _limit(history: History, lowest: float) -> float:
+    """The loss that is above the lowest by 5 % of the drop from the first one of the range test."""
+    return lowest + SHARE * max(smooth(history.loss)[0] - lowest, 0.0)
+
+
+def suggest(history: History, trials: Sequence[Trial] = ()) -> Suggestions:
+    """Reads the suggestions off a range test, and the recommended maximum off trials where there are any.
 
     The loss counts as leaving its bottom where the smoothed loss first stands above its lowest value so far by a quarter of
-    its fall so far, and by more than noise; where it falls again after that does not count. `max_lr` is the
-    highest learning rate before at which it is within 5 % of its whole fall from the lowest; `min_lr` is the lowest at
-    which it has fallen by 5 % of it. Neither is recommended where the loss never falls, or falls to the end of the range.
+    its fall so far, and by more than noise; where it falls again after that does not count. `min_lr` is the lowest learning rate
+    at which it has fallen by half of its whole fall. `max_lr` is the highest at which the trials' last loss, interpolated in
+    the logarithm of the rate, is within 5 % of its whole drop from the lowest; without trials, the same of the range test
+    itself. Neither is recommended where the loss never falls, or falls to the end of the range.
     """
     lr, level = history.lr, smooth(history.loss)
     lagging = exponential(history.loss)
@@ -131,11 +217,25 @@ def suggest(history: History) -> Suggestions:
         why_not = "the loss never fell clearly; try a lower --start-lr, or more --num-iter"
     elif lowest == len(lr) - 1:
         why_not = "the loss fell to the end of the range; try a higher --end-lr"
+    elif trials and math.isinf(min(trial.loss for trial in trials)):
+        why_not = f"every short training diverged, down to LR {trials[0].max_lr:g}; try more --num-iter"
     else:
-        begun = top + np.flatnonzero(level[top : lowest + 1] <= level[top] - SHARE * drop)[0]
+        half = top + np.flatnonzero(level[top : lowest + 1] <= level[top] - drop / 2)[0]
         past = np.flatnonzero(level[lowest:] > level[lowest] + SHARE * drop)
-        max_lr, min_lr = float(lr[lowest + past[0] - 1 if len(past) else -1]), float(lr[begun])
+        max_lr = _highest(history, trials) if trials else float(lr[lowest + past[0] - 1 if len(past) else -1])
+        min_lr = min(float(lr[half]), max_lr)
     return Suggestions(float(steepest), float(lr[valley(lagging)]), float(lr[lagging.argmin()] / 10), max_lr, min_lr, why_not)
+
+
+def _highest(history: History, trials: Sequence[Trial]) -> float:
+    best = min(range(len(trials)), key=lambda place: trials[place].loss)
+    limit = _limit(history, trials[best].loss)
+    for within, beyond in itertools.pairwise(trials[best:]):
+        if beyond.loss > limit:
+            worse = min(beyond.loss, float(history.loss.max()))  # of one that diverged
+            share = (limit - within.loss) / (worse - within.loss)
+            return within.max_lr * (beyond.max_lr / within.max_lr) ** share
+    return trials[-1].max_lr
 
 
 def exponential(loss: np.ndarray, weight: float = 0.05) -> np.ndarray:

@@ -168,8 +168,10 @@ def test_train_with_max_lr_find_uses_both_ends(cli, tmp_path, monkeypatch):
     from cifar_resnet import experiment
     from cifar_resnet.lr_finder import Suggestions
 
-    monkeypatch.setattr(experiment, "suggest", lambda history: Suggestions(1.0, 1.0, 1.0, 0.06, 0.002))
+    monkeypatch.setattr(experiment, "suggest", lambda history, trials: Suggestions(1.0, 1.0, 1.0, 0.06, 0.002))
     monkeypatch.setattr(experiment, "range_test", lambda *arguments, **options: None)
+    tried = []
+    monkeypatch.setattr(experiment, "run_trials", lambda *arguments, **options: tried.append(arguments) or [])
     code, out, _ = cli("train", *SMALL, "--epochs", 1, "--max-lr", "find", "--run-dir", tmp_path / "run")
     assert code == 0
     recipe = load_checkpoint(tmp_path / "run").recipe
@@ -178,6 +180,7 @@ def test_train_with_max_lr_find_uses_both_ends(cli, tmp_path, monkeypatch):
     assert cli("train", *SMALL, *options)[0] == 0
     recipe = load_checkpoint(tmp_path / "other").recipe
     assert (recipe.max_lr, recipe.div_factor) == (1.0, Recipe().div_factor)
+    assert len(tried) == 1  # another rule needs none
 
 
 @pytest.mark.cifar10

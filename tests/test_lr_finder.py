@@ -9,7 +9,7 @@ from cifar_resnet.batches import TensorBatches
 from cifar_resnet.data import load, with_statistics
 from cifar_resnet.errors import CifarResnetError, UsageError
 from cifar_resnet.experiment import with_found_lr
-from cifar_resnet.lr_finder import History, suggest
+from cifar_resnet.lr_finder import History, Trial, suggest
 
 CPU = torch.device("cpu")
 
@@ -45,12 +45,62 @@ def test_the_recommendation_is_steady_under_noise(best):
         assert each.min_lr < each.max_lr / 2
 
 
-def test_the_minimum_is_where_5_percent_of_the_drop_is_done():
+def test_the_minimum_is_where_half_of_the_drop_is_done():
     lr = np.geomspace(1e-4, 10, 500)
     loss = np.interp(np.log10(lr), [-4, -3, -1, 0, 1], [2, 2, 1, 1, 5])
     found = suggest(History(lr, loss))
-    assert np.log10(found.min_lr) == pytest.approx(-2.9, abs=0.06)
+    assert np.log10(found.min_lr) == pytest.approx(-2, abs=0.03)
     assert np.log10(found.max_lr) == pytest.approx(0, abs=0.12)
+
+
+def test_trials_give_the_maximum_by_interpolation():
+    history = made(noise=0)
+    limit = 1.0 + 0.05 * (history.loss[0] - 1.0)
+    trials = [Trial(2.0**power, loss) for power, loss in ((-3, 1.3), (-2, 1.0), (-1, 1.02), (0, 1.5), (1, 1.01))]
+    found = suggest(history, trials)
+    assert np.log2(found.max_lr) == pytest.approx(np.interp(limit, [1.02, 1.5], [-1, 0]), abs=0.01)
+    assert found.min_lr == suggest(history).min_lr
+    diverged = [*trials[:3], Trial(1.0, np.inf)]
+    assert 0.5 < suggest(history, diverged).max_lr < 0.6
+    assert suggest(history, trials[:3]).max_lr == 0.5  # none ended above the limit
+    lost = suggest(history, [Trial(0.5, np.inf), Trial(1.0, np.inf)])
+    assert lost.max_lr is None
+    assert "every short training diverged, down to LR 0.5" in lost.why_not
+
+
+def test_a_trial_is_a_short_run_of_the_recipe():
+    """Its loss against a hand loop with torch's own optimizer and OneCycleLR; enough trials on both sides of the best one."""
+    recipe = Recipe.build("digits", train_limit=70, batch_size=16, precision="float32", init="default", base_momentum=0.8)
+    recipe = with_statistics(recipe)
+    batches, done = TensorBatches(load(recipe).train, recipe, CPU), []
+    history = made(best=0.05, noise=0)
+    before = torch.random.get_rng_state()
+    trials = lr_finder.run_trials(recipe, batches, CPU, history, steps=20, progress=lambda *numbers: done.append(numbers))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert done[-1] == (20 * len(trials), 20 * max(4, len(trials)))
+    losses = [trial.loss for trial in trials]
+    assert [trial.max_lr for trial in trials] == [trials[0].max_lr * 2**place for place in range(len(trials))]
+    found, best = suggest(history, trials), int(np.argmin(losses))
+    assert len(trials) == 6 or (best > 0 and max(losses[best:]) > losses[best] + 0.05 * (2 - losses[best]))
+
+    chosen = trials[best]
+    model = build_model(recipe).train()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, chosen.max_lr, total_steps=20, pct_start=recipe.peak_epoch / recipe.epochs, anneal_strategy="linear",
+        div_factor=chosen.max_lr / found.min_lr, final_div_factor=recipe.final_div_factor, base_momentum=0.8, max_momentum=0.9,
+    )  # fmt: skip
+    whole = [batch for epoch in range(5) for batch in batches.epoch(epoch) if len(batch[1]) == 16]
+    assert len(whole) == 20
+    theirs = []
+    for images, labels in whole:
+        loss = torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        theirs.append(loss.item())
+    assert chosen.loss == pytest.approx(np.mean(theirs[-4:]), rel=0.05)
 
 
 def test_a_second_fall_after_the_bottom_is_left_does_not_count():
@@ -60,7 +110,7 @@ def test_a_second_fall_after_the_bottom_is_left_does_not_count():
     for seed in range(5):
         found = suggest(History(lr, loss + np.random.default_rng(seed).normal(0, 0.03, 200)))
         assert 0.12 < found.max_lr < 0.3
-        assert found.min_lr < 3e-3
+        assert 0.008 < found.min_lr < 0.012
 
 
 @pytest.mark.parametrize(("slope", "why_not"), [(0.0, "never fell"), (0.5, "never fell"), (-0.5, "a higher --end-lr")])
@@ -107,11 +157,11 @@ def test_a_real_range_test(tmp_path):
     """On digits: the rates asked for, the files read back, the random state as it was."""
     recipe = Recipe.build("digits", train_limit=64, batch_size=16, precision="float32")
     before, steps = torch.random.get_rng_state(), []
-    history, found, _ = find_lr(
-        recipe, tmp_path, start_lr=1e-3, end_lr=0.1, num_iter=24, progress=lambda done, total: steps.append((done, total))
+    history, found, trials, _ = find_lr(
+        recipe, tmp_path, start_lr=1e-3, end_lr=0.1, num_iter=24, trial_steps=0, progress=lambda *numbers: steps.append(numbers)
     )
     assert torch.equal(before, torch.random.get_rng_state())
-    assert steps[-1] == (24, 24)
+    assert (steps[-1], trials) == ((24, 24), [])
     ratio = 100 ** (1 / 23)
     np.testing.assert_allclose(history.lr[1:] / history.lr[:-1], ratio, rtol=1e-6)
     assert history.lr[-1] == pytest.approx(0.1)
@@ -126,7 +176,7 @@ def test_a_real_range_test(tmp_path):
 def test_a_sweep_gives_what_train_gives(cli, tmp_path):
     fields = dict(train_limit=32, batch_size=16, precision="float32")
     options = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
-    options += ["--dataset", "digits", "--num-iter", 24, "--sweep", 1, "--run-dir", tmp_path / "find"]
+    options += ["--dataset", "digits", "--num-iter", 24, "--trial-steps", 0, "--sweep", 1, "--run-dir", tmp_path / "find"]
     code, out, err = cli("find-lr", *options)
     assert (code, err) == (0, "")
     content = json.loads((tmp_path / "find" / "lr_finder.json").read_text())
@@ -172,7 +222,8 @@ def test_a_test_that_diverges_at_once_is_a_clear_error(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [("--start-lr", 1, "--end-lr", 0.1), ("--start-lr", -1), ("--num-iter", 5), ("--step-mode", "cos")]
+    "options",
+    [("--start-lr", 1, "--end-lr", 0.1), ("--start-lr", -1), ("--num-iter", 5), ("--step-mode", "cos"), ("--trial-steps", 3)],
 )
 def test_a_range_that_is_none_is_refused(refused, options):
     refused(2, "find-lr", "--dataset", "digits", *options)
