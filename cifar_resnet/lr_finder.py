@@ -188,7 +188,7 @@ def run_trials(
 
 def _limit(history: History, lowest: float) -> float:
     """The loss that is above the lowest by 5 % of the drop from the first one of the range test."""
-    return lowest + SHARE * max(smooth(history.loss)[0] - lowest, 0.0)
+    return lowest + SHARE * max(float(smooth(history.loss)[0]) - lowest, 0.0)
 
 
 def suggest(history: History, trials: Sequence[Trial] = ()) -> Suggestions:
