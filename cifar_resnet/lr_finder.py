@@ -157,13 +157,12 @@ def run_trials(
     if found.max_lr is None or found.min_lr is None:
         return []
     begin, losses = found.min_lr, dict[int, float]()
-    size = min(recipe.batch_size, batches.count)
-    stretch = cast(Batches, _Stretch(batches, steps, size))
+    stretch = cast(Batches, _Stretch(batches, steps, recipe.batch_size))
 
     def run(power: int) -> None:
         lr = 2.0**power
-        trial = recipe.replace(max_lr=lr, div_factor=max(lr / begin, 1.0), ema_decay=0.0)
-        trial = trial.replace(batch_size=size, epochs=1, peak_epoch=recipe.peak_epoch / recipe.epochs)
+        peak = recipe.peak_epoch / recipe.epochs
+        trial = recipe.replace(max_lr=lr, div_factor=max(lr / begin, 1.0), epochs=1, peak_epoch=peak, ema_decay=0.0)
         state, last = start(trial, device, classes), []
         for record in itertools.islice(train(trial, state, stretch, lambda: (), device), steps):
             assert isinstance(record, Step)
