@@ -48,7 +48,7 @@ OPTIONS: dict[str, Any] = {
     "name": _argument(str | None, "Print every field of this one, as recipe.json."),
     "recipe_file": _option(Path | None, "recipe.json of a run, or a part of one, to start from.", "Recipe", show_default="none"),
     "max_lr": _option(
-        str | None, "Learning rate at the peak of the schedule; find runs the range test first and takes its minimum and maximum.",
+        str | None, "Learning rate at the peak of the schedule; find does what find-lr does first, and takes its minimum and maximum.",
         "Optimizer", metavar="<float|find>", show_default=str(Recipe.model_fields["max_lr"].default),
     ),
     "start_lr": _option(float, "Learning rate of the first step.", RANGE),
@@ -194,10 +194,8 @@ def _written(folder: Path, *names: str) -> str:
     return f"written in {folder}: {', '.join(names)}"
 
 
-# What a range test sweeps or never reaches, and so does not take.
-NOT_SWEPT = (
-    "holdout", "test_limit", "max_lr", "epochs", "peak_epoch", "div_factor", "ema_decay", "ema_every",
-)  # fmt: skip
+# What a range test and its trials find or never reach, and so do not take.
+NOT_SWEPT = ("holdout", "test_limit", "max_lr", "div_factor", "ema_decay", "ema_every")
 
 
 @command(STEPS, "find-lr", fields=lambda name, panel: name not in NOT_SWEPT)
@@ -222,8 +220,8 @@ def find_lr(
     then = ""
     if found.suggestions.by(suggest):
         chosen = experiment.with_found_lr(recipe, found.suggestions, suggest)
-        rounded = {name: float(f"{getattr(chosen, name):.3g}") for name in ("max_lr", "div_factor")}
-        then = results.command(recipe.replace(**rounded))
+        names = ("max_lr", "div_factor") if suggest == "recommended" else ("max_lr",)
+        then = results.command(recipe.replace(**{name: float(f"{getattr(chosen, name):.3g}") for name in names}))
     console.lr_suggestions(found, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
 
 
@@ -231,7 +229,7 @@ def _range_test(recipe: Recipe, folder: Path | None, **settings: Any) -> Any:
     from . import console, experiment
 
     with console.bar("steps") as progress:
-        task = progress.add_task("range test")
+        task = progress.add_task("learning rate")
         settings["progress"] = lambda done, total: progress.update(task, completed=done, total=total)
         return experiment.find_lr(recipe, folder, **settings, notify=console.say)
 
@@ -272,7 +270,7 @@ def train(
         trials = {} if suggest == "recommended" else {"trial_steps": 0}
         found = _range_test(recipe, None, data_dir=data_dir, device=device, loader=loader, workers=workers, **trials).suggestions
         recipe = experiment.with_found_lr(recipe, found, suggest)
-        console.say(f"range test: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
+        console.say(f"found: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
     must_match = {name: value for name, value in options.items() if value is not None}
     settings: dict[str, Any] = dict(
         resume=resume, must_match=must_match, data_dir=data_dir, device=device, loader=loader, workers=workers,

@@ -245,7 +245,7 @@ def lr_suggestions(lr: FoundLR, then: str, written: str) -> None:
     console.print(table)
     console.print()
     if lr.trials:
-        ends = (f"{lr:g} {f'{loss:.3f}' if isfinite(loss) else 'diverged'}" for lr, loss in lr.trials)
+        ends = (f"{high:g} {f'{loss:.3f}' if isfinite(loss) else 'diverged'}" for high, loss in lr.trials)
         say(f"short trainings, maximum LR and last loss: {', '.join(ends)}")
     if sweep:
         best = max((row["accuracy"] for row in sweep if row["accuracy"] is not None), default=None)
@@ -263,7 +263,7 @@ def lr_suggestions(lr: FoundLR, then: str, written: str) -> None:
     if found.why_not:
         say(f"no LR is recommended: {found.why_not}", style="yellow")
     else:
-        say("from the recommended minimum up to the maximum; `train --max-lr find` does all this before it trains")
+        say("cifar-resnet train --max-lr find does all this first, and trains from the recommended minimum to the maximum")
     say(written)
 
 

@@ -468,7 +468,7 @@ def with_found_lr(recipe: Recipe, suggestions: Suggestions, rule: str = "recomme
     if rule != "recommended":
         return recipe.replace(max_lr=suggestions.by(rule))
     if suggestions.max_lr is None or suggestions.min_lr is None:
-        raise CifarResnetError(f"the range test recommends no LR: {suggestions.why_not}; or give --max-lr a number")
+        raise CifarResnetError(f"no LR is recommended: {suggestions.why_not} (of find-lr), or give --max-lr a number")
     return recipe.replace(max_lr=suggestions.max_lr, div_factor=suggestions.max_lr / suggestions.min_lr)
 
 

@@ -44,7 +44,7 @@ class Trial(NamedTuple):
 
 
 class Suggestions(NamedTuple):
-    """Learning rates read off a range test, and off trials. The recommended two are None where the test shows no bottom."""
+    """Learning rates read off a range test, and off trials. The recommended two are None where these show no bottom."""
 
     steepest: float  # where the smoothed loss falls fastest, as the reference systems read it
     valley: float  # the middle of the longest fall, as fastai reads it
@@ -164,10 +164,11 @@ def run_trials(
         peak = recipe.peak_epoch / recipe.epochs
         trial = recipe.replace(max_lr=lr, div_factor=max(lr / begin, 1.0), epochs=1, peak_epoch=peak, ema_decay=0.0)
         state, last = start(trial, device, classes), []
-        for record in itertools.islice(train(trial, state, stretch, lambda: (), device), steps):
-            assert isinstance(record, Step)
-            last.append(record.loss)
-            progress(len(losses) * steps + record.step, max(4, len(losses) + 1) * steps)
+        with torch.random.fork_rng(devices=[]):
+            for record in itertools.islice(train(trial, state, stretch, lambda: (), device), steps):
+                assert isinstance(record, Step)
+                last.append(record.loss)
+                progress(len(losses) * steps + record.step, max(4, len(losses) + 1) * steps)
         loss = float(torch.stack(last[-max(steps // 5, 1) :]).mean())
         losses[power] = loss if math.isfinite(loss) else math.inf
 
@@ -197,7 +198,8 @@ def suggest(history: History, trials: Sequence[Trial] = ()) -> Suggestions:
     its fall so far, and by more than noise; where it falls again after that does not count. `min_lr` is the lowest learning rate
     at which it has fallen by half of its whole fall. `max_lr` is the highest at which the trials' last loss, interpolated in
     the logarithm of the rate, is within 5 % of its whole drop from the lowest; without trials, the same of the range test
-    itself. Neither is recommended where the loss never falls, or falls to the end of the range.
+    itself. Neither is recommended where the loss never falls, or falls to the end of the range, or the trials have no worse
+    one on both sides of the best.
     """
     lr, level = history.lr, smooth(history.loss)
     lagging = exponential(history.loss)
@@ -216,25 +218,32 @@ def suggest(history: History, trials: Sequence[Trial] = ()) -> Suggestions:
         why_not = "the loss never fell clearly; try a lower --start-lr, or more --num-iter"
     elif lowest == len(lr) - 1:
         why_not = "the loss fell to the end of the range; try a higher --end-lr"
-    elif trials and math.isinf(min(trial.loss for trial in trials)):
-        why_not = f"every short training diverged, down to LR {trials[0].max_lr:g}; try more --num-iter"
+    elif trials and min(trial.loss for trial in trials) >= level[0]:
+        why_not = f"no short training got below the first loss, down to LR {trials[0].max_lr:g}; try more --trial-steps"
     else:
         half = top + np.flatnonzero(level[top : lowest + 1] <= level[top] - drop / 2)[0]
         past = np.flatnonzero(level[lowest:] > level[lowest] + SHARE * drop)
         max_lr = _highest(history, trials) if trials else float(lr[lowest + past[0] - 1 if len(past) else -1])
-        min_lr = min(float(lr[half]), max_lr)
+        min_lr = min(float(lr[half]), max_lr or math.inf)
+    if trials and why_not is None and max_lr is None:
+        min_lr = None
+        why_not = (
+            f"the short trainings, from LR {trials[0].max_lr:g} to {trials[-1].max_lr:g}, show no end of the rates that train well; "
+            "try more --trial-steps"
+        )
     return Suggestions(float(steepest), float(lr[valley(lagging)]), float(lr[lagging.argmin()] / 10), max_lr, min_lr, why_not)
 
 
-def _highest(history: History, trials: Sequence[Trial]) -> float:
+def _highest(history: History, trials: Sequence[Trial]) -> float | None:
+    """The learning rate at which the trials' loss leaves the lowest; None where they have nothing worse on both sides of it."""
     best = min(range(len(trials)), key=lambda place: trials[place].loss)
     limit = _limit(history, trials[best].loss)
-    for within, beyond in itertools.pairwise(trials[best:]):
+    for within, beyond in itertools.pairwise(trials[best:] if best else ()):
         if beyond.loss > limit:
             worse = min(beyond.loss, float(history.loss.max()))  # of one that diverged
             share = (limit - within.loss) / (worse - within.loss)
             return within.max_lr * (beyond.max_lr / within.max_lr) ** share
-    return trials[-1].max_lr
+    return None
 
 
 def exponential(loss: np.ndarray, weight: float = 0.05) -> np.ndarray:

@@ -62,33 +62,62 @@ def test_trials_give_the_maximum_by_interpolation():
     assert found.min_lr == suggest(history).min_lr
     diverged = [*trials[:3], Trial(1.0, np.inf)]
     assert 0.5 < suggest(history, diverged).max_lr < 0.6
-    assert suggest(history, trials[:3]).max_lr == 0.5  # none ended above the limit
-    lost = suggest(history, [Trial(0.5, np.inf), Trial(1.0, np.inf)])
-    assert lost.max_lr is None
-    assert "every short training diverged, down to LR 0.5" in lost.why_not
+    for too_few, why_not in (
+        (trials[:3], "from LR 0.125 to 0.5, show no end"),
+        (trials[1:4], "from LR 0.25 to 1, show no end"),
+        ([Trial(0.5, np.inf), Trial(1.0, np.inf)], "below the first loss, down to LR 0.5"),
+        ([Trial(0.5, 2.6), Trial(1.0, 2.5), Trial(2.0, 2.7)], "below the first loss, down to LR 0.5"),
+    ):
+        found = suggest(history, too_few)
+        assert (found.max_lr, found.min_lr) == (None, None)
+        assert why_not in found.why_not
+
+
+@pytest.mark.parametrize(
+    ("losses", "first_to_last"),
+    [
+        ({-5: 1.5, -4: 1.4, -3: 1.36, -2: 1.35, -1: 1.46, 0: 2.0}, (-3, -1)),  # found at once
+        ({-5: 1.5, -4: 1.4, -3: 1.41, -2: 1.6}, (-5, -2)),  # up, then down
+        ({-6: 1.7, -5: 1.5, -4: np.nan, -3: np.inf}, (-6, -3)),
+        ({power: 1.5 - 0.01 * power for power in range(-9, 9)}, (-3, 2)),  # no end upward
+        ({power: np.inf for power in range(-9, 9)}, (-8, -3)),
+    ],
+)
+def test_trials_go_up_and_down_until_the_best_is_between_worse_ones(monkeypatch, losses, first_to_last):
+    from cifar_resnet.engine import Step
+
+    def pretended(recipe, state, batches, evaluation, device):
+        for step in range(1, 41):
+            yield Step(1, step, 40, 0.1, torch.tensor(9.0 if step <= 32 else losses[int(np.log2(recipe.max_lr))]))
+
+    monkeypatch.setattr(lr_finder, "train", pretended)
+    recipe = with_statistics(Recipe.build("digits", train_limit=70, batch_size=16))
+    batches = TensorBatches(load(recipe).train, recipe, CPU)
+    trials = lr_finder.run_trials(recipe, batches, CPU, made(best=0.09, noise=0), steps=40)
+    first, last = first_to_last
+    expected = [losses[power] for power in range(first, last + 1)]
+    assert [trial.max_lr for trial in trials] == [2.0**power for power in range(first, last + 1)]
+    assert [trial.loss for trial in trials] == pytest.approx([np.inf if np.isnan(loss) else loss for loss in expected])
 
 
 def test_a_trial_is_a_short_run_of_the_recipe():
-    """Its loss against a hand loop with torch's own optimizer and OneCycleLR; enough trials on both sides of the best one."""
+    """Its loss against a hand loop with torch's own optimizer and OneCycleLR, at a low LR, where rounding does not grow."""
     recipe = Recipe.build("digits", train_limit=70, batch_size=16, precision="float32", init="default", base_momentum=0.8)
     recipe = with_statistics(recipe)
     batches, done = TensorBatches(load(recipe).train, recipe, CPU), []
-    history = made(best=0.05, noise=0)
+    history = made(noise=0)._replace(lr=made().lr / 100)
     before = torch.random.get_rng_state()
     trials = lr_finder.run_trials(recipe, batches, CPU, history, steps=20, progress=lambda *numbers: done.append(numbers))
     assert torch.equal(before, torch.random.get_rng_state())
     assert done[-1] == (20 * len(trials), 20 * max(4, len(trials)))
-    losses = [trial.loss for trial in trials]
-    assert [trial.max_lr for trial in trials] == [trials[0].max_lr * 2**place for place in range(len(trials))]
-    found, best = suggest(history, trials), int(np.argmin(losses))
-    assert len(trials) == 6 or (best > 0 and max(losses[best:]) > losses[best] + 0.05 * (2 - losses[best]))
 
-    chosen = trials[best]
+    first = trials[0]
     model = build_model(recipe).train()
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, chosen.max_lr, total_steps=20, pct_start=recipe.peak_epoch / recipe.epochs, anneal_strategy="linear",
-        div_factor=chosen.max_lr / found.min_lr, final_div_factor=recipe.final_div_factor, base_momentum=0.8, max_momentum=0.9,
+        optimizer, first.max_lr, total_steps=20, pct_start=recipe.peak_epoch / recipe.epochs, anneal_strategy="linear",
+        div_factor=first.max_lr / suggest(history).min_lr, final_div_factor=recipe.final_div_factor, base_momentum=0.8,
+        max_momentum=0.9,
     )  # fmt: skip
     whole = [batch for epoch in range(5) for batch in batches.epoch(epoch) if len(batch[1]) == 16]
     assert len(whole) == 20
@@ -100,7 +129,28 @@ def test_a_trial_is_a_short_run_of_the_recipe():
         optimizer.step()
         schedule.step()
         theirs.append(loss.item())
-    assert chosen.loss == pytest.approx(np.mean(theirs[-4:]), rel=0.05)
+    assert abs(theirs[-1] - theirs[0]) > 0.02  # it learned
+    assert first.loss == pytest.approx(np.mean(theirs[-4:]), rel=1e-3)
+
+
+def test_find_lr_with_trials_from_the_command_line(cli, tmp_path):
+    options = ("--train-limit", 300, "--batch-size", 16, "--precision", "float32", "--num-iter", 40, "--trial-steps", 20)
+    code, out, err = cli(
+        "find-lr", "--dataset", "digits", *options, "--loader", "albumentations", "--workers", 0, "--run-dir", tmp_path
+    )
+    assert (code, err) == (0, "")
+    content = json.loads((tmp_path / "lr_finder.json").read_text())
+    history = History(*(np.array(content["history"][key]) for key in ("lr", "loss")))
+    trials = [Trial(row["max_lr"], np.inf if row["loss"] is None else row["loss"]) for row in content["trials"]]
+    assert content["trial_steps"] == 20
+    assert 3 <= len(trials) <= 6
+    assert suggest(history, trials)._asdict() == content["suggestions"]
+    assert f"short trainings, maximum LR and last loss: {trials[0].max_lr:g} {trials[0].loss:.3f}, " in out
+    found = content["suggestions"]
+    if found["max_lr"] is None:
+        assert f"no LR is recommended: {found['why_not']}" in out
+    else:
+        assert f"--max-lr {found['max_lr']:.3g} --batch-size 16 --div-factor {found['max_lr'] / found['min_lr']:.3g}" in out
 
 
 def test_a_second_fall_after_the_bottom_is_left_does_not_count():
@@ -119,7 +169,7 @@ def test_nothing_is_recommended_where_the_loss_never_falls_or_never_stops(slope,
     loss = 2.3 + slope * (np.log10(lr) + 4) + np.random.default_rng(0).normal(0, 0.05, 200)
     found = suggest(History(lr, loss))
     assert (found.max_lr, found.min_lr) == (None, None)
-    with pytest.raises(CifarResnetError, match=f"recommends no LR: .*{why_not}"):
+    with pytest.raises(CifarResnetError, match=f"no LR is recommended: .*{why_not}"):
         with_found_lr(Recipe(), found)
     assert with_found_lr(Recipe(), found, "steepest").max_lr == found.steepest
     with pytest.raises(UsageError, match="--suggest best"):
