@@ -54,7 +54,10 @@ OPTIONS: dict[str, Any] = {
     "start_lr": _option(float, "Learning rate of the first step.", RANGE),
     "end_lr": _option(float, "Learning rate of the last step.", RANGE),
     "num_iter": _option(int, "Steps.", RANGE),
-    "trial_steps": _option(int, "Steps of each of the short trainings, three to six, that find the maximum; 0 for none.", RANGE),
+    "trial_steps": _option(
+        int | None, "Steps of each of the short trainings, three to six, that find the maximum; 0 for no such trainings.", RANGE,
+        show_default="2 % of the whole run's, at least 50",
+    ),
     "suggest": _option(
         Literal["recommended", "steepest", "valley", "minimum"], "Rule to go by; minimum is a tenth of the lowest point's.", RANGE
     ),
@@ -200,7 +203,7 @@ NOT_SWEPT = ("holdout", "test_limit", "max_lr", "div_factor", "ema_decay", "ema_
 
 @command(STEPS, "find-lr", fields=lambda name, panel: name not in NOT_SWEPT)
 def find_lr(
-    recipe, start_lr=1e-4, end_lr=10.0, num_iter=100, step_mode="exp", trial_steps=50, suggest="recommended", sweep=None, run_dir=None, data_dir=None,
+    recipe, start_lr=1e-4, end_lr=10.0, num_iter=100, step_mode="exp", trial_steps=None, suggest="recommended", sweep=None, run_dir=None, data_dir=None,
     device="auto", loader="auto", workers=None, format="png",
 ):  # fmt: skip
     """Find the learning rate: a range test, then short trainings around its bottom.

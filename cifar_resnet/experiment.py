@@ -25,7 +25,7 @@ from .batches import Batches, epoch_order, make_batches
 from .device import compiled, environment, resolve_device, resolve_precision
 from .engine import Epoch, State, Step
 from .errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
-from .lr_finder import MIN_POINTS, History, Suggestions, Trial, range_test, run_trials, suggest
+from .lr_finder import MIN_POINTS, History, Suggestions, Trial, range_test, run_trials, suggest, usual_steps
 from .recipe import ADDED, Recipe, read_json
 from .run import (
     CHECKPOINT,
@@ -360,7 +360,7 @@ def find_lr(
     end_lr: float = 10.0,
     num_iter: int = 100,
     step_mode: str = "exp",
-    trial_steps: int = 50,
+    trial_steps: int | None = None,
     sweep: int | None = None,
     format: str = "png",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -369,8 +369,8 @@ def find_lr(
     """Runs the learning-rate range test and its trials; with `run_dir`, writes `lr_finder.json` and its picture there.
 
     Args:
-        trial_steps: steps of each of the short trainings, three to six, that find the recommended maximum; 0 for none: it is then
-            read off the range test, and lower than what trains best.
+        trial_steps: steps of each of the short trainings, three to six, that find the recommended maximum; 2 % of the whole run's
+            and at least 50 if not given; 0 for no such trainings: it is then read off the range test, and lower than what trains best.
         sweep: epochs of short trainings to hold the test against: one from the recommended minimum to the recommended maximum,
             one at the steepest point, and seven at maxima a factor of 2 apart around the recommended one, or the recipe's where
             nothing is recommended. A tenth of the training images, on which none trains, judges them.
@@ -398,6 +398,7 @@ def find_lr(
         data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify)
     batches, trials, swept = make_batches(data.train, recipe, place, loader, workers), [], []
     settings: dict[str, Any] = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
+    trial_steps = usual_steps(recipe, batches) if trial_steps is None else trial_steps
     in_trials, in_sweep = 4 * trial_steps, (sweep or 0) * SWEPT * batches.steps  # steps, about
 
     with closing(batches):

@@ -135,6 +135,11 @@ class _Stretch:
         return itertools.islice((batch for batch in _endless(self.batches) if len(batch[1]) == self.size), self.steps)
 
 
+def usual_steps(recipe: Recipe, batches: Batches) -> int:
+    """How long a trial is."""
+    return max(50, round(0.02 * recipe.epochs * batches.steps))
+
+
 def run_trials(
     recipe: Recipe,
     batches: Batches,
@@ -142,10 +147,12 @@ def run_trials(
     history: History,
     classes: int = 10,
     *,
-    steps: int = 50,
+    steps: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Trial]:
     """Trains fresh models of the recipe for `steps` steps each, on its schedule in small, from the `min_lr` of the range test.
+
+    2 % of the steps of the recipe's whole run, and at least 50, if not given: a longer run stands a higher rate.
 
     The first has the power of 2 nearest to the test's bottom as its maximum. Then it is doubled until a trial ends above the
     lowest loss by more than 5 % of the whole drop, and halved while the lowest maximum is the best. Six are the most.
@@ -157,6 +164,7 @@ def run_trials(
     if found.max_lr is None or found.min_lr is None:
         return []
     begin, losses = found.min_lr, dict[int, float]()
+    steps = steps or usual_steps(recipe, batches)
     stretch = cast(Batches, _Stretch(batches, steps, recipe.batch_size))
 
     def run(power: int) -> None:

@@ -133,6 +133,12 @@ def test_a_trial_is_a_short_run_of_the_recipe():
     assert first.loss == pytest.approx(np.mean(theirs[-4:]), rel=1e-3)
 
 
+@pytest.mark.parametrize(("options", "steps"), [({}, 50), ({"batch_size": 16, "epochs": 80, "peak_epoch": 20.0}, 144)])
+def test_a_trial_takes_2_percent_of_the_run(options, steps):
+    recipe = Recipe.build("digits", **options)
+    assert lr_finder.usual_steps(recipe, TensorBatches(load(recipe).train, with_statistics(recipe), CPU)) == steps
+
+
 def test_find_lr_with_trials_from_the_command_line(cli, tmp_path):
     options = ("--train-limit", 300, "--batch-size", 16, "--precision", "float32", "--num-iter", 40, "--trial-steps", 20)
     code, out, err = cli(
