@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from .benchmark import bench
     from .errors import CifarResnetError
     from .evaluation import evaluate, misclassified
-    from .experiment import Watcher, find_lr, repeat, samples, train
+    from .experiment import Watcher, repeat, samples, train
     from .inference import export, predict
+    from .lr_search import find_lr
     from .model import ResNet, build_model
     from .recipe import PRESETS, Recipe
     from .results import compare, report
@@ -23,8 +24,9 @@ _HOME = {
     "benchmark": ("bench",),
     "errors": ("CifarResnetError",),
     "evaluation": ("evaluate", "misclassified"),
-    "experiment": ("Watcher", "find_lr", "repeat", "samples", "train"),
+    "experiment": ("Watcher", "repeat", "samples", "train"),
     "inference": ("export", "predict"),
+    "lr_search": ("find_lr",),
     "model": ("ResNet", "build_model"),
     "recipe": ("PRESETS", "Recipe"),
     "results": ("compare", "report"),

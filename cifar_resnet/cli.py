@@ -211,7 +211,7 @@ def find_lr(
     A fresh model is trained for some steps while the LR rises; the loss tells at which LRs it learns. Then three to six short
     trainings with whole schedules tell which maximum trains well.
     """
-    from . import console, experiment, results
+    from . import console, lr_search, results
     from .run import default_directory
 
     folder = run_dir or default_directory(recipe, "find-lr-")
@@ -222,19 +222,19 @@ def find_lr(
     found = _range_test(recipe, folder, **settings)
     then = ""
     if found.suggestions.by(suggest):
-        chosen = experiment.with_found_lr(recipe, found.suggestions, suggest)
+        chosen = lr_search.with_found_lr(recipe, found.suggestions, suggest)
         names = ("max_lr", "div_factor") if suggest == "recommended" else ("max_lr",)
         then = results.command(recipe.replace(**{name: float(f"{getattr(chosen, name):.3g}") for name in names}))
     console.lr_suggestions(found, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
 
 
 def _range_test(recipe: Recipe, folder: Path | None, **settings: Any) -> Any:
-    from . import console, experiment
+    from . import console, lr_search
 
     with console.bar("steps") as progress:
         task = progress.add_task("learning rate")
         settings["progress"] = lambda done, total: progress.update(task, completed=done, total=total)
-        return experiment.find_lr(recipe, folder, **settings, notify=console.say)
+        return lr_search.find_lr(recipe, folder, **settings, notify=console.say)
 
 
 @command(STEPS, fields=lambda name, panel: True)
@@ -268,11 +268,13 @@ def train(
 
     imports = time.perf_counter() - began
     if find:
+        from . import lr_search
+
         if run_dir is not None:
             check_free(run_dir)
         trials = {} if suggest == "recommended" else {"trial_steps": 0}
         found = _range_test(recipe, None, data_dir=data_dir, device=device, loader=loader, workers=workers, **trials).suggestions
-        recipe = experiment.with_found_lr(recipe, found, suggest)
+        recipe = lr_search.with_found_lr(recipe, found, suggest)
         console.say(f"found: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
     must_match = {name: value for name, value in options.items() if value is not None}
     settings: dict[str, Any] = dict(

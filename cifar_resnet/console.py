@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch stays out of what only prints
     from .analysis import Mistake
     from .data import Data
     from .engine import Epoch, State, Step
-    from .experiment import FoundLR
+    from .lr_search import FoundLR
     from .run import Checkpoint
 
 console = Console(

@@ -165,13 +165,13 @@ def test_on_a_terminal_there_is_a_table_with_a_row_an_epoch(tiny_run, monkeypatc
 
 
 def test_train_with_max_lr_find_uses_both_ends(cli, tmp_path, monkeypatch):
-    from cifar_resnet import experiment
+    from cifar_resnet import lr_search
     from cifar_resnet.lr_finder import Suggestions
 
-    monkeypatch.setattr(experiment, "suggest", lambda history, trials: Suggestions(1.0, 1.0, 1.0, 0.06, 0.002))
-    monkeypatch.setattr(experiment, "range_test", lambda *arguments, **options: None)
+    monkeypatch.setattr(lr_search, "suggest", lambda history, trials: Suggestions(1.0, 1.0, 1.0, 0.06, 0.002))
+    monkeypatch.setattr(lr_search, "range_test", lambda *arguments, **options: None)
     tried = []
-    monkeypatch.setattr(experiment, "run_trials", lambda *arguments, **options: tried.append(arguments) or [])
+    monkeypatch.setattr(lr_search, "run_trials", lambda *arguments, **options: tried.append(arguments) or [])
     code, out, _ = cli("train", *SMALL, "--epochs", 1, "--max-lr", "find", "--run-dir", tmp_path / "run")
     assert code == 0
     recipe = load_checkpoint(tmp_path / "run").recipe

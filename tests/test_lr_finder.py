@@ -8,8 +8,8 @@ from cifar_resnet import Recipe, build_model, find_lr, lr_finder, train
 from cifar_resnet.batches import TensorBatches
 from cifar_resnet.data import load, with_statistics
 from cifar_resnet.errors import CifarResnetError, UsageError
-from cifar_resnet.experiment import with_found_lr
 from cifar_resnet.lr_finder import History, Trial, suggest
+from cifar_resnet.lr_search import with_found_lr
 
 CPU = torch.device("cpu")
 
