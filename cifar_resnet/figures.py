@@ -95,7 +95,7 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int) -> Figure:
     peak = int(np.argmax(lr))
     axis.plot(epochs[peak], lr[peak], "o", color=RED)
     axis.annotate(f"{lr[peak]:.4g} at epoch {epochs[peak]:.3g}", (epochs[peak], lr[peak]), (8, -2), textcoords="offset points")
-    axis.annotate(f"{lr[-1]:.2g}", (epochs[-1], lr[-1]), (3, 5), textcoords="offset points")
+    axis.annotate(f"{lr[-1]:.2g}", (epochs[-1], lr[-1]), (-28, 4), textcoords="offset points", ha="right")
     axis.set(
         xlabel="epoch", ylabel="learning rate", title=f"One-cycle learning rate of {recipe.recipe}, step by step", ylim=(0, None)
     )
