@@ -56,7 +56,7 @@ OPTIONS: dict[str, Any] = {
     "num_iter": _option(int, "Steps.", RANGE),
     "trial_steps": _option(
         int | None, "Steps of each of the short trainings, three to six, that find the maximum; 0 for no such trainings.", RANGE,
-        show_default="2 % of the whole run's, at least 50",
+        show_default="25,600 images, half of the run at most, at least 50 steps",
     ),
     "suggest": _option(
         Literal["recommended", "steepest", "valley", "minimum"], "Rule to go by; minimum is a tenth of the lowest point's.", RANGE

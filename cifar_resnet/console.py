@@ -233,7 +233,7 @@ def lr_suggestions(lr: FoundLR, then: str, written: str) -> None:
         table.add_row(
             Text("recommended maximum", "bold"),
             Text(f"{found.max_lr:.3g}", "bold"),
-            "the highest LR from which short trainings end at their best, within 5 % of the drop"
+            "where short trainings end lowest, raised for the length of the whole run"
             if lr.trials
             else "the highest LR at which the loss is still at its bottom",
         )

@@ -1,7 +1,7 @@
 """The learning-rate range test (Smith 2017, https://arxiv.org/abs/1506.01186), run by torch-lr-finder, and what it suggests.
 
 The test's loss holds the noise of a high learning rate, which the end of a schedule takes away: training stands a higher
-maximum than its bottom shows. So short trainings with a whole schedule each, from the bottom on, find the maximum.
+maximum than its bottom shows. So short trainings with a whole schedule each, around the bottom, find the maximum.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from .errors import CifarResnetError, UsageError
 from .recipe import Recipe
 
 MIN_POINTS = 20
-SHARE = 0.05  # of the whole drop of the loss: what counts as still being at the bottom
+SHARE = 0.05  # of the whole drop of the range test's loss: what counts as still being at the bottom
 MOST_TRIALS = 6
+TRIAL_IMAGES = 25_600
+GROWTH = 0.2  # the best maximum rises about with this power of the number of steps: docs/EXPERIMENTS.md, section 16
 
 
 class History(NamedTuple):
@@ -136,8 +138,8 @@ class _Stretch:
 
 
 def usual_steps(recipe: Recipe, batches: Batches) -> int:
-    """How long a trial is."""
-    return max(50, round(0.02 * recipe.epochs * batches.steps))
+    """How long a trial is: 25,600 images, but half of the run at most, and 50 steps at least."""
+    return max(50, min(TRIAL_IMAGES // recipe.batch_size, recipe.epochs * batches.steps // 2))
 
 
 def run_trials(
@@ -152,10 +154,8 @@ def run_trials(
 ) -> list[Trial]:
     """Trains fresh models of the recipe for `steps` steps each, on its schedule in small, from the `min_lr` of the range test.
 
-    2 % of the steps of the recipe's whole run, and at least 50, if not given: a longer run stands a higher rate.
-
-    The first has the power of 2 nearest to the test's bottom as its maximum. Then it is doubled until a trial ends above the
-    lowest loss by more than 5 % of the whole drop, and halved while the lowest maximum is the best. Six are the most.
+    `usual_steps` says how many if not given. The first has the power of 2 nearest to the test's bottom as its maximum. Then it is
+    doubled while the highest maximum is the best, and halved while the lowest is. Six are the most.
 
     Returns:
         The trials by rising `max_lr`; none where the range test shows no bottom.
@@ -185,7 +185,7 @@ def run_trials(
         best, highest, lowest = min(losses, key=losses.__getitem__), max(losses), min(losses)
         if math.isinf(losses[best]):
             run(lowest - 1)
-        elif losses[highest] <= _limit(history, losses[best]):
+        elif best == highest:
             run(highest + 1)
         elif best == lowest:
             run(lowest - 1)
@@ -194,20 +194,15 @@ def run_trials(
     return [Trial(2.0**power, losses[power]) for power in sorted(losses)]
 
 
-def _limit(history: History, lowest: float) -> float:
-    """The loss that is above the lowest by 5 % of the drop from the first one of the range test."""
-    return lowest + SHARE * max(float(smooth(history.loss)[0]) - lowest, 0.0)
-
-
-def suggest(history: History, trials: Sequence[Trial] = ()) -> Suggestions:
-    """Reads the suggestions off a range test, and the recommended maximum off trials where there are any.
+def suggest(history: History, trials: Sequence[Trial] = (), longer: float = 1.0) -> Suggestions:
+    """Reads the suggestions off a range test, and the recommended maximum off trials, each twice the last, where there are any.
 
     The loss counts as leaving its bottom where the smoothed loss first stands above its lowest value so far by a quarter of
     its fall so far, and by more than noise; where it falls again after that does not count. `min_lr` is the lowest learning rate
-    at which it has fallen by half of its whole fall. `max_lr` is the highest at which the trials' last loss, interpolated in
-    the logarithm of the rate, is within 5 % of its whole drop from the lowest; without trials, the same of the range test
-    itself. Neither is recommended where the loss never falls, or falls to the end of the range, or the trials have no worse
-    one on both sides of the best.
+    at which it has fallen by half of its whole fall. `max_lr` is where the parabola through the best trial and its two neighbours,
+    in the logarithm of the rate, is lowest, times the fifth root of `longer`: the steps of the whole run over those of a trial.
+    Without trials it is the highest rate at which the range test is within 5 % of its whole drop from its lowest. Neither is
+    recommended where the loss never falls, or falls to the end of the range, or the best trial has no worse one on each side.
     """
     lr, level = history.lr, smooth(history.loss)
     lagging = exponential(history.loss)
@@ -231,27 +226,27 @@ def suggest(history: History, trials: Sequence[Trial] = ()) -> Suggestions:
     else:
         half = top + np.flatnonzero(level[top : lowest + 1] <= level[top] - drop / 2)[0]
         past = np.flatnonzero(level[lowest:] > level[lowest] + SHARE * drop)
-        max_lr = _highest(history, trials) if trials else float(lr[lowest + past[0] - 1 if len(past) else -1])
+        max_lr = _best(history, trials, longer) if trials else float(lr[lowest + past[0] - 1 if len(past) else -1])
         min_lr = min(float(lr[half]), max_lr or math.inf)
     if trials and why_not is None and max_lr is None:
         min_lr = None
         why_not = (
-            f"the short trainings, from LR {trials[0].max_lr:g} to {trials[-1].max_lr:g}, show no end of the rates that train well; "
+            f"the best of the short trainings, from LR {trials[0].max_lr:g} to {trials[-1].max_lr:g}, is not between worse ones; "
             "try more --trial-steps"
         )
     return Suggestions(float(steepest), float(lr[valley(lagging)]), float(lr[lagging.argmin()] / 10), max_lr, min_lr, why_not)
 
 
-def _highest(history: History, trials: Sequence[Trial]) -> float | None:
-    """The learning rate at which the trials' loss leaves the lowest; None where they have nothing worse on both sides of it."""
+def _best(history: History, trials: Sequence[Trial], longer: float) -> float | None:
+    """The maximum that the trials show for a run `longer` times theirs; None where the best is the first or the last."""
     best = min(range(len(trials)), key=lambda place: trials[place].loss)
-    limit = _limit(history, trials[best].loss)
-    for within, beyond in itertools.pairwise(trials[best:] if best else ()):
-        if beyond.loss > limit:
-            worse = min(beyond.loss, float(history.loss.max()))  # of one that diverged
-            share = (limit - within.loss) / (worse - within.loss)
-            return within.max_lr * (beyond.max_lr / within.max_lr) ** share
-    return None
+    if not 0 < best < len(trials) - 1:
+        return None
+    worst = float(history.loss.max())  # of one that diverged
+    below, lowest, above = (min(trial.loss, worst) for trial in trials[best - 1 : best + 2])
+    bend = below - 2 * lowest + above
+    octaves = (below - above) / (2 * bend) if bend else 0.0
+    return trials[best].max_lr * 2**octaves * longer**GROWTH
 
 
 def exponential(loss: np.ndarray, weight: float = 0.05) -> np.ndarray:

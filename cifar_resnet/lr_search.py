@@ -54,11 +54,11 @@ def find_lr(
     """Runs the learning-rate range test and its trials; with `run_dir`, writes `lr_finder.json` and its picture there.
 
     Args:
-        trial_steps: steps of each of the short trainings, three to six, that find the recommended maximum; 2 % of the whole run's
-            and at least 50 if not given; 0 for no such trainings: it is then read off the range test, and lower than what trains best.
-        sweep: epochs of short trainings to hold the test against: one from the recommended minimum to the recommended maximum,
-            one at the steepest point, and seven at maxima a factor of 2 apart around the recommended one, or the recipe's where
-            nothing is recommended. A tenth of the training images, on which none trains, judges them.
+        trial_steps: steps of each of the short trainings, three to six, that find the recommended maximum; see `usual_steps` if not
+            given; 0 for no such trainings: it is then read off the range test, and lower than what trains best.
+        sweep: epochs of short trainings to hold the test against: one from the recommended minimum to the maximum that the rule gives
+            for as many epochs, one at the steepest point, and seven at maxima a factor of 2 apart around that one, or the recipe's
+            where nothing is recommended. A tenth of the training images, on which none trains, judges them.
         progress: called with the steps done and those planned.
 
     Raises:
@@ -84,6 +84,7 @@ def find_lr(
     batches, trials, swept = make_batches(data.train, recipe, place, loader, workers), [], []
     settings: dict[str, Any] = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
     trial_steps = usual_steps(recipe, batches) if trial_steps is None else trial_steps
+    run_steps = recipe.epochs * batches.steps
     in_trials, in_sweep = 4 * trial_steps, (sweep or 0) * SWEPT * batches.steps  # steps, about
 
     with closing(batches):
@@ -96,11 +97,17 @@ def find_lr(
                 recipe, batches, place, tested, len(data.classes), steps=trial_steps,
                 progress=lambda done, total: progress(num_iter + done, num_iter + total + in_sweep),
             )  # fmt: skip
-        suggestions, before = suggest(tested, trials), num_iter + len(trials) * trial_steps
+
+        def suggest_for(steps: int) -> Suggestions:
+            return suggest(tested, trials, steps / (trial_steps or steps))
+
+        suggestions = suggest_for(run_steps)
+        before = num_iter + len(trials) * trial_steps
         progress(before, before + in_sweep)
         if sweep:
             evaluation = make_batches(data.evaluation, recipe, place)
-            swept = _sweep(recipe, suggestions, sweep, batches, evaluation, len(data.classes), place, progress, before)
+            found = suggest_for(sweep * batches.steps)
+            swept = _sweep(recipe, found, sweep, batches, evaluation, len(data.classes), place, progress, before)
     if run_dir is not None:
         folder = writable(Path(run_dir))
         content = {
@@ -109,6 +116,7 @@ def find_lr(
             "recipe": recipe.model_dump(mode="json"),
             **settings,
             "trial_steps": trial_steps,
+            "run_steps": run_steps,
             "suggestions": suggestions._asdict(),
             "history": {"lr": tested.lr.tolist(), "loss": tested.loss.tolist()},
             "trials": [trial._asdict() | {"loss": trial.loss if math.isfinite(trial.loss) else None} for trial in trials],

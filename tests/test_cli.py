@@ -168,7 +168,7 @@ def test_train_with_max_lr_find_uses_both_ends(cli, tmp_path, monkeypatch):
     from cifar_resnet import lr_search
     from cifar_resnet.lr_finder import Suggestions
 
-    monkeypatch.setattr(lr_search, "suggest", lambda history, trials: Suggestions(1.0, 1.0, 1.0, 0.06, 0.002))
+    monkeypatch.setattr(lr_search, "suggest", lambda history, trials, longer: Suggestions(1.0, 1.0, 1.0, 0.06, 0.002))
     monkeypatch.setattr(lr_search, "range_test", lambda *arguments, **options: None)
     tried = []
     monkeypatch.setattr(lr_search, "run_trials", lambda *arguments, **options: tried.append(arguments) or [])

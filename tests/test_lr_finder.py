@@ -53,18 +53,20 @@ def test_the_minimum_is_where_half_of_the_drop_is_done():
     assert np.log10(found.max_lr) == pytest.approx(0, abs=0.12)
 
 
-def test_trials_give_the_maximum_by_interpolation():
-    history = made(noise=0)
-    limit = 1.0 + 0.05 * (history.loss[0] - 1.0)
-    trials = [Trial(2.0**power, loss) for power, loss in ((-3, 1.3), (-2, 1.0), (-1, 1.02), (0, 1.5), (1, 1.01))]
+def test_trials_give_the_maximum_by_a_parabola():
+    history, losses = made(noise=0), (1.3, 1.0, 1.02, 1.5, 0.999)
+    trials = [Trial(2.0**power, loss) for power, loss in zip(range(-3, 2), losses, strict=True)][:4]
     found = suggest(history, trials)
-    assert np.log2(found.max_lr) == pytest.approx(np.interp(limit, [1.02, 1.5], [-1, 0]), abs=0.01)
+    curve = np.polyfit([-3, -2, -1], losses[:3], 2)
+    assert np.log2(found.max_lr) == pytest.approx(-curve[1] / (2 * curve[0]))
     assert found.min_lr == suggest(history).min_lr
-    diverged = [*trials[:3], Trial(1.0, np.inf)]
-    assert 0.5 < suggest(history, diverged).max_lr < 0.6
+    assert suggest(history, trials, 243.0).max_lr == pytest.approx(3 * found.max_lr)
+    assert suggest(history, [Trial(2.0**power, 1.0) for power in range(3)]).why_not  # no best
+    diverged = suggest(history, [*trials[:2], Trial(0.5, np.inf)])
+    assert 0.25 / 2**0.5 < diverged.max_lr < 0.25
     for too_few, why_not in (
-        (trials[:3], "from LR 0.125 to 0.5, show no end"),
-        (trials[1:4], "from LR 0.25 to 1, show no end"),
+        (trials[:2], "from LR 0.125 to 0.25, is not between worse ones"),
+        (trials[1:], "from LR 0.25 to 1, is not between worse ones"),
         ([Trial(0.5, np.inf), Trial(1.0, np.inf)], "below the first loss, down to LR 0.5"),
         ([Trial(0.5, 2.6), Trial(1.0, 2.5), Trial(2.0, 2.7)], "below the first loss, down to LR 0.5"),
     ):
@@ -78,6 +80,7 @@ def test_trials_give_the_maximum_by_interpolation():
     [
         ({-5: 1.5, -4: 1.4, -3: 1.36, -2: 1.35, -1: 1.46, 0: 2.0}, (-3, -1)),  # found at once
         ({-5: 1.5, -4: 1.4, -3: 1.41, -2: 1.6}, (-5, -2)),  # up, then down
+        ({-3: 1.4, -2: 1.3, -1: 1.2, 0: 1.21}, (-3, 0)),
         ({-6: 1.7, -5: 1.5, -4: np.nan, -3: np.inf}, (-6, -3)),
         ({power: 1.5 - 0.01 * power for power in range(-9, 9)}, (-3, 2)),  # no end upward
         ({power: np.inf for power in range(-9, 9)}, (-8, -3)),
@@ -133,8 +136,8 @@ def test_a_trial_is_a_short_run_of_the_recipe():
     assert first.loss == pytest.approx(np.mean(theirs[-4:]), rel=1e-3)
 
 
-@pytest.mark.parametrize(("options", "steps"), [({}, 50), ({"batch_size": 16, "epochs": 80, "peak_epoch": 20.0}, 144)])
-def test_a_trial_takes_2_percent_of_the_run(options, steps):
+@pytest.mark.parametrize(("options", "steps"), [({}, 92), ({"batch_size": 512}, 50), ({"epochs": 80, "peak_epoch": 20.0}, 400)])
+def test_a_trial_takes_25600_images_or_half_of_the_run(options, steps):
     recipe = Recipe.build("digits", **options)
     assert lr_finder.usual_steps(recipe, TensorBatches(load(recipe).train, with_statistics(recipe), CPU)) == steps
 
@@ -150,7 +153,8 @@ def test_find_lr_with_trials_from_the_command_line(cli, tmp_path):
     trials = [Trial(row["max_lr"], np.inf if row["loss"] is None else row["loss"]) for row in content["trials"]]
     assert content["trial_steps"] == 20
     assert 3 <= len(trials) <= 6
-    assert suggest(history, trials)._asdict() == content["suggestions"]
+    assert content["run_steps"] == 8 * 19
+    assert suggest(history, trials, 8 * 19 / 20)._asdict() == content["suggestions"]
     assert f"short trainings, maximum LR and last loss: {trials[0].max_lr:g} {trials[0].loss:.3f}, " in out
     found = content["suggestions"]
     if found["max_lr"] is None:
