@@ -255,7 +255,8 @@ def lr_suggestions(lr: FoundLR, then: str, written: str) -> None:
         for row in sorted(sweep, key=lambda row: row["max_lr"]):
             score = ("diverged", "") if row["accuracy"] is None else (f"{row['accuracy']:.2f} %", f"{row['loss']:.4f}")
             style = "bold" if row["accuracy"] == best else ""
-            table.add_row(f"{row['max_lr']:.3g}", f"{row['min_lr']:.3g}", row["rule"], *score, style=style)
+            rule = "recommended at this length" if row["rule"] == "recommended" else row["rule"]
+            table.add_row(f"{row['max_lr']:.3g}", f"{row['min_lr']:.3g}", rule, *score, style=style)
         console.print(table)
         console.print()
     if then:

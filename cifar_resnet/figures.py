@@ -155,17 +155,16 @@ def lr_finder(
     axis.legend(frameon=False, fontsize=9)
     for under in below:
         axis.set_xlabel("")
-        ended = [row for row in sweep if row["accuracy"] is not None]
+        epochs, ended = sweep[0]["epochs"], [row for row in sweep if row["accuracy"] is not None]
         for rule, style in (("grid", "o-"), ("steepest", "s"), ("recommended", "D")):
             rows = [row for row in ended if row["rule"] == rule]
             colour = {"grid": BLUE, "steepest": RED, "recommended": GREEN}[rule]
-            label = {"grid": "factors of 2 around the recommended one"}.get(rule, rule)
+            label = {"grid": "factors of 2 around that one", "recommended": "recommended at this length"}.get(rule, rule)
             under.plot([row["max_lr"] for row in rows], [row["accuracy"] for row in rows], style, color=colour, label=label)
         if suggestions.max_lr is not None:
             under.axvspan(suggestions.min_lr, suggestions.max_lr, color=GREEN, alpha=0.12)
         if ended:  # what collapsed may leave the picture
             under.set_ylim(max(under.get_ylim()[0], max(row["accuracy"] for row in ended) - 20), None)
-        epochs = sweep[0]["epochs"]
         under.set(xlabel="learning rate", ylabel="percent", title=f"Holdout accuracy after {epochs} epochs with this maximum")
         under.legend(frameon=False, fontsize=9)
     return figure

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_resnet import Recipe, build_model, find_lr, lr_finder, train
+from cifar_resnet import Recipe, build_model, find_lr, lr_finder, lr_search, train
 from cifar_resnet.batches import TensorBatches
 from cifar_resnet.data import load, with_statistics
 from cifar_resnet.errors import CifarResnetError, UsageError
@@ -233,17 +233,22 @@ def test_a_real_range_test(tmp_path):
     assert (tmp_path / "lr_finder.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_sweep_gives_what_train_gives(cli, tmp_path):
+def test_a_sweep_gives_what_train_gives(cli, tmp_path, monkeypatch):
     fields = dict(train_limit=32, batch_size=16, precision="float32")
     options = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
-    options += ["--dataset", "digits", "--num-iter", 24, "--trial-steps", 0, "--sweep", 1, "--run-dir", tmp_path / "find"]
+    options += ["--dataset", "digits", "--num-iter", 24, "--trial-steps", 20, "--sweep", 1, "--run-dir", tmp_path / "find"]
+    trials = [Trial(0.03, 1.0), Trial(0.06, 0.9), Trial(0.12, 1.0)]
+    monkeypatch.setattr(lr_search, "range_test", lambda *arguments, **options: made())
+    monkeypatch.setattr(lr_search, "run_trials", lambda *arguments, **options: trials)
     code, out, err = cli("find-lr", *options)
     assert (code, err) == (0, "")
     content = json.loads((tmp_path / "find" / "lr_finder.json").read_text())
     grid = [row["max_lr"] for row in content["sweep"] if row["rule"] == "grid"]
-    np.testing.assert_allclose(
-        grid, (content["suggestions"]["max_lr"] or Recipe.build("digits").max_lr) * 2.0 ** np.arange(-3, 4)
-    )
+    of_its_length = 0.06 * (2 / 20) ** 0.2  # one epoch of 32 - 10 images
+    np.testing.assert_allclose(grid, of_its_length * 2.0 ** np.arange(-3, 4))
+    assert content["suggestions"]["max_lr"] == pytest.approx(0.06 * (16 / 20) ** 0.2)
+    assert content["sweep"][-1]["max_lr"] == pytest.approx(of_its_length)
+    assert "recommended at this length" in out
     for row in (content["sweep"][2], content["sweep"][-1]):
         recipe = Recipe.build(
             "digits", **fields, holdout=10, epochs=1, max_lr=row["max_lr"], div_factor=row["max_lr"] / row["min_lr"]
