@@ -159,7 +159,9 @@ def lr_finder(
         for rule, style in (("grid", "o-"), ("steepest", "s"), ("recommended", "D")):
             rows = [row for row in ended if row["rule"] == rule]
             colour = {"grid": BLUE, "steepest": RED, "recommended": GREEN}[rule]
-            label = {"grid": "factors of 2 around that one", "recommended": "recommended at this length"}.get(rule, rule)
+            label = {"grid": "factors of 2 around the recommended one", "recommended": "recommended at this length"}.get(
+                rule, rule
+            )
             under.plot([row["max_lr"] for row in rows], [row["accuracy"] for row in rows], style, color=colour, label=label)
         if suggestions.max_lr is not None:
             under.axvspan(suggestions.min_lr, suggestions.max_lr, color=GREEN, alpha=0.12)
