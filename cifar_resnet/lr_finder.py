@@ -149,13 +149,13 @@ def run_trials(
     history: History,
     classes: int = 10,
     *,
-    steps: int | None = None,
+    steps: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Trial]:
     """Trains fresh models of the recipe for `steps` steps each, on its schedule in small, from the `min_lr` of the range test.
 
-    `usual_steps` says how many if not given. The first has the power of 2 nearest to the test's bottom as its maximum. Then it is
-    doubled while the highest maximum is the best, and halved while the lowest is. Six are the most.
+    The first has the power of 2 nearest to the test's bottom as its maximum. Then it is doubled while the highest maximum is
+    the best, and halved while the lowest is. Six are the most.
 
     Returns:
         The trials by rising `max_lr`; none where the range test shows no bottom.
@@ -164,7 +164,6 @@ def run_trials(
     if found.max_lr is None or found.min_lr is None:
         return []
     begin, losses = found.min_lr, dict[int, float]()
-    steps = steps or usual_steps(recipe, batches)
     stretch = cast(Batches, _Stretch(batches, steps, recipe.batch_size))
 
     def run(power: int) -> None:
@@ -244,8 +243,7 @@ def _best(history: History, trials: Sequence[Trial], longer: float) -> float | N
         return None
     worst = float(history.loss.max())  # of one that diverged
     below, lowest, above = (min(trial.loss, worst) for trial in trials[best - 1 : best + 2])
-    bend = below - 2 * lowest + above
-    octaves = (below - above) / (2 * bend) if bend else 0.0
+    octaves = (below - above) / (2 * (below - 2 * lowest + above))
     return trials[best].max_lr * 2**octaves * longer**GROWTH
 
 

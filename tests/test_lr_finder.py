@@ -54,8 +54,8 @@ def test_the_minimum_is_where_half_of_the_drop_is_done():
 
 
 def test_trials_give_the_maximum_by_a_parabola():
-    history, losses = made(noise=0), (1.3, 1.0, 1.02, 1.5, 0.999)
-    trials = [Trial(2.0**power, loss) for power, loss in zip(range(-3, 2), losses, strict=True)][:4]
+    history, losses = made(noise=0), (1.3, 1.0, 1.02, 1.5)
+    trials = [Trial(2.0**power, loss) for power, loss in zip(range(-3, 1), losses, strict=True)]
     found = suggest(history, trials)
     curve = np.polyfit([-3, -2, -1], losses[:3], 2)
     assert np.log2(found.max_lr) == pytest.approx(-curve[1] / (2 * curve[0]))
