@@ -57,9 +57,10 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the variant puts out: logits, probabilities or log-probabilities, (N, classes)."""
         logits = self.logits(x)
-        if self.output == "softmax":
-            return torch.softmax(logits, dim=1)
-        return torch.log_softmax(logits, dim=1) if self.output == "log-softmax" else logits
+        if self.output == "logits":
+            return logits
+        function = torch.softmax if self.output == "softmax" else torch.log_softmax
+        return function(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def build_model(recipe: Recipe, classes: int = 10) -> ResNet:
