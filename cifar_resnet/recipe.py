@@ -91,9 +91,9 @@ class Recipe(BaseModel):
     pad_mode: Literal["reflect", "mean", "black"] = _field("reflect", "Augmentation", "What the added pixels show.")
     flip_probability: float = _field(0.5, "Augmentation", "Probability of a horizontal flip.", ge=0, le=1)
     flip_order: Literal["random", "alternating"] = _field(
-        "random",
+        "alternating",
         "Augmentation",
-        "alternating: each image's first flip is random, then it turns every epoch; needs probability 0.5.",
+        "alternating: each image's first flip is random, then it turns every epoch; random where a probability other than 0.5 is given.",
     )
     cutout_size: int = _field(8, "Augmentation", "Side of the square holes, in pixels.", ge=1, le=32)
     cutout_count: int = _field(1, "Augmentation", "Holes an image; 0 for no cutout.", ge=0, le=16)
@@ -139,7 +139,8 @@ class Recipe(BaseModel):
     def build(cls, recipe: str | None = None, file: Path | None = None, **options: Any) -> Recipe:
         """Preset < recipe file < options; an option of None is one not given.
 
-        Without a preset's name the dataset chooses it: `digits` for the digits, else `default`.
+        Without a preset's name the dataset chooses it: `digits` for the digits, else `default`. Where only --epochs is given
+        the peak moves in proportion; where only a flip probability other than 0.5 is, flips are random.
         """
         options = {name: value for name, value in options.items() if value is not None}
         from_file = read_json(file, "recipe file") if file else {}
@@ -151,9 +152,12 @@ class Recipe(BaseModel):
             dataset = options.get("dataset", from_file.get("dataset"))
             recipe = from_file.get("recipe") or ("digits" if dataset == "digits" else "default")
         fields = {**preset(recipe).fields, "recipe": recipe, **from_file}
-        for given in (fields, options):
-            if isinstance(path := given.get("dataset", "cifar10"), str) and path not in DATASETS:
-                given["dataset"] = str(Path(path).absolute())
+        for source in (fields, options):
+            if isinstance(path := source.get("dataset", "cifar10"), str) and path not in DATASETS:
+                source["dataset"] = str(Path(path).absolute())
+        given = {**from_file, **options}
+        if given.get("flip_probability", 0.5) != 0.5 and "flip_order" not in given:
+            options["flip_order"] = "random"
         if "epochs" in options and "peak_epoch" not in options:
             before = cls.parse(fields)
             options["peak_epoch"] = before.peak_epoch * max(options["epochs"], 1) / before.epochs

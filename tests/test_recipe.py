@@ -51,6 +51,16 @@ def test_the_peak_moves_with_the_epochs_unless_it_is_given():
     assert Recipe.build(epochs=12, peak_epoch=4).peak_epoch == 4
 
 
+def test_flips_alternate_only_where_half_the_images_flip(tmp_path):
+    assert Recipe.build().flip_order == "alternating"
+    assert Recipe.build(flip_probability=0.2).flip_order == "random"
+    file = tmp_path / "part.json"
+    file.write_text('{"flip_probability": 0.0}')
+    assert Recipe.build(file=file).flip_order == "random"
+    with pytest.raises(UsageError, match="--flip-order alternating needs --flip-probability 0.5, not 0.2"):
+        Recipe.build(flip_probability=0.2, flip_order="alternating")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
