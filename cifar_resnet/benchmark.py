@@ -135,7 +135,7 @@ def bench(
             if below in measured
         },
         "predicted_seconds": {
-            "training": recipe.epochs * TRAIN_IMAGES / medians["tensor"],
+            "training": recipe.epochs * (1 + recipe.sam_share) * TRAIN_IMAGES / medians["tensor"],
             "evaluation": recipe.epochs * TEST_IMAGES / medians["evaluation"],
         },
         "peak_memory": {

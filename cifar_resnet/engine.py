@@ -22,7 +22,7 @@ from .batches import Batch, Batches
 from .device import autocast
 from .errors import NonFiniteLossError
 from .model import ResNet, build_model
-from .optimizer import make_optimizer, rates, set_rates
+from .optimizer import make_optimizer, rates, set_rates, sharpest
 from .recipe import Recipe
 
 EVALUATION_BATCH = 1000
@@ -131,18 +131,18 @@ def train(
             done = state.epoch * batches.steps + state.step
             lr, momentum = rates(recipe, done, total_steps)
             set_rates(state.optimizer, lr, momentum)
-            with autocast(recipe, device):
-                output = forward(images)
-            loss = loss_of(output, labels)
             # The mean over the ranks of gradients weighted so is that of the whole batch's mean loss.
             whole = min(recipe.batch_size, batches.count - state.step * recipe.batch_size)
-            loss.backward(torch.full_like(loss, len(labels) * distributed.ranks() / whole))
+            weight = len(labels) * distributed.ranks() / whole
+            output, loss = _backward(recipe, forward, loss_of, images, labels, weight)
+            if done >= total_steps * (1 - recipe.sam_share):
+                with sharpest(state.model, recipe.sam_radius):
+                    _backward(recipe, forward, loss_of, images, labels, weight)
             state.optimizer.step()
             state.optimizer.zero_grad()
             if state.averaged is not None and (done + 1) % recipe.ema_every == 0:
                 update_average(state.averaged, state.model, recipe.ema_decay)
 
-            loss = loss.detach()
             state.totals += torch.stack([loss * len(labels), (output.argmax(1) == labels).sum()])
             state.bad_step.masked_fill_((state.bad_step < 0) & ~loss.isfinite(), done)
             state.step += 1
@@ -153,6 +153,15 @@ def train(
         state.check_finite(recipe, batches.steps)  # waits for the device, so the clock after it is right
         state.seconds += time.perf_counter() - clock
         yield _finish_epoch(recipe, state, batches, evaluation, device)
+
+
+def _backward(recipe, forward, loss_of, images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Adds `weight` times the gradient of the batch's mean loss to the weights'; gives the output and that loss, detached."""
+    with autocast(recipe, images.device):
+        output = forward(images)
+    loss = loss_of(output, labels)
+    loss.backward(torch.full_like(loss, weight))
+    return output.detach(), loss.detach()
 
 
 def _finish_epoch(recipe, state: State, batches: Batches, evaluation, device) -> Epoch:

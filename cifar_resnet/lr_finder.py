@@ -168,8 +168,8 @@ def run_trials(
 
     def run(power: int) -> None:
         lr = 2.0**power
-        peak = recipe.peak_epoch / recipe.epochs
-        trial = recipe.replace(max_lr=lr, div_factor=max(lr / begin, 1.0), epochs=1, peak_epoch=peak, ema_decay=0.0)
+        schedule = dict(max_lr=lr, div_factor=max(lr / begin, 1.0), epochs=1, peak_epoch=recipe.peak_epoch / recipe.epochs)
+        trial = recipe.replace(**schedule, ema_decay=0.0, sam_share=0.0)
         state, last = start(trial, device, classes), []
         with torch.random.fork_rng(devices=[]):
             for record in itertools.islice(train(trial, state, stretch, lambda: (), device), steps):

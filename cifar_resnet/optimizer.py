@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .model import ResNet
 from .recipe import Recipe
@@ -73,6 +75,31 @@ def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
         torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32,
         **common,
     )
+
+
+@contextmanager
+def sharpest(model: nn.Module, radius: float) -> Iterator[None]:
+    """Sharpness-aware minimisation (Foret et al. 2021, arXiv:2010.01412): takes the gradients, and lends the weights where
+    the loss is about highest within the radius; gradients found there are those for the step from where they were.
+
+    The radius is the Euclidean norm over kernels and FC weight, each measured in its own norm, as BatchNorm makes that
+    irrelevant. BatchNorm's running statistics are as they were.
+    """
+    weights = [(weight, weight.grad) for weight in model.parameters() if weight.dim() > 1 and weight.grad is not None]
+    lent = [*(weight for weight, _ in weights), *model.buffers()]
+    with torch.no_grad():
+        kept = [tensor.clone() for tensor in lent]
+        climb = [weight.square().sum() * gradient for weight, gradient in weights]
+        length = torch.stack([(gradient * move).sum() for (_, gradient), move in zip(weights, climb, strict=True)]).sum().sqrt()
+        for (weight, _), move in zip(weights, climb, strict=True):
+            weight.add_(move * (radius / length.clamp(min=1e-12)))
+    model.zero_grad()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in zip(lent, kept, strict=True):
+                tensor.copy_(before)
 
 
 def rates(recipe: Recipe, step: int, total_steps: int) -> tuple[float, float]:

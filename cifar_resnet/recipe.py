@@ -20,7 +20,9 @@ from .errors import UsageError
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 DATASETS = ("cifar10", "digits")  # anything else is a folder
 # Fields added after the first checkpoints were written, with the value that reproduces the runs before.
-ADDED: dict[str, Any] = {"init": "default", "muon_lr_factor": 0.3, "muon_momentum": 0.6, "flip_order": "random"}
+ADDED: dict[str, Any] = dict(
+    init="default", muon_lr_factor=0.3, muon_momentum=0.6, flip_order="random", sam_share=0.0, sam_radius=0.01
+)
 Channels = tuple[float, float, float]
 
 
@@ -76,6 +78,10 @@ class Recipe(BaseModel):
     weight_decay: float = _field(5e-4, "Optimizer", "Weight decay: L2 for SGD and Adam, decoupled for AdamW.", ge=0)
     loss: Literal["cross-entropy", "nll"] = _field("cross-entropy", "Optimizer", "Loss on the model's output.")
     label_smoothing: float = _field(0.1, "Optimizer", "Label smoothing of the cross entropy.", ge=0, lt=1)
+    sam_share: float = _field(
+        0.25, "Optimizer", "Share of the run, its last, in sharpness-aware steps, which take double time; 0: none.", ge=0, le=1
+    )
+    sam_radius: float = _field(0.01, "Optimizer", "How far a sharpness-aware step looks, in units of the weights' norms.", gt=0)
     ema_decay: float = _field(0.0, "Optimizer", "Decay of the averaged weights at each update; 0 for no averaging.", ge=0, lt=1)
     ema_every: int = _field(5, "Optimizer", "Steps between two updates of the averaged weights.", ge=1)
 
@@ -222,7 +228,7 @@ class Preset(NamedTuple):
 
 # What the five documented systems share; each preset states the rest in full.
 _DOCUMENTED = dict(
-    init="default", flip_order="random", nesterov=True,
+    init="default", flip_order="random", sam_share=0.0, nesterov=True,
     conv_bias=False, fc_bias=True, prep_order="bn-relu", pool_position="before-bn", output="logits", logit_scale=1.0,
     loss="cross-entropy", label_smoothing=0.0, ema_decay=0.0, epochs=24, batch_size=512, peak_epoch=5.0,
     momentum=0.95, base_momentum=0.85, weight_decay=0.0, div_factor=25.0, final_div_factor=1e4,
@@ -234,12 +240,12 @@ PRESETS: dict[str, Preset] = {
     "sprint": Preset(
         "ours, for people in a hurry: the default's network and optimizer in 10 epochs",
         "nothing",
-        dict(epochs=10, peak_epoch=2.0, flip_order="alternating"),
+        dict(epochs=10, peak_epoch=2.0, flip_order="alternating", sam_share=0.0),
     ),
     "digits": Preset(
         "ours, for scikit-learn's 1,797 digits: no flip, a smaller batch",
         "nothing",
-        dict(dataset="digits", optimizer="sgd", init="default", flip_order="random", flip_probability=0.0, batch_size=64, epochs=8, peak_epoch=2.0, max_lr=0.1),
+        dict(dataset="digits", optimizer="sgd", init="default", flip_order="random", flip_probability=0.0, batch_size=64, epochs=8, peak_epoch=2.0, max_lr=0.1, sam_share=0.0),
     ),
     "page": Preset(
         "cifar10-fast (David Page, 2018): pool after ReLU, no FC bias, logits times 0.125, reflection padding",
@@ -249,7 +255,7 @@ PRESETS: dict[str, Preset] = {
             momentum=0.9, base_momentum=None, nesterov=True, weight_decay=5e-4, label_smoothing=0.0, ema_decay=0.0,
             epochs=24, batch_size=512, peak_epoch=5.0, div_factor=490.0, final_div_factor=4.0, pad=4, pad_mode="reflect",
             flip_probability=0.5, flip_order="random", cutout_size=8, cutout_count=1, cutout_probability=1.0, cutout_fill=None,
-            init="default",
+            init="default", sam_share=0.0,
         ),
     ),
     "eva6-s9": Preset(

@@ -38,10 +38,10 @@ def gradient(recipe, batches, step):
 
 
 def gradients(batch_size, last):
-    """At a whole batch and at the epoch's last one."""
-    recipe = with_statistics(Recipe(precision="float32", batch_size=batch_size))
-    batches = TensorBatches(random_split(batch_size + last), recipe, CPU)
-    return [gradient(recipe, batches, step) for step in (0, 1)]
+    """Of a plain step and of a sharpness-aware one, at a whole batch and at the epoch's last one."""
+    recipes = [with_statistics(Recipe(precision="float32", batch_size=batch_size, sam_share=share)) for share in (0, 1)]
+    batches = TensorBatches(random_split(batch_size + last), recipes[0], CPU)
+    return [gradient(recipe, batches, step) for recipe in recipes for step in (0, 1)]
 
 
 def shown(loader, **changes):

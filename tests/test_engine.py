@@ -48,6 +48,7 @@ class Doubled:
         dict(max_lr=0.05, base_momentum=0.85, momentum=0.95, ema_decay=0.8, ema_every=2),
         dict(max_lr=1e-3, optimizer="adam", base_momentum=0.85, momentum=0.95, output="softmax", logit_scale=1.0),
         dict(max_lr=1e-3, optimizer="adamw", weight_decay=0.1),
+        dict(max_lr=0.05, sam_share=0.75, sam_radius=0.1, ema_decay=0.8, ema_every=2),
         dict(max_lr=0.01, output="log-softmax", loss="nll", label_smoothing=0.0, logit_scale=1.0),
     ],
     ids=str,
@@ -90,6 +91,15 @@ def test_the_loop_is_the_plain_one(changes):
         assert float(steps[done].loss) == pytest.approx(loss.item(), rel=1e-4)
         assert steps[done].lr == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         loss.backward()
+        if done >= 12 * (1 - recipe.sam_share):  # the gradients come from a copy that stands where the loss is higher
+            moved, kernels = copy.deepcopy(model), [p for p in model.parameters() if p.dim() > 1]
+            length = sum((p.norm() * p.grad.norm()) ** 2 for p in kernels) ** 0.5
+            for there, here in zip((p for p in moved.parameters() if p.dim() > 1), kernels, strict=True):
+                there.data += recipe.sam_radius * here.norm() ** 2 * here.grad / length
+            moved.zero_grad()
+            F.cross_entropy(moved(images), labels, label_smoothing=recipe.label_smoothing).backward()
+            for here, there in zip(model.parameters(), moved.parameters(), strict=True):
+                here.grad = there.grad
         optimizer.step()
         schedule.step()
         if recipe.ema_decay and (done + 1) % recipe.ema_every == 0:

@@ -128,7 +128,9 @@ def test_the_seed_decides_the_weights_and_the_random_state_stays():
 @pytest.mark.parametrize("output", ["softmax", "log-softmax"])
 def test_probabilities_are_float32_in_bfloat16_arithmetic(output):
     """bfloat16 would round a probability near 1 by up to 0.002."""
-    model = build_model(Recipe.build(output=output, loss="nll" if output == "log-softmax" else "cross-entropy", label_smoothing=0.0))
+    model = build_model(
+        Recipe.build(output=output, loss="nll" if output == "log-softmax" else "cross-entropy", label_smoothing=0.0)
+    )
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         given = model(torch.randn(8, 3, 32, 32))
     sums = (given if output == "softmax" else given.exp()).double().sum(1)

@@ -5,7 +5,7 @@ from torch import nn
 
 from cifar_resnet import Recipe
 from cifar_resnet.model import build_model
-from cifar_resnet.optimizer import Muon, make_optimizer, orthogonalise, set_rates
+from cifar_resnet.optimizer import Muon, make_optimizer, orthogonalise, set_rates, sharpest
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 72), (72, 16)])
@@ -89,3 +89,26 @@ def test_dirac_kernels_pass_their_inputs_on():
     y = torch.randn(1, 128, 8, 8)
     torch.testing.assert_close(block[0](y), y)
     assert not torch.equal(build_model(Recipe.build(init="dirac", seed=1)).layer1[0].weight, model.layer1[0].weight)
+
+
+def test_sharpest_lends_the_weights_where_the_loss_is_highest_nearby_and_takes_them_back():
+    """To first order the loss rises by the radius times the gradient's length, each kernel in units of its norm."""
+    torch.manual_seed(0)
+    model = build_model(Recipe.build()).double()
+    images, labels, radius = torch.randn(16, 3, 32, 32, dtype=torch.float64), torch.arange(16) % 10, 1e-6
+
+    def loss():
+        return nn.functional.cross_entropy(model(images), labels)
+
+    before = loss()
+    before.backward()
+    kernels = [weight for weight in model.parameters() if weight.dim() > 1]
+    length = torch.cat([(weight.norm() * weight.grad).flatten() for weight in kernels]).norm()
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), sharpest(model, radius):  # noqa: PT012
+        moves = [(tensor - kept[name]) / kept[name].norm() for name, tensor in model.state_dict().items() if "weight" in name]
+        assert float(torch.cat([move.flatten() for move in moves]).norm()) == pytest.approx(radius, rel=1e-6)
+        assert (loss() - before).item() == pytest.approx(radius * length.item(), rel=1e-2)
+        assert all(weight.grad is None for weight in model.parameters())
+        raise KeyboardInterrupt
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
