@@ -75,7 +75,7 @@ def fake_cifar10(tmp_path, monkeypatch):
     return folder.parent
 
 
-TINY = dict(dataset="digits", epochs=2, train_limit=70, test_limit=40, batch_size=32, ema_decay=0.9, ema_every=2)
+TINY = dict(dataset="digits", epochs=2, train_limit=70, test_limit=40, batch_size=32, ema_decay=0.9, ema_every=2, sam_share=0.4)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from cifar_resnet.data import Split, with_statistics
 CPU = torch.device("cpu")
 WORKERS = {"tensor": None, "albumentations": 0}
 VARIANTS = [
-    dict(),
-    dict(pad_mode="black", cutout_count=2, cutout_probability=0.5),
+    dict(flip_order="random"),
+    dict(pad_mode="black", cutout_count=2, cutout_probability=0.5, flip_order="random"),
     dict(pad_mode="mean", pad=2, cutout_fill=0.473363, flip_probability=0.1),
     dict(pad=0, cutout_count=0, flip_probability=0.0),
 ]
@@ -114,6 +114,22 @@ def test_an_epoch_shows_every_image_once_in_a_new_order(loader):
 
 
 @pytest.mark.parametrize("loader", ["tensor", "albumentations"])
+def test_alternating_flips_turn_every_image_from_epoch_to_epoch(loader):
+    split = random_split(400)
+    split = Split(split.images, np.arange(400), split.indices)  # the label tells which image it is
+    recipe = with_statistics(Recipe.build(pad=0, cutout_count=0, batch_size=64, flip_order="alternating"))
+    made = batches.make_batches(split, recipe, CPU, loader, WORKERS[loader])
+    plain, turned = torch.cat([images for images, _ in made.plain(400)]), []
+    for epoch in range(3):
+        shown = {int(label): image for images, labels in made.epoch(epoch) for image, label in zip(images, labels, strict=True)}
+        turned.append([torch.equal(shown[i], plain[i].flip(2)) for i in range(400)])
+        assert [torch.equal(shown[i], plain[i]) for i in range(400)] == [not each for each in turned[-1]]
+    assert 160 < sum(turned[0]) < 240  # 200, with a standard deviation of 10
+    assert turned[1] == [not each for each in turned[0]]
+    assert turned[2] == turned[0]
+
+
+@pytest.mark.parametrize("loader", ["tensor", "albumentations"])
 def test_an_epoch_can_begin_at_any_step(loader):
     made = batches.make_batches(random_split(70), with_statistics(Recipe.build(batch_size=16)), CPU, loader, WORKERS[loader])
     whole = list(made.epoch(2))
@@ -151,7 +167,7 @@ def seen_by_tensors(recipe, epoch, count):
 @pytest.mark.parametrize("seen_by", [seen_by_tensors, seen_by_albumentations])
 def test_draws_are_uniform_and_jointly_independent(seen_by):
     """Chi-squared on each draw and on each pair: with a shared random stream, pairs would be far from independent."""
-    recipe = with_statistics(Recipe.build(cutout_probability=0.5))
+    recipe = with_statistics(Recipe.build(cutout_probability=0.5, flip_order="random"))
     offsets, flips, holes = seen_by(recipe, 0, 6000)
     cut = holes[:, 0, 0] >= 0
     assert offsets.min() == 0

@@ -50,7 +50,7 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
         assert row["median"] == pytest.approx(statistics.median(values))
         assert (row["low"], row["high"]) == (pytest.approx(min(values)), pytest.approx(max(values)))  # of 7, so it is for 95 %
         assert f"{row['low']:.3f} to {row['high']:.3f}" in out
-    assert content["predicted_seconds"]["training"] == pytest.approx(24 * 100 / medians["tensor"])
+    assert content["predicted_seconds"]["training"] == pytest.approx((18 + 2 * 6) * 100 / medians["tensor"])
     assert 1e8 < content["peak_memory"]["process"] < 1e11
     assert content["peak_memory"]["device"] is None
     assert {"bfloat16", "threads", "torch", "albumentations", "device_name"} <= set(content["environment"])

@@ -193,7 +193,7 @@ class NoReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "adam"])
 def test_no_step_reads_from_the_device(optimizer):
-    fields = dict(optimizer=optimizer, max_lr=1e-3, ema_decay=0.9, ema_every=2, precision="bfloat16", batch_size=8)
+    fields = dict(optimizer=optimizer, max_lr=1e-3, ema_decay=0.9, ema_every=2, sam_share=1.0, precision="bfloat16", batch_size=8)
     recipe, batches, _ = small_run(**fields)
     records = engine.train(recipe, engine.start(recipe, CPU), batches, lambda: (), CPU)
     with NoReads():
@@ -207,7 +207,15 @@ def test_no_step_reads_from_the_device(optimizer):
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "adam"])
 @pytest.mark.parametrize("loader", ["tensor", "albumentations"])
 def test_no_step_waits_for_the_gpu(loader, optimizer):
-    fields = dict(optimizer=optimizer, max_lr=1e-3, ema_decay=0.9, ema_every=2, flip_order="alternating", flip_probability=0.5)
+    fields = dict(
+        optimizer=optimizer,
+        max_lr=1e-3,
+        ema_decay=0.9,
+        ema_every=2,
+        sam_share=1.0,
+        flip_order="alternating",
+        flip_probability=0.5,
+    )
     recipe, _, _ = small_run(precision="bfloat16", train_limit=100, **fields)
     cuda = torch.device("cuda")
     batches = make_batches(load(recipe).train, recipe, cuda, loader)
