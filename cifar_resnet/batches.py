@@ -98,8 +98,7 @@ class TensorBatches:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         order, size = torch.from_numpy(epoch_order(self.recipe, epoch, self.count)), self.recipe.batch_size
-        alternating = self.recipe.flip_order == "alternating"
-        turned = torch.from_numpy(alternating_flips(self.recipe, epoch, self.count)) if alternating else None
+        turned = torch.from_numpy(alternating_flips(self.recipe, epoch, self.count)) if self.recipe.alternates else None
         for step in range(first_step, self.steps):
             index = order[step * size : (step + 1) * size]
             choices, mine = draw(self.recipe, epoch, step, len(index)), share(len(index))
@@ -230,7 +229,7 @@ class _Augmented(torch.utils.data.Dataset):
         images, labels = self.images.numpy()[batch[mine]], self.labels[batch[mine]]
         if epoch is None:
             return torch.stack([self.test(image=image)["image"] for image in images]), labels
-        if self.recipe.flip_order == "alternating":
+        if self.recipe.alternates:
             turned = alternating_flips(self.recipe, epoch, len(self.labels))[batch[mine]]
             images[turned] = images[turned, :, ::-1]
         seeds = image_seeds(self.recipe, epoch, step, len(batch))[mine]

@@ -178,7 +178,8 @@ def _random_split(images: int) -> Split:
 
 
 def _training(recipe, device, batches, compile, notify) -> Iterator[engine.Step | engine.Epoch]:
-    """The loop itself, over one epoch after another as one without end, so that no evaluation comes between."""
+    """The loop itself, over one epoch after another as one without end, so that no evaluation comes between; its plain steps."""
+    recipe = recipe.replace(sam_share=0.0)
     state = engine.start(recipe, device)
     forward = compiled(compile, recipe, state.model, device, [recipe.batch_size], notify)
     endless = SimpleNamespace(
@@ -254,7 +255,7 @@ def _plain_loop(pipe: Any, recipe: Recipe, device: torch.device, images: int, wo
     cannot be undone and which a notebook has not got; between its steps it rests.
     """
     leave_signals(0)
-    recipe = recipe.replace(precision="float32")
+    recipe = recipe.replace(precision="float32", flip_order="random")
     model = build_model(recipe).to(device).to(memory_format=torch.contiguous_format)
     optimizer, loss_of = make_optimizer(recipe, model), engine.make_loss(recipe)
     set_rates(optimizer, *rates(recipe, 0, ENDLESS))

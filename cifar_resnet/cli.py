@@ -198,7 +198,7 @@ def _written(folder: Path, *names: str) -> str:
 
 
 # What a range test and its trials find or never reach, and so do not take.
-NOT_SWEPT = ("holdout", "test_limit", "max_lr", "div_factor", "ema_decay", "ema_every")
+NOT_SWEPT = ("holdout", "test_limit", "max_lr", "div_factor", "sam_share", "sam_radius", "ema_decay", "ema_every")
 
 
 @command(STEPS, "find-lr", fields=lambda name, panel: name not in NOT_SWEPT)

@@ -96,6 +96,8 @@ class TrainingTable:
         startup = {"imports": self.imports, **environment["startup_seconds"]}
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in startup.items())
         say(f"ready for the first step after {sum(startup.values()):.1f} s: {parts}")
+        if recipe.sam_share:
+            say(f"sharpness-aware steps, at half the speed, after epoch {recipe.epochs * (1 - recipe.sam_share):.4g}")
         if state.epoch or state.step:
             say(f"going on after epoch {state.epoch}, step {state.step}")
         if console.is_terminal:

@@ -271,7 +271,7 @@ def train_transform(recipe: Recipe, **compose):
         side = 32 + 2 * recipe.pad
         border = cv2.BORDER_REFLECT_101 if recipe.pad_mode == "reflect" else cv2.BORDER_CONSTANT
         steps += [A.PadIfNeeded(side, side, border_mode=border, fill=pad_pixel(recipe)), A.RandomCrop(32, 32)]
-    if recipe.flip_probability and recipe.flip_order == "random":  # else the loader does it
+    if recipe.flip_probability and not recipe.alternates:  # else the loader does it
         steps.append(A.HorizontalFlip(p=recipe.flip_probability))
     if recipe.cutout_count and recipe.cutout_probability:
         count, size = (recipe.cutout_count,) * 2, (recipe.cutout_size,) * 2

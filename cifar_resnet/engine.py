@@ -135,7 +135,7 @@ def train(
             whole = min(recipe.batch_size, batches.count - state.step * recipe.batch_size)
             weight = len(labels) * distributed.ranks() / whole
             output, loss = _backward(recipe, forward, loss_of, images, labels, weight)
-            if done >= total_steps * (1 - recipe.sam_share):
+            if done >= round(total_steps * (1 - recipe.sam_share)):
                 with sharpest(state.model, recipe.sam_radius):
                     _backward(recipe, forward, loss_of, images, labels, weight)
             state.optimizer.step()

@@ -152,7 +152,8 @@ def run_trials(
     steps: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Trial]:
-    """Trains fresh models of the recipe for `steps` steps each, on its schedule in small, from the `min_lr` of the range test.
+    """Trains fresh models of the recipe for `steps` steps each, on its schedule in small, from the `min_lr` of the range test;
+    all of them plain steps, and without averaging.
 
     The first has the power of 2 nearest to the test's bottom as its maximum. Then it is doubled while the highest maximum is
     the best, and halved while the lowest is. Six are the most.

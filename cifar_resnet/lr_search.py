@@ -132,7 +132,7 @@ def _sweep(
     progress: Callable[[int, int], None], before: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Short trainings at several learning rates, each with its last accuracy and loss; None for both where it diverged."""
-    short = recipe.replace(epochs=epochs, peak_epoch=recipe.peak_epoch * epochs / recipe.epochs)
+    short = recipe.replace(epochs=epochs, peak_epoch=recipe.peak_epoch * epochs / recipe.epochs, sam_share=0.0)
     middle = found.max_lr or recipe.max_lr
     planned = [("grid", short.replace(max_lr=middle * 2.0**power)) for power in range(-3, 4)]
     planned.append(("steepest", short.replace(max_lr=found.steepest)))

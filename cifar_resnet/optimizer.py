@@ -1,4 +1,4 @@
-"""What moves the weights: SGD, Adam, AdamW, or Muon; and the learning rate and momentum of every step."""
+"""What moves the weights: SGD, Adam, AdamW, or Muon, sharpness-aware or not; and the learning rate and momentum of every step."""
 
 from __future__ import annotations
 
@@ -82,19 +82,21 @@ def sharpest(model: nn.Module, radius: float) -> Iterator[None]:
     """Sharpness-aware minimisation (Foret et al. 2021, arXiv:2010.01412): takes the gradients, and lends the weights where
     the loss is about highest within the radius; gradients found there are those for the step from where they were.
 
-    The radius is the Euclidean norm over kernels and FC weight, each measured in its own norm, as BatchNorm makes that
-    irrelevant. BatchNorm's running statistics are as they were.
+    The radius is the Euclidean norm over kernels and FC weight, each measured in its own norm: BatchNorm makes that of a kernel
+    irrelevant. BatchNorm's running statistics are left as they were.
     """
     weights = [(weight, weight.grad) for weight in model.parameters() if weight.dim() > 1 and weight.grad is not None]
     lent = [*(weight for weight, _ in weights), *model.buffers()]
-    with torch.no_grad():
-        kept = [tensor.clone() for tensor in lent]
-        climb = [weight.square().sum() * gradient for weight, gradient in weights]
-        length = torch.stack([(gradient * move).sum() for (_, gradient), move in zip(weights, climb, strict=True)]).sum().sqrt()
-        for (weight, _), move in zip(weights, climb, strict=True):
-            weight.add_(move * (radius / length.clamp(min=1e-12)))
-    model.zero_grad()
+    kept = [tensor.detach().clone() for tensor in lent]
     try:
+        with torch.no_grad():
+            climb = [weight.square().sum() * gradient for weight, gradient in weights]
+            length = (
+                torch.stack([(gradient * move).sum() for (_, gradient), move in zip(weights, climb, strict=True)]).sum().sqrt()
+            )
+            for (weight, _), move in zip(weights, climb, strict=True):
+                weight.add_(move * (radius / length.clamp(min=1e-12)))
+        model.zero_grad()
         yield
     finally:
         with torch.no_grad():

@@ -81,7 +81,9 @@ class Recipe(BaseModel):
     sam_share: float = _field(
         0.25, "Optimizer", "Share of the run, its last, in sharpness-aware steps, which take double time; 0: none.", ge=0, le=1
     )
-    sam_radius: float = _field(0.01, "Optimizer", "How far a sharpness-aware step looks, in units of the weights' norms.", gt=0)
+    sam_radius: float = _field(
+        0.01, "Optimizer", "How far a sharpness-aware step looks, in units of the weights' norms.", gt=0, le=1
+    )
     ema_decay: float = _field(0.0, "Optimizer", "Decay of the averaged weights at each update; 0 for no averaging.", ge=0, lt=1)
     ema_every: int = _field(5, "Optimizer", "Steps between two updates of the averaged weights.", ge=1)
 
@@ -99,7 +101,7 @@ class Recipe(BaseModel):
     flip_order: Literal["random", "alternating"] = _field(
         "alternating",
         "Augmentation",
-        "alternating: each image's first flip is random, then it turns every epoch; random where a probability other than 0.5 is given.",
+        "alternating: each image's first flip is random, then it turns every epoch; where the probability is not 0.5, as random.",
     )
     cutout_size: int = _field(8, "Augmentation", "Side of the square holes, in pixels.", ge=1, le=32)
     cutout_count: int = _field(1, "Augmentation", "Holes an image; 0 for no cutout.", ge=0, le=16)
@@ -133,10 +135,6 @@ class Recipe(BaseModel):
             self.optimizer in ("sgd", "muon") and self.nesterov and 0 in (self.momentum, self.base_momentum),
             "nesterov needs a momentum above 0",
         )
-        refuse(
-            self.flip_order == "alternating" and self.flip_probability != 0.5,
-            f"flip_order alternating needs flip_probability 0.5, not {self.flip_probability:g}",
-        )
         refuse(self.mean is not None and not 0 <= min(self.mean) <= max(self.mean) <= 1, f"mean {self.mean} is not within 0 to 1")
         refuse(self.std is not None and min(self.std) <= 0, f"std {self.std} has a channel that is not above 0")
         return self
@@ -146,7 +144,7 @@ class Recipe(BaseModel):
         """Preset < recipe file < options; an option of None is one not given.
 
         Without a preset's name the dataset chooses it: `digits` for the digits, else `default`. Where only --epochs is given
-        the peak moves in proportion; where only a flip probability other than 0.5 is, flips are random.
+        the peak moves in proportion.
         """
         options = {name: value for name, value in options.items() if value is not None}
         from_file = read_json(file, "recipe file") if file else {}
@@ -158,12 +156,9 @@ class Recipe(BaseModel):
             dataset = options.get("dataset", from_file.get("dataset"))
             recipe = from_file.get("recipe") or ("digits" if dataset == "digits" else "default")
         fields = {**preset(recipe).fields, "recipe": recipe, **from_file}
-        for source in (fields, options):
-            if isinstance(path := source.get("dataset", "cifar10"), str) and path not in DATASETS:
-                source["dataset"] = str(Path(path).absolute())
-        given = {**from_file, **options}
-        if given.get("flip_probability", 0.5) != 0.5 and "flip_order" not in given:
-            options["flip_order"] = "random"
+        for given in (fields, options):
+            if isinstance(path := given.get("dataset", "cifar10"), str) and path not in DATASETS:
+                given["dataset"] = str(Path(path).absolute())
         if "epochs" in options and "peak_epoch" not in options:
             before = cls.parse(fields)
             options["peak_epoch"] = before.peak_epoch * max(options["epochs"], 1) / before.epochs
@@ -183,6 +178,11 @@ class Recipe(BaseModel):
 
     def replace(self, **changes: Any) -> Recipe:
         return self.parse({**self.model_dump(), **changes})
+
+    @property
+    def alternates(self) -> bool:
+        """Whether each image is mirrored in every second epoch, instead of at random."""
+        return self.flip_order == "alternating" and self.flip_probability == 0.5
 
     @property
     def dataset_name(self) -> str:

@@ -54,7 +54,16 @@ def shown(loader, **changes):
 def epoch():
     """One epoch of 40 images at batch 16 with averaging and Muon, evaluated on 31: how it ends, and what it counted."""
     recipe = with_statistics(
-        Recipe.build(batch_size=16, epochs=1, peak_epoch=0.5, ema_decay=0.9, ema_every=2, precision="float32", optimizer="muon")
+        Recipe.build(
+            batch_size=16,
+            epochs=1,
+            peak_epoch=0.5,
+            ema_decay=0.9,
+            ema_every=2,
+            sam_share=0.7,
+            optimizer="muon",
+            precision="float32",
+        )
     )
     scores, scored = engine.scores, []
     engine.scores = lambda logits, labels: scored.append(labels) or scores(logits, labels)
@@ -70,7 +79,7 @@ def checks(folder, *sizes):
     with distributed.joined():
         found = {"epoch": epoch(), "gradients": gradients(*map(int, sizes))}
         for loader in ("tensor", "albumentations"):
-            found[loader] = shown(loader) + shown(loader, flip_order="alternating", cutout_probability=0.5)
+            found[loader] = shown(loader) + shown(loader, flip_order="random", cutout_probability=0.5)
         torch.save(found, Path(folder) / f"{distributed.ranks()}-{distributed.rank()}.pt")
 
 

@@ -30,6 +30,7 @@ def test_the_documented_figures_stand_in_the_presets():
         "page": dict(max_lr=0.4, logit_scale=0.125, pool_position="after-relu", fc_bias=False, label_smoothing=0),
     }
     for name, fields in expected.items():
+        fields |= dict(sam_share=0, flip_order="random", init="default")
         assert {field: getattr(Recipe.build(name), field) for field in fields} == fields, name
 
 
@@ -52,13 +53,12 @@ def test_the_peak_moves_with_the_epochs_unless_it_is_given():
 
 
 def test_flips_alternate_only_where_half_the_images_flip(tmp_path):
-    assert Recipe.build().flip_order == "alternating"
-    assert Recipe.build(flip_probability=0.2).flip_order == "random"
-    file = tmp_path / "part.json"
-    file.write_text('{"flip_probability": 0.0}')
-    assert Recipe.build(file=file).flip_order == "random"
-    with pytest.raises(UsageError, match="--flip-order alternating needs --flip-probability 0.5, not 0.2"):
-        Recipe.build(flip_probability=0.2, flip_order="alternating")
+    assert Recipe.build().alternates
+    assert not Recipe.build(flip_probability=0.2).alternates
+    assert not Recipe.build(flip_order="random").alternates
+    whole = tmp_path / "recipe.json"
+    whole.write_text(Recipe().to_json())
+    assert not Recipe.build(file=whole, flip_probability=0.0, epochs=5).alternates
 
 
 @pytest.mark.parametrize(

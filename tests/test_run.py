@@ -311,6 +311,7 @@ def test_a_checkpoint_of_schema_1_goes_on_loading():
     checkpoint = load_checkpoint(Path(__file__).parent / "data" / "schema1.pt")
     assert checkpoint.finished
     assert checkpoint.recipe.epochs == 1
+    assert (checkpoint.recipe.sam_share, checkpoint.recipe.flip_order) == (0, "random")
     assert checkpoint.model().fc.weight[0, 0].item() == pytest.approx(0.01)
     assert checkpoint.history[-1]["test_accuracy"] == 50
 
