@@ -91,9 +91,7 @@ def sharpest(model: nn.Module, radius: float) -> Iterator[None]:
     try:
         with torch.no_grad():
             climb = [weight.square().sum() * gradient for weight, gradient in weights]
-            length = (
-                torch.stack([(gradient * move).sum() for (_, gradient), move in zip(weights, climb, strict=True)]).sum().sqrt()
-            )
+            length = torch.stack([weight.norm() * gradient.norm() for weight, gradient in weights]).norm()
             for (weight, _), move in zip(weights, climb, strict=True):
                 weight.add_(move * (radius / length.clamp(min=1e-12)))
         model.zero_grad()
