@@ -272,14 +272,14 @@ def repeat(
             raise UsageError(f"{folder / REPEAT} has the count {count!r}, not a number of runs")
         _check_match(recipe, must_match or {}, folder)
     done = []
-    for seed in range(recipe.seed, recipe.seed + count):
-        one = folder / f"s{seed}"
-        how = dict(resume=one) if (one / "recipe.json").exists() else dict(recipe=recipe.replace(seed=seed), run_dir=one)
-        try:
-            with watch() as watcher:
+    with signals() as received:
+        for seed in range(recipe.seed, recipe.seed + count):
+            one = folder / f"s{seed}"
+            how = dict(resume=one) if (one / "recipe.json").exists() else dict(recipe=recipe.replace(seed=seed), run_dir=one)
+            with suppress(Interrupted), watch() as watcher:
                 done.append(train(**how, watcher=watcher, **options))
-        except Interrupted as stopped:
-            raise Interrupted(stopped.number, folder) from None
+            if received and len(done) < count:
+                raise Interrupted(received[0], folder)
     accuracies = [checkpoint.history[-1]["test_accuracy"] for checkpoint in done]
     mean, std = statistics.fmean(accuracies), statistics.stdev(accuracies)
     half = float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
@@ -313,27 +313,34 @@ def _check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> No
             raise UsageError(f"{option} {value} contradicts the run in {folder}, which has {planned}{reason}; leave it out")
 
 
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM, so that the step in flight can end; the second one acts at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set handlers
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+class _Received(list):
+    """Signals received, and their handler: after the first one, the next acts at once."""
 
-    def receive(number: int, _frame: Any) -> None:
-        received.append(number)
-        for each in before:
+    def __call__(self, number: int, _frame: Any) -> None:
+        self.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
-    for number in before:
-        signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM, so that the step in flight can end; the second one acts at once.
+
+    Inside another of these it gives that one's.
+    """
+    outer = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        yield []  # only the main thread may set handlers
+    elif isinstance(outer, _Received):
+        yield outer
+    else:
+        received = _Received()
+        before = {number: signal.signal(number, received) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield received
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def samples(

@@ -1,12 +1,14 @@
 import json
 import shutil
+import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cifar_resnet import Recipe, console, data, export, load_checkpoint, predict
+from cifar_resnet import Recipe, console, data, experiment, export, load_checkpoint, predict
 from cifar_resnet import train as train_run
 from cifar_resnet.batches import TensorBatches
 from cifar_resnet.errors import CifarResnetError, DataError, UsageError
@@ -186,6 +188,21 @@ def test_repeat_trains_seeds_and_sums_them_up(cli, tmp_path, monkeypatch):
     code, _, err = cli("train", "--resume", tmp_path / "many", "--epochs", 3)
     assert code == 2
     assert "--epochs 3 contradicts" in err
+
+
+def test_a_signal_after_the_last_step_of_a_seed_stops_the_repetition(tmp_path):
+    class Late(experiment.Watcher):
+        def epoch(self, epoch):
+            signal.raise_signal(signal.SIGINT)
+
+    recipe = Recipe.build("digits", epochs=1, train_limit=32, test_limit=20, batch_size=16)
+    many, before = tmp_path / "many", signal.getsignal(signal.SIGINT)
+    with pytest.raises(experiment.Interrupted, match=f"stopped by SIGINT; .* --resume {many}$"):
+        experiment.repeat(recipe, 2, many, watch=lambda: nullcontext(Late()))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert load_checkpoint(many / "s0").finished
+    assert not (many / "s1").exists()
+    assert len(experiment.repeat(resume=many)["accuracies"]) == 2
 
 
 def test_repeat_takes_two_or_more(refused, tmp_path):
