@@ -56,6 +56,14 @@ def orthogonalise(matrix: Tensor, iterations: int = 3) -> Tensor:
 
 
 def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
+    """The recipe's optimizer for all weights of the model; it cuts large gradients as the recipe says, in its step."""
+    optimizer, limit = _optimizer(recipe, model), recipe.grad_clip
+    if limit is not None:
+        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_value_(model.parameters(), limit))
+    return optimizer
+
+
+def _optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
     common: dict[str, Any] = dict(lr=recipe.max_lr, weight_decay=recipe.weight_decay, fused=parameters[0].device.type != "mps")
     if recipe.optimizer in ("adam", "adamw"):

@@ -48,6 +48,7 @@ class Doubled:
         dict(max_lr=0.05, base_momentum=0.85, momentum=0.95, ema_decay=0.8, ema_every=2),
         dict(max_lr=1e-3, optimizer="adam", base_momentum=0.85, momentum=0.95, output="softmax", logit_scale=1.0),
         dict(max_lr=1e-3, optimizer="adamw", weight_decay=0.1),
+        dict(max_lr=0.05, grad_clip=1e-3, sam_share=0.5),
         dict(max_lr=0.05, sam_share=0.75, sam_radius=0.1, ema_decay=0.8, ema_every=2),
         dict(max_lr=0.01, output="log-softmax", loss="nll", label_smoothing=0.0, logit_scale=1.0),
     ],
@@ -100,6 +101,8 @@ def test_the_loop_is_the_plain_one(changes):
             F.cross_entropy(moved(images), labels, label_smoothing=recipe.label_smoothing).backward()
             for here, there in zip(model.parameters(), moved.parameters(), strict=True):
                 here.grad = there.grad
+        for p in model.parameters():
+            p.grad.clamp_(-(recipe.grad_clip or torch.inf), recipe.grad_clip or torch.inf)
         optimizer.step()
         schedule.step()
         if recipe.ema_decay and (done + 1) % recipe.ema_every == 0:

@@ -21,7 +21,13 @@ def test_every_preset_is_valid_and_survives_json(name, tmp_path):
 def test_the_documented_figures_stand_in_the_presets():
     expected = {
         "eva6-s9": dict(
-            max_lr=0.507, batch_size=128, div_factor=16, cutout_fill=0.473363, flip_probability=0.1, prep_order="relu-bn"
+            max_lr=0.507,
+            batch_size=128,
+            div_factor=16,
+            cutout_fill=0.473363,
+            flip_probability=0.1,
+            prep_order="relu-bn",
+            grad_clip=0.1,
         ),
         "eva8-s8": dict(max_lr=1.14e-4, output="softmax", peak_epoch=7, optimizer="adam", batch_size=512),
         "eva4-s11": dict(momentum=0.95, base_momentum=0.85, weight_decay=1e-2, cutout_count=2, loss="nll", final_div_factor=1),
