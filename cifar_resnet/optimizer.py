@@ -57,9 +57,9 @@ def orthogonalise(matrix: Tensor, iterations: int = 3) -> Tensor:
 
 def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
     """The recipe's optimizer for all weights of the model; it cuts large gradients as the recipe says, in its step."""
-    optimizer, limit = _optimizer(recipe, model), recipe.grad_clip
-    if limit is not None:
-        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_value_(model.parameters(), limit))
+    optimizer = _optimizer(recipe, model)
+    if recipe.grad_clip:
+        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_value_(model.parameters(), recipe.grad_clip))
     return optimizer
 
 

@@ -21,7 +21,7 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 DATASETS = ("cifar10", "digits")  # anything else is a folder
 # Fields added after the first checkpoints were written, with the value that reproduces the runs before.
 ADDED: dict[str, Any] = dict(
-    init="default", muon_lr_factor=0.3, muon_momentum=0.6, flip_order="random", sam_share=0.0, sam_radius=0.01, grad_clip=None
+    init="default", muon_lr_factor=0.3, muon_momentum=0.6, flip_order="random", sam_share=0.0, sam_radius=0.01, grad_clip=0.0
 )
 Channels = tuple[float, float, float]
 
@@ -76,8 +76,8 @@ class Recipe(BaseModel):
     muon_lr_factor: float = _field(0.3, "Optimizer", "Learning rate of Muon's kernels over that of the rest.", gt=0)
     muon_momentum: float = _field(0.6, "Optimizer", "Nesterov momentum of Muon's kernels.", ge=0, lt=1)
     weight_decay: float = _field(5e-4, "Optimizer", "Weight decay: L2 for SGD and Adam, decoupled for AdamW.", ge=0)
-    grad_clip: float | None = _field(
-        None, "Optimizer", "Largest absolute value of a gradient's elements, larger ones are set to it; none if not given.", gt=0
+    grad_clip: float = _field(
+        0.0, "Optimizer", "Largest absolute value of a gradient's elements, to which larger ones are cut; 0: none.", ge=0
     )
     loss: Literal["cross-entropy", "nll"] = _field("cross-entropy", "Optimizer", "Loss on the model's output.")
     label_smoothing: float = _field(0.1, "Optimizer", "Label smoothing of the cross entropy.", ge=0, lt=1)
@@ -231,7 +231,7 @@ class Preset(NamedTuple):
 
 # What the five documented systems share; each preset states the rest in full.
 _DOCUMENTED = dict(
-    init="default", flip_order="random", sam_share=0.0, nesterov=True, grad_clip=None,
+    init="default", flip_order="random", sam_share=0.0, nesterov=True, grad_clip=0.0,
     conv_bias=False, fc_bias=True, prep_order="bn-relu", pool_position="before-bn", output="logits", logit_scale=1.0,
     loss="cross-entropy", label_smoothing=0.0, ema_decay=0.0, epochs=24, batch_size=512, peak_epoch=5.0,
     momentum=0.95, base_momentum=0.85, weight_decay=0.0, div_factor=25.0, final_div_factor=1e4,
@@ -255,7 +255,7 @@ PRESETS: dict[str, Preset] = {
         "the last short batch is kept, not dropped; the LR starts and ends just above 0 instead of at it",
         dict(
             pool_position="after-relu", fc_bias=False, conv_bias=False, logit_scale=0.125, optimizer="sgd", max_lr=0.4,
-            momentum=0.9, base_momentum=None, nesterov=True, weight_decay=5e-4, grad_clip=None, label_smoothing=0.0, ema_decay=0.0,
+            momentum=0.9, base_momentum=None, nesterov=True, weight_decay=5e-4, grad_clip=0.0, label_smoothing=0.0, ema_decay=0.0,
             epochs=24, batch_size=512, peak_epoch=5.0, div_factor=490.0, final_div_factor=4.0, pad=4, pad_mode="reflect",
             flip_probability=0.5, flip_order="random", cutout_size=8, cutout_count=1, cutout_probability=1.0, cutout_fill=None,
             init="default", sam_share=0.0,

@@ -48,7 +48,7 @@ class Doubled:
         dict(max_lr=0.05, base_momentum=0.85, momentum=0.95, ema_decay=0.8, ema_every=2),
         dict(max_lr=1e-3, optimizer="adam", base_momentum=0.85, momentum=0.95, output="softmax", logit_scale=1.0),
         dict(max_lr=1e-3, optimizer="adamw", weight_decay=0.1),
-        dict(max_lr=0.05, grad_clip=1e-3, sam_share=0.5),
+        dict(max_lr=0.05, grad_clip=1e-3, sam_share=0.75),
         dict(max_lr=0.05, sam_share=0.75, sam_radius=0.1, ema_decay=0.8, ema_every=2),
         dict(max_lr=0.01, output="log-softmax", loss="nll", label_smoothing=0.0, logit_scale=1.0),
     ],
