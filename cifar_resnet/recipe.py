@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError
 
@@ -117,6 +117,11 @@ class Recipe(BaseModel):
     precision: Literal["auto", "float32", "bfloat16"] = _field(
         "auto", "Run", "Arithmetic; auto is bfloat16 where the hardware multiplies in it."
     )
+
+    @field_validator("grad_clip", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: Any) -> Any:
+        return 0.0 if value is None else value  # as runs wrote it for a while
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -47,6 +47,11 @@ def test_preset_then_file_then_options(tmp_path):
     assert (recipe.max_lr, recipe.weight_decay, recipe.momentum, recipe.fc_bias) == (0.3, 0.001, 0.9, False)
 
 
+def test_a_recipe_written_while_uncut_gradients_were_null_is_read():
+    written = {**Recipe().model_dump(mode="json"), "grad_clip": None}
+    assert Recipe.parse(written) == Recipe()
+
+
 def test_digits_choose_their_preset_unless_one_is_named():
     assert Recipe.build(dataset="digits").recipe == "digits"
     assert Recipe.build("page", dataset="digits").recipe == "page"
