@@ -73,7 +73,7 @@ class Recipe(BaseModel):
         None, "Optimizer", "Momentum at the highest learning rate; the same throughout if not given.", ge=0, lt=1
     )
     nesterov: bool = _field(True, "Optimizer", "Nesterov's form of SGD momentum.")
-    muon_lr_factor: float = _field(0.3, "Optimizer", "Learning rate of Muon's kernels over that of the rest.", gt=0)
+    muon_lr_factor: float = _field(0.2, "Optimizer", "Learning rate of Muon's kernels over that of the rest.", gt=0)
     muon_momentum: float = _field(0.6, "Optimizer", "Nesterov momentum of Muon's kernels.", ge=0, lt=1)
     weight_decay: float = _field(5e-4, "Optimizer", "Weight decay: L2 for SGD and Adam, decoupled for AdamW.", ge=0)
     grad_clip: float = _field(
@@ -248,7 +248,7 @@ PRESETS: dict[str, Preset] = {
     "sprint": Preset(
         "ours, for people in a hurry: the default's network and optimizer in 10 epochs, with less augmentation",
         "nothing",
-        dict(epochs=10, peak_epoch=2.0, pad=2, cutout_count=0),
+        dict(epochs=10, peak_epoch=2.0, muon_lr_factor=0.3, pad=2, cutout_count=0),
     ),
     "digits": Preset(
         "ours, for scikit-learn's 1,797 digits: no flip, a smaller batch",
