@@ -166,16 +166,17 @@ def test_a_folder_in_another_layout_is_refused(own_images, refused, tmp_path):
     assert "must hold test/CLASS/*" in refused(1, "train", "--dataset", own_images)
 
 
-def test_repeat_trains_seeds_and_sums_them_up(cli, tmp_path, monkeypatch):
+def test_repeat_trains_seeds_and_sums_them_up(cli, tmp_path, narrow):
     from scipy import stats
 
-    options = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--epochs", 1)
+    options = ("--dataset", "digits", "--batch-size", 64, "--epochs", 1)  # enough images for three accuracies to differ
     code, out, _ = cli("train", *options, "--repeat", 3, "--seed", 5, "--run-dir", tmp_path / "many")
     assert code == 0
     content = json.loads((tmp_path / "many" / "repeat.json").read_text())
     runs = [load_checkpoint(tmp_path / "many" / f"s{seed}") for seed in (5, 6, 7)]
     assert content["accuracies"] == [run.history[-1]["test_accuracy"] for run in runs]
     assert [run.recipe.seed for run in runs] == [5, 6, 7]
+    assert len(set(content["accuracies"])) == 3
     expected = stats.t.interval(0.95, 2, np.mean(content["accuracies"]), stats.sem(content["accuracies"]))
     assert content["interval"] == pytest.approx(expected)
     assert f"3 seeds: {content['mean']:.2f} ± {content['std']:.2f} %" in out
