@@ -80,7 +80,7 @@ def test_the_flop_of_training_are_those_that_torch_counts(name):
     assert benchmark.training_flop(recipe) == pytest.approx(counter.get_total_flops() / 3, rel=0.005)
 
 
-def test_the_model_alone_trains_as_the_loop_does():
+def test_the_model_alone_trains_as_the_loop_does(narrow):
     """So that the loop is compared with the same work."""
     recipe = with_statistics(Recipe.build(batch_size=8, precision="bfloat16"))
     states, start = [], engine.start

@@ -136,7 +136,7 @@ def test_the_metrics_are_means_over_the_images():
     assert [row["epoch"] for row in state.history] == [1, 2]
 
 
-def test_twice_the_same_recipe_gives_the_same_bits():
+def test_twice_the_same_recipe_gives_the_same_bits(narrow):
     (a, _), (b, _) = run(*small_run(precision="bfloat16")), run(*small_run(precision="bfloat16"))
     assert all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
     assert [row["test_loss"] for row in a.history] == [row["test_loss"] for row in b.history]
@@ -195,7 +195,7 @@ class NoReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "adam"])
-def test_no_step_reads_from_the_device(optimizer):
+def test_no_step_reads_from_the_device(optimizer, narrow):
     fields = dict(optimizer=optimizer, max_lr=1e-3, ema_decay=0.9, ema_every=2, sam_share=1.0, precision="bfloat16", batch_size=8)
     recipe, batches, _ = small_run(**fields)
     records = engine.train(recipe, engine.start(recipe, CPU), batches, lambda: (), CPU)

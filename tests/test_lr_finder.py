@@ -103,7 +103,7 @@ def test_trials_go_up_and_down_until_the_best_is_between_worse_ones(monkeypatch,
     assert [trial.loss for trial in trials] == pytest.approx([np.inf if np.isnan(loss) else loss for loss in expected])
 
 
-def test_a_trial_is_a_short_run_of_the_recipe():
+def test_a_trial_is_a_short_run_of_the_recipe(narrow):
     """Its loss against a hand loop with torch's own optimizer and OneCycleLR, at a low LR, where rounding does not grow."""
     fields = dict(train_limit=70, batch_size=16, precision="float32", init="default", base_momentum=0.8)
     recipe = Recipe.build("digits", **fields, sam_share=1.0)  # which trials go without
@@ -259,7 +259,7 @@ def test_a_sweep_gives_what_train_gives(cli, tmp_path, monkeypatch):
         assert f"{row['accuracy']:.2f} %" in out
 
 
-def test_the_range_test_trains_as_the_recipe_says():
+def test_the_range_test_trains_as_the_recipe_says(narrow):
     """Its first losses against a hand loop: the recipe's optimizer, augmentation, label smoothing, in bfloat16."""
     recipe = with_statistics(Recipe.build("digits", train_limit=64, batch_size=16, precision="bfloat16", optimizer="adam"))
     batches = TensorBatches(load(recipe).train, recipe, CPU)
