@@ -6,10 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .recipe import Recipe
-
-
-def conv(inputs: int, outputs: int, bias: bool = False) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel_size=3, stride=1, padding=1, bias=bias)
+from .winograd import Conv3x3
 
 
 class ResBlock(nn.Module):
@@ -17,7 +14,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        layers = [module for _ in range(2) for module in (conv(channels, channels), nn.BatchNorm2d(channels), nn.ReLU())]
+        layers = [module for _ in range(2) for module in (Conv3x3(channels, channels), nn.BatchNorm2d(channels), nn.ReLU())]
         self.block = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,12 +31,12 @@ class ResNet(nn.Module):
         super().__init__()
         bias = recipe.conv_bias
         after_prep = [nn.BatchNorm2d(64), nn.ReLU()]
-        self.prep = nn.Sequential(conv(3, 64, bias), *(after_prep if recipe.prep_order == "bn-relu" else reversed(after_prep)))
+        self.prep = nn.Sequential(Conv3x3(3, 64, bias), *(after_prep if recipe.prep_order == "bn-relu" else reversed(after_prep)))
 
         def layer(inputs: int, outputs: int, *then: nn.Module) -> nn.Sequential:
             pool, rest = nn.MaxPool2d(2), [nn.BatchNorm2d(outputs), nn.ReLU()]
             after_conv = [pool, *rest] if recipe.pool_position == "before-bn" else [*rest, pool]
-            return nn.Sequential(conv(inputs, outputs, bias), *after_conv, *then)
+            return nn.Sequential(Conv3x3(inputs, outputs, bias), *after_conv, *then)
 
         self.layer1 = layer(64, 128, ResBlock(128))
         self.layer2 = layer(128, 256)

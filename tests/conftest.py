@@ -100,13 +100,15 @@ def narrow(monkeypatch):
     """
     import torch
 
+    from cifar_resnet import winograd
+
     monkeypatch.setattr(data, "_digits", functools.cache(data._digits))
 
-    class Narrow:
-        class Conv2d(torch.nn.Conv2d):
-            def __init__(self, inputs, outputs, **options):
-                super().__init__(inputs if inputs == 3 else inputs // 16, outputs // 16, **options)
+    class Conv3x3(winograd.Conv3x3):
+        def __init__(self, inputs, outputs, bias=False):
+            super().__init__(inputs if inputs == 3 else inputs // 16, outputs // 16, bias)
 
+    class Narrow:
         @staticmethod
         def BatchNorm2d(channels):
             return torch.nn.BatchNorm2d(channels // 16)
@@ -119,6 +121,7 @@ def narrow(monkeypatch):
             return getattr(torch.nn, name)
 
     monkeypatch.setattr("cifar_resnet.model.nn", Narrow())
+    monkeypatch.setattr("cifar_resnet.model.Conv3x3", Conv3x3)
 
 
 @pytest.fixture

@@ -33,11 +33,11 @@ def test_multiply_adds_at_batch_512(name, giga):
 )
 def test_receptive_field_jump_and_start_are_the_gradients_footprint(layer):
     """Pixels that move a unit, over random images and channels: a box of the field's size, centred where start and jump say."""
-    model = build_model(Recipe.build(init="default")).eval()  # Dirac's kernels are narrow
+    model = build_model(Recipe.build(init="default")).double().eval()  # Dirac's kernels are narrow
     row = next(row for row in layers(Recipe()) if row["layer"] == layer)
     kept = []
     model.get_submodule(layer).register_forward_hook(lambda _module, _input, output: kept.append(output))
-    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
     model.logits(images)
     unit = kept[0].shape[2] // 2
     (gradient,) = torch.autograd.grad(kept[0][:, :, unit, unit].square().sum(), images)
