@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHUNK = 1024  # tiles at a time: what they need fits the cache, more or less
+CHUNK = 8192  # tiles at a time: fewer save memory, but wait more for other programs on the same cores
 MIN_CHANNELS, MIN_TILES = 64, 64  # with fewer, transforming the tiles, or the kernels, costs more than it saves
 
 _BT = [
