@@ -52,11 +52,19 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe with precision "auto" made float32 or bfloat16: bfloat16 where the device multiplies in it."""
     if recipe.precision != "auto":
         return recipe
+    return recipe.replace(precision="bfloat16" if _multiplies_bfloat16(device) else "float32")
+
+
+def without_emulation(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe in float32 where the device only emulates its bfloat16: on a CPU that takes ten times as long to evaluate."""
+    emulated = recipe.precision == "bfloat16" and not _multiplies_bfloat16(device)
+    return recipe.replace(precision="float32") if emulated else recipe
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = device.type == "cpu" and sys.platform == "linux" and any(_cpu().get(key) for key in BFLOAT16_FEATURES)
-    return recipe.replace(precision="bfloat16" if native else "float32")
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and sys.platform == "linux" and any(_cpu().get(key) for key in BFLOAT16_FEATURES)
 
 
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:

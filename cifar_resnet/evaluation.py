@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from . import analysis, engine, figures
 from . import data as datasets
 from .batches import Batches, make_batches
-from .device import environment, resolve_device
+from .device import environment, resolve_device, without_emulation
 from .errors import CifarResnetError, UsageError
 from .model import ResNet
 from .run import SCHEMA, Checkpoint, load_checkpoint, writable, write_json
@@ -33,9 +34,18 @@ class Prediction(NamedTuple):
 
 
 def logits_of(checkpoint: Path | str, data_dir: Path | str | None, device: str, notify: Callable[[str], None]) -> Prediction:
-    """Dataset, recipe and precision are the checkpoint's, so that the figures are those that `train` reported."""
+    """Dataset, recipe and precision are the checkpoint's, so that the figures are those that `train` reported.
+
+    But a device that only emulates bfloat16 evaluates in float32, and says so.
+    """
     place = resolve_device(device)
     loaded = load_checkpoint(checkpoint)
+    recipe = without_emulation(loaded.recipe, place)
+    if recipe != loaded.recipe:
+        notify(
+            f"this run was in bfloat16, which this {place.type} only emulates: evaluated in float32, so the last digits may differ"
+        )
+        loaded = replace(loaded, recipe=recipe)
     data = datasets.load(loaded.recipe, Path(data_dir) if data_dir else None, notify)
     if data.classes != loaded.classes:
         raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")

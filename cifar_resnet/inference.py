@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import analysis
 from .batches import TensorBatches
 from .data import Split, read_image
-from .device import resolve_device
+from .device import resolve_device, without_emulation
 from .errors import CifarResnetError, DataError, UsageError
 from .model import ResNet
 from .run import load_checkpoint, write_whole
@@ -55,7 +55,7 @@ def predict(
     ]
     if not files:
         raise UsageError(f"there are no files in {', '.join(map(str, images))}")
-    model = loaded.model(place)
+    model, recipe = loaded.model(place), without_emulation(loaded.recipe, place)
     for start in range(0, len(files), CHUNK):
         read, pixels = [], []
         for done, file in enumerate(files[start : start + CHUNK], start=start + 1):
@@ -68,8 +68,8 @@ def predict(
         if not read:
             continue
         split = Split(np.stack(pixels), np.zeros(len(read), np.int64), np.arange(len(read)))
-        batches = TensorBatches(split, loaded.recipe, place)
-        probabilities = torch.softmax(analysis.mean_logits(loaded.recipe, model, batches, place, tta).double(), dim=1)
+        batches = TensorBatches(split, recipe, place)
+        probabilities = torch.softmax(analysis.mean_logits(recipe, model, batches, place, tta).double(), dim=1)
         for file, row in zip(read, probabilities, strict=True):
             best = row.topk(min(top, len(row)))
             classes = zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from cifar_resnet import Recipe, load_checkpoint, run, train
+from cifar_resnet import Recipe, load_checkpoint, predict, run, train
 from cifar_resnet.batches import make_batches
 from cifar_resnet.data import load
 from cifar_resnet.device import compiled
@@ -280,6 +281,27 @@ def test_what_train_reports_is_what_evaluate_prints(tiny_run, tmp_path, cli):
     assert sum(found["confusion_matrix"][i][i] for i in range(10)) == round(0.4 * found["accuracy"])
     assert set(found["tta"]) == {"flip"}
     assert sorted(os.listdir(tmp_path)) == ["class_accuracy.png", "confusion_matrix.png", "evaluation.json", "reliability.png"]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_where_bfloat16_is_only_emulated_evaluation_is_in_float32(native, narrow, no_figures, tmp_path, cli, monkeypatch):
+    recipe = Recipe.build("digits", epochs=1, train_limit=70, test_limit=40, precision="bfloat16")
+    checkpoint = train(recipe, tmp_path / "run")
+    monkeypatch.setattr("cifar_resnet.device._multiplies_bfloat16", lambda device: native)
+    images, labels = next(make_batches(load(recipe).evaluation, checkpoint.recipe, torch.device("cpu")).plain(40))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=native):
+        logits = checkpoint.model().logits(images).double()
+    code, out, err = cli("evaluate", tmp_path / "run")
+    assert code == 0
+    assert ("only emulates" in out + err) is not native
+    loss = json.loads((tmp_path / "run" / "evaluation.json").read_text())["loss"]
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-6)
+    assert (loss == checkpoint.history[-1]["test_loss"]) is native
+    Image.fromarray(load(recipe).evaluation.images[0]).save(tmp_path / "x.png")
+    (found,) = predict(tmp_path / "run", [tmp_path / "x.png"], top=1)
+    assert found["classes"][0]["probability"] == pytest.approx(
+        float(logits[0].softmax(0).max()), rel=1e-6 if not native else 1e-2
+    )
 
 
 def test_the_averaged_model_is_the_one_evaluated(tiny_run):
