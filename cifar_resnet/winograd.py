@@ -53,14 +53,14 @@ class Conv3x3(nn.Conv2d):
 def usable(x: Tensor, weight: Tensor) -> bool:
     """Whether it is float32 on a CPU whose matrix products are MKL's, large enough, and executed rather than traced."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.shape[1] >= MIN_CHANNELS
         and x.shape[2] % 4 == x.shape[3] % 4 == 0
         and x.shape[0] * x.shape[2] * x.shape[3] >= 16 * MIN_TILES
         and torch.backends.mkl.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
