@@ -29,7 +29,7 @@ def test_the_documented_figures_stand_in_the_presets():
             prep_order="relu-bn",
             grad_clip=0.1,
         ),
-        "eva8-s8": dict(max_lr=1.14e-4, output="softmax", peak_epoch=7, optimizer="adam", batch_size=512),
+        "eva8-s8": dict(max_lr=1.17e-4, output="softmax", peak_epoch=7.2, optimizer="adam", weight_decay=1e-2, div_factor=40),
         "eva4-s11": dict(momentum=0.95, base_momentum=0.85, weight_decay=1e-2, cutout_count=2, loss="nll", final_div_factor=1),
         "era-s10": dict(fc_bias=False, div_factor=100, final_div_factor=100, optimizer="adam", std=(0.2023, 0.1994, 0.2010)),
         "week5-s10": dict(weight_decay=1e-4, optimizer="adam", peak_epoch=5),
@@ -59,7 +59,7 @@ def test_digits_choose_their_preset_unless_one_is_named():
 
 def test_the_peak_moves_with_the_epochs_unless_it_is_given():
     assert Recipe.build(epochs=12).peak_epoch == pytest.approx(2.5)
-    assert Recipe.build("eva8-s8", epochs=12).peak_epoch == pytest.approx(3.5)
+    assert Recipe.build("eva8-s8", epochs=12).peak_epoch == pytest.approx(3.6)
     assert Recipe.build(epochs=12, peak_epoch=4).peak_epoch == 4
 
 
