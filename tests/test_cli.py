@@ -27,15 +27,21 @@ def test_version_and_module():
 
 
 def test_help_and_usage_errors_answer_at_once_without_torch():
-    code = "import sys; sys.argv = ['cifar-resnet', *{}]\nfrom cifar_resnet.cli import main\n"
-    code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
-    for arguments in (["--help"], ["train", "--help"], ["train", "--epochs", "0"], ["train", "--recipe", "nine"], ["recipes"]):
+    """In half a second, or on a slow machine in twice what the libraries behind every answer take to be imported."""
+
+    def fastest(code):
         times = []
         for _ in range(5):
             began = time.monotonic()
-            subprocess.run([sys.executable, "-c", code.format(arguments)], check=True, capture_output=True, timeout=60)
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
             times.append(time.monotonic() - began)
-        assert min(times) < 0.5, arguments
+        return min(times)
+
+    limit = max(0.5, 2 * fastest("import pydantic.main, typer.rich_utils"))
+    code = "import sys; sys.argv = ['cifar-resnet', *{}]\nfrom cifar_resnet.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    for arguments in (["--help"], ["train", "--help"], ["train", "--epochs", "0"], ["train", "--recipe", "nine"], ["recipes"]):
+        assert fastest(code.format(arguments)) < limit, arguments
 
 
 def test_importing_the_package_imports_nothing_heavy():
