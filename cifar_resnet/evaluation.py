@@ -97,6 +97,7 @@ def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
         "recipe": loaded.recipe.recipe,
         "epoch": loaded.content["epoch"],
         "evaluated_on": found.data.evaluated_on,
+        "precision": loaded.recipe.precision,
         "environment": environment(found.device),
         **analysis.report(found.logits, found.labels, found.data.classes),
         "tta": None,

@@ -295,14 +295,14 @@ def test_where_bfloat16_is_only_emulated_evaluation_is_in_float32(native, narrow
     code, out, err = cli("evaluate", tmp_path / "run")
     assert code == 0
     assert ("only emulates" in out + err) is not native
-    loss = json.loads((tmp_path / "run" / "evaluation.json").read_text())["loss"]
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["precision"] == ("bfloat16" if native else "float32")
+    loss = found["loss"]
     assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-6)
     assert (loss == checkpoint.history[-1]["test_loss"]) is native
     Image.fromarray(load(recipe).evaluation.images[0]).save(tmp_path / "x.png")
-    (found,) = predict(tmp_path / "run", [tmp_path / "x.png"], top=1)
-    assert found["classes"][0]["probability"] == pytest.approx(
-        float(logits[0].softmax(0).max()), rel=1e-6 if not native else 1e-2
-    )
+    (one,) = predict(tmp_path / "run", [tmp_path / "x.png"], top=1)
+    assert one["classes"][0]["probability"] == pytest.approx(float(logits[0].softmax(0).max()), rel=1e-6 if not native else 1e-2)
 
 
 def test_the_averaged_model_is_the_one_evaluated(tiny_run):
