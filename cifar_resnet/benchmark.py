@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, default_collate
 
-from . import analysis, engine
+from . import analysis, engine, winograd
 from .batches import Batch, leave_signals, make_batches
 from .data import Split, train_transform, with_statistics
 from .device import autocast, compiled, environment, resolve_device, resolve_precision
@@ -147,7 +147,7 @@ def bench(
 
 
 def training_flop(recipe: Recipe) -> int:
-    """FLOP of an image, forward and backward: two a multiply-add, and backward twice as many as forward."""
+    """FLOP of an image, forward and backward: two a multiply-add of direct convolutions, and backward twice as many as forward."""
     return 6 * sum(layer["multiply_adds"] for layer in analysis.layers(recipe, 1))
 
 
@@ -251,10 +251,11 @@ def _plain_process(*arguments) -> Iterator[Callable[[], None]]:
 def _plain_loop(pipe: Any, recipe: Recipe, device: torch.device, images: int, workers: int) -> None:
     """The loop of many a notebook: float32, NCHW, a DataLoader over Albumentations, loss and hits read at every step.
 
-    It has the recipe's optimizer. It runs in a process of its own, begun anew, without `device.keep_large_blocks`, which
-    cannot be undone and which a notebook has not got; between its steps it rests.
+    It has the recipe's optimizer, and torch's own convolutions. It runs in a process of its own, begun anew, without
+    `device.keep_large_blocks`, which cannot be undone and which a notebook has not got; between its steps it rests.
     """
     leave_signals(0)
+    winograd.MIN_TILES = ENDLESS
     recipe = recipe.replace(precision="float32", flip_order="random")
     model = build_model(recipe).to(device).to(memory_format=torch.contiguous_format)
     optimizer, loss_of = make_optimizer(recipe, model), engine.make_loss(recipe)

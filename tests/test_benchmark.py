@@ -8,7 +8,7 @@ from scipy.stats import binom
 from torch.utils.flop_counter import FlopCounterMode
 
 import cifar_resnet
-from cifar_resnet import Recipe, benchmark, engine
+from cifar_resnet import Recipe, benchmark, engine, winograd
 from cifar_resnet.data import with_statistics
 
 CPU = torch.device("cpu")
@@ -57,6 +57,23 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
     operators = {row["operator"]: row for row in content["profile"]}
     assert operators["aten::native_batch_norm_backward"]["calls"] == 3 * 8
     assert 0 < sum(row["share"] for row in content["profile"]) < 110
+
+
+def test_the_plain_loop_has_torchs_own_convolutions(monkeypatch):
+    def fail(*_):
+        raise AssertionError
+
+    class Once:
+        asked = iter([True, False])
+        recv = staticmethod(asked.__next__)
+        sent: list[None] = []
+        send = staticmethod(sent.append)
+
+    monkeypatch.setattr(winograd, "MIN_TILES", winograd.MIN_TILES)  # the loop changes it, in a process of its own
+    monkeypatch.setattr(winograd._Winograd, "apply", fail)
+    monkeypatch.setattr(benchmark, "leave_signals", lambda _: None)
+    benchmark._plain_loop(Once, with_statistics(Recipe.build(batch_size=8, optimizer="sgd")), CPU, 16, 0)
+    assert Once.sent == [None]
 
 
 @pytest.mark.parametrize(("rounds", "rank"), [(6, 1), (9, 2), (15, 4), (40, 14)])
