@@ -38,7 +38,10 @@ INPUT, KERNEL, OUTPUT = (torch.kron(m, m).float() for m in (torch.tensor(m, dtyp
 
 
 class Conv3x3(nn.Conv2d):
-    """A convolution of 3x3 with padding 1, (N, inputs, H, W) to (N, outputs, H, W), in channels-last layout."""
+    """A convolution of 3x3 with padding 1, (N, inputs, H, W) to (N, outputs, H, W), best in channels-last layout.
+
+    Where `usable` says so it has first derivatives only, by `backward` or `torch.autograd.grad`: elsewhere it is torch's own.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, kernel_size=3, stride=1, padding=1, bias=bias)
@@ -54,8 +57,10 @@ def usable(x: Tensor, weight: Tensor) -> bool:
     """Whether it is float32 on a CPU whose matrix products are MKL's, large enough, and executed rather than traced."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and x.dim() == 4
         and x.shape[1] >= MIN_CHANNELS
         and x.shape[2] % 4 == x.shape[3] % 4 == 0
         and x.shape[0] * x.shape[2] * x.shape[3] >= 16 * MIN_TILES

@@ -49,6 +49,19 @@ def test_it_is_used_where_it_is_faster():
         assert not winograd.usable(x, weight)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit, which goes on being used
+def test_what_is_exported_is_torchs_own_convolution():
+    layer, x = winograd.Conv3x3(64, 64).eval(), random(64, 64, 4, 4)
+    targets = [str(node.target) for node in torch.export.export(layer, (x,)).graph.nodes]
+    assert [target for target in targets if target.startswith("aten")] == ["aten.conv2d.default"]
+    assert "aten::_convolution" in str(torch.jit.trace(layer, x, check_trace=False).inlined_graph)
+
+
+def test_one_image_without_a_batch():
+    layer, x = winograd.Conv3x3(64, 64), random(64, 64, 64)
+    assert torch.equal(layer(x), functional.conv2d(x, layer.weight, padding=1))
+
+
 @needs_mkl
 def test_a_bias_is_added_after_it():
     layer = winograd.Conv3x3(64, 32, bias=True)
