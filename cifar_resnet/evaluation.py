@@ -36,15 +36,13 @@ class Prediction(NamedTuple):
 def logits_of(checkpoint: Path | str, data_dir: Path | str | None, device: str, notify: Callable[[str], None]) -> Prediction:
     """Dataset, recipe and precision are the checkpoint's, so that the figures are those that `train` reported.
 
-    But a device that only emulates bfloat16 evaluates in float32, and says so.
+    But a CPU that only emulates bfloat16 evaluates in float32, and says so.
     """
     place = resolve_device(device)
     loaded = load_checkpoint(checkpoint)
     recipe = without_emulation(loaded.recipe, place)
     if recipe != loaded.recipe:
-        notify(
-            f"this run was in bfloat16, which this {place.type} only emulates: evaluated in float32, so the last digits may differ"
-        )
+        notify("this run was in bfloat16, which this CPU only emulates: evaluated in float32, so the last digits may differ")
         loaded = replace(loaded, recipe=recipe)
     data = datasets.load(loaded.recipe, Path(data_dir) if data_dir else None, notify)
     if data.classes != loaded.classes:
@@ -163,6 +161,7 @@ def misclassified(
     folder = writable(Path(run_dir) if run_dir else path.parent)
     listed = [{key: value for key, value in mistake._asdict().items() if key != "position"} for mistake in wrong]
     content = {"schema": SCHEMA, "checkpoint": str(path), "evaluated_on": found.data.evaluated_on, "images": len(split)}
+    content["precision"] = found.checkpoint.recipe.precision
     write_json(folder / "misclassified.json", {**content, "mistakes": listed})
     order = {"confidence": "surest of", "class": "first, by class, of", "random": "drawn at random from"}[sort]
     of_classes = "".join(f", {what} {name}" for what, name in (("true class", true), ("predicted", predicted)) if name)
