@@ -27,21 +27,18 @@ def test_version_and_module():
 
 
 def test_help_and_usage_errors_answer_at_once_without_torch():
-    """In half a second, or on a slow machine in twice what the libraries behind every answer take to be imported."""
+    """In half a second; on a slow machine in three times what the libraries behind every answer take, measured beside it."""
 
-    def fastest(code):
-        times = []
-        for _ in range(5):
-            began = time.monotonic()
-            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
-            times.append(time.monotonic() - began)
-        return min(times)
+    def seconds(code):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+        return time.monotonic() - began
 
-    limit = max(0.5, 2 * fastest("import pydantic.main, typer.rich_utils"))
     code = "import sys; sys.argv = ['cifar-resnet', *{}]\nfrom cifar_resnet.cli import main\n"
     code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     for arguments in (["--help"], ["train", "--help"], ["train", "--epochs", "0"], ["train", "--recipe", "nine"], ["recipes"]):
-        assert fastest(code.format(arguments)) < limit, arguments
+        rounds = [(seconds("import pydantic.main, typer.rich_utils"), seconds(code.format(arguments))) for _ in range(5)]
+        assert any(answer < max(0.5, 3 * libraries) for libraries, answer in rounds), (arguments, rounds)
 
 
 def test_importing_the_package_imports_nothing_heavy():
