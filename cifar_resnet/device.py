@@ -57,15 +57,17 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
 
 def without_emulation(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe in float32 where its bfloat16 would be emulated, on a CPU: that takes eleven times as long to evaluate."""
-    known = device.type == "cpu" and sys.platform == "linux"  # elsewhere torch does not say
-    emulated = recipe.precision == "bfloat16" and known and not _multiplies_bfloat16(device)
+    emulated = recipe.precision == "bfloat16" and device.type == "cpu" and _multiplies_bfloat16(device) is False
     return recipe.replace(precision="float32") if emulated else recipe
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def _multiplies_bfloat16(device: torch.device) -> bool | None:
+    """None where torch does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and sys.platform == "linux" and any(_cpu().get(key) for key in BFLOAT16_FEATURES)
+    if device.type == "cpu" and sys.platform == "linux":
+        return any(_cpu().get(key) for key in BFLOAT16_FEATURES)
+    return None
 
 
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:

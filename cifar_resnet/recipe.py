@@ -278,7 +278,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "eva8-s8": Preset(
         "Higher Receptive Fields in CNNs: softmax inside the model, cross entropy on top of it",
-        "holes lie whole inside the image; the rest is as in the notebook of its run, which went on from weights trained before",
+        "holes lie whole inside the image; the rest is as in the notebook of its run, which seems to go on from trained weights",
         {
             **_DOCUMENTED, "output": "softmax", "optimizer": "adam", "max_lr": 1.17e-4, "weight_decay": 1e-2, "div_factor": 40.0,
             "peak_epoch": 7.2, "pad": 2, "pad_mode": "reflect", "cutout_probability": 1.0, "cutout_fill": 0.0,

@@ -107,7 +107,7 @@ class _Winograd(torch.autograd.Function):
         x, kernels = x.permute(0, 2, 3, 1), _kernels(weight)
         n, height, width, _ = x.shape
         y = x.new_empty(n, height, width, len(weight))
-        per = max(1, CHUNK * 16 // (height * width))
+        per = _images(height, width)
         for images, result in zip(x.split(per), y.split(per), strict=True):
             tiles = _transform(OUTPUT, _places(_input_tiles(images), kernels))
             tiles = tiles.view(-1, height // 4, width // 4, 4, 4, len(weight)).transpose(2, 3)
@@ -122,7 +122,7 @@ class _Winograd(torch.autograd.Function):
         n, height, width, channels = x.shape
         dx = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
         dkernels = torch.zeros_like(kernels)
-        per = max(1, CHUNK * 16 // (height * width))
+        per = _images(height, width)
         for i in range(0, n, per):
             tiles = g[i : i + per].reshape(-1, height // 4, 4, width // 4, 4, len(weight)).transpose(2, 3)
             dproduct = _transform(OUTPUT.T, tiles.reshape(-1, 16, len(weight)))
@@ -133,6 +133,11 @@ class _Winograd(torch.autograd.Function):
                 dx[i : i + per] = _add_tiles(tiles, x[i : i + per].shape)
         dweight = (KERNEL.T @ dkernels.view(36, -1)).view(3, 3, channels, len(weight)).permute(3, 2, 0, 1)
         return dx if dx is None else dx.permute(0, 3, 1, 2), dweight
+
+
+def _images(height: int, width: int) -> int:
+    """How many images of this size at a time."""
+    return max(1, CHUNK * 16 // (height * width))
 
 
 def _kernels(weight: Tensor) -> Tensor:
