@@ -196,7 +196,7 @@ def evaluation(content: dict[str, Any], written: str) -> None:
 def mistakes(chosen: list[Mistake], written: str) -> None:
     """The first of the mistakes chosen."""
     if not chosen:
-        say("no image is misclassified so")
+        say("there is no such mistake to show")
     else:
         shown = min(len(chosen), 10)
         table = table_of(">image", "true class", "predicted", ">confidence", title=f"{shown} of {len(chosen)} mistakes")
