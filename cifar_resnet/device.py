@@ -92,11 +92,12 @@ def compiled(
     before = copy.deepcopy(model.state_dict())
     try:
         forward = torch.compile(model.forward, dynamic=False)  # a graph for each size; one for all would be slower
-        for size in sizes:
-            images = torch.zeros(size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-            with autocast(recipe, device):
-                output = forward(images)
-            output.float().sum().backward()
+        with torch._dynamo.config.patch(recompile_limit=10**6):  # after 8 graphs in a process torch would go on without
+            for size in sizes:
+                images = torch.zeros(size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+                with autocast(recipe, device):
+                    output = forward(images)
+                output.float().sum().backward()
     except Exception as error:  # without a C compiler, or Triton: whatever torch makes of it
         message = f"the model cannot be compiled here: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         if mode == "on":

@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from PIL import Image
 
 from cifar_resnet import Recipe, load_checkpoint, predict, run, train
@@ -98,6 +100,17 @@ def test_a_model_that_cannot_be_compiled_trains_without_unless_told_to(monkeypat
     assert warnings == ["the model cannot be compiled here: Failed to find C compiler; it trains without"]
     with pytest.raises(UsageError, match="--compile maybe"):
         compiled("maybe", recipe, model, torch.device("cpu"), [8], warnings.append)
+
+
+def test_one_process_compiles_as_many_models_as_it_trains(monkeypatch):
+    counter = torch._dynamo.testing.CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    recipe, device = Recipe.build("digits", precision="float32"), torch.device("cpu")
+    for sizes in ([2, 3, 4, 5, 6], [7, 8, 9, 10, 11]):  # torch's own limit is 8 graphs of one function
+        forward = compiled("on", recipe, build_model(recipe), device, sizes, pytest.fail)
+    assert counter.frame_count == 10
+    forward(torch.zeros(11, 3, 32, 32).to(memory_format=torch.channels_last))
+    assert counter.frame_count == 10
 
 
 class StopAfter(Watcher):
