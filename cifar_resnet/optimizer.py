@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Muon(torch.optim.SGD):
 
     def _orthogonalise(self, params: list[Tensor], muon_momentum: float, lr_factor: float, **_: Any) -> None:
         """Scales the kernels, and leaves for SGD, as their gradients, where they go; all at once, as launches cost a GPU more."""
-        gradients = [kernel.grad for kernel in params if kernel.grad is not None]
+        gradients = [cast(Tensor, kernel.grad) for kernel in params]  # every step has gradients for all
         for kernel in params:
             if "momentum_buffer" not in self.state[kernel]:
                 self.state[kernel]["momentum_buffer"] = torch.zeros_like(kernel)
