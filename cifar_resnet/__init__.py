@@ -7,30 +7,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .benchmark import bench
     from .errors import CifarResnetError
-    from .evaluation import evaluate, misclassified
-    from .experiment import Watcher, repeat, samples, train
-    from .inference import export, predict
-    from .lr_search import find_lr
-    from .model import ResNet, build_model
-    from .recipe import PRESETS, Recipe
-    from .results import compare, report
-    from .run import Checkpoint, load_checkpoint
+    from .jobs.bench import bench
+    from .jobs.compare import compare
+    from .jobs.evaluate import evaluate
+    from .jobs.export import export
+    from .jobs.find_lr import find_lr
+    from .jobs.misclassified import misclassified
+    from .jobs.predict import predict
+    from .jobs.repeat import repeat
+    from .jobs.report import report
+    from .jobs.samples import samples
+    from .jobs.train import Watcher, train
+    from .presets import PRESETS
+    from .recipe import Recipe
+    from .run_dir import Checkpoint, load_checkpoint
+    from .training.model import ResNet, build_model
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "benchmark": ("bench",),
     "errors": ("CifarResnetError",),
-    "evaluation": ("evaluate", "misclassified"),
-    "experiment": ("Watcher", "repeat", "samples", "train"),
-    "inference": ("export", "predict"),
-    "lr_search": ("find_lr",),
-    "model": ("ResNet", "build_model"),
-    "recipe": ("PRESETS", "Recipe"),
-    "results": ("compare", "report"),
-    "run": ("Checkpoint", "load_checkpoint"),
+    "jobs.bench": ("bench",),
+    "jobs.compare": ("compare",),
+    "jobs.evaluate": ("evaluate",),
+    "jobs.export": ("export",),
+    "jobs.find_lr": ("find_lr",),
+    "jobs.misclassified": ("misclassified",),
+    "jobs.predict": ("predict",),
+    "jobs.repeat": ("repeat",),
+    "jobs.report": ("report",),
+    "jobs.samples": ("samples",),
+    "jobs.train": ("Watcher", "train"),
+    "recipe": ("Recipe",),
+    "presets": ("PRESETS",),
+    "run_dir": ("Checkpoint", "load_checkpoint"),
+    "training.model": ("ResNet", "build_model"),
 }
 __all__ = [
     "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "bench", "build_model", "compare",

@@ -5,6 +5,7 @@ Torch and what pulls it in are imported inside the commands, so that help and us
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -12,13 +13,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 
 from . import __version__
 from .errors import CifarResnetError, UsageError
+from .look import console
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .training.lr_finder import FoundLR
 
 app = typer.Typer(
     help="Take one small ResNet through CIFAR-10: find the learning rate, train, evaluate, see what it gets wrong and why.",
@@ -32,151 +37,152 @@ STEPS, AFTER, BEFORE = "The four steps", "After a run", "Before a run"
 WHERE, RANGE, CHOICE, DRAWING, MEASURE = "Where and how", "Range test", "Which mistakes", "Drawing", "What to measure"
 
 
-def _option(kind: Any, help: str, panel: str = WHERE, *flags: str, **more: Any) -> Any:
-    return Annotated[kind, typer.Option(*flags, help=help, rich_help_panel=panel, **more)]
+def _option(help: str, panel: str = WHERE, *flags: str, **more: Any) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
 
 
-def _argument(kind: Any, help: str) -> Any:
-    return Annotated[kind, typer.Argument(help=help, show_default=False)]
+def _argument(help: str) -> Any:
+    return typer.Argument(help=help, show_default=False)
 
 
-# Every option that is no field of a recipe, by its parameter; "command parameter" where commands mean different things by it.
-OPTIONS: dict[str, Any] = {
-    "checkpoint": _argument(Path, "A checkpoint file, or the folder of a run."),
-    "runs": _argument(list[Path], "Folders of finished runs, or checkpoint files."),
-    "images": _argument(list[Path], "Image files, or folders of them."),
-    "name": _argument(str | None, "Print every field of this one, as recipe.json."),
-    "recipe_file": _option(Path | None, "recipe.json of a run, or a part of one, to start from.", "Recipe", show_default="none"),
-    "max_lr": _option(
-        str | None, "Learning rate at the peak of the schedule; find does what find-lr does first, and takes its minimum and maximum.",
-        "Optimizer", metavar="<float|find>", show_default=str(Recipe.model_fields["max_lr"].default),
-    ),
-    "start_lr": _option(float, "Learning rate of the first step.", RANGE),
-    "end_lr": _option(float, "Learning rate of the last step.", RANGE),
-    "num_iter": _option(int, "Steps.", RANGE),
-    "trial_steps": _option(
-        int | None, "Steps of each of the short trainings, three to six, that find the maximum; 0 for no such trainings.", RANGE,
-        show_default="25,600 images, half of the run at most, at least 50 steps",
-    ),
-    "suggest": _option(
-        Literal["recommended", "steepest", "valley", "minimum"], "Rule to go by; minimum is a tenth of the lowest point's.", RANGE
-    ),
-    "sweep": _option(
-        int | None, "Also train this many epochs at each of nine maxima, judged on held-out images: what the rules are worth.", RANGE
-    ),
-    "step_mode": _option(Literal["exp", "linear"], "How the LR rises.", RANGE),
-    "run_dir": _option(Path | None, "Folder for what is written.", show_default="beside the checkpoint"),
-    "find-lr run_dir": _option(
-        Path | None, "Folder for lr_finder.json and its picture.", show_default="runs/find-lr-<recipe>-<dataset>-s<seed>-<UTC time>"
-    ),
-    "train run_dir": _option(
-        Path | None, "Empty or new folder for what the run writes.", show_default="runs/<recipe>-<dataset>-s<seed>-<UTC time>"
-    ),
-    "resume": _option(Path | None, "Go on with the run in this folder.", show_default=False),
-    "repeat": _option(int | None, "Train this many seeds in a row, each in a folder of its own.", show_default="1"),
-    "data_dir": _option(
-        Path | None, "Folder with CIFAR-10, downloaded there if missing; or that a folder of your own images is now in.",
-        envvar="CIFAR_RESNET_DATA_DIR", show_default="the user's cache folder",
-    ),
-    "device": _option(str, "auto, cpu, cuda, cuda:N or mps; auto is the first there of cuda, mps, cpu."),
-    "loader": _option(
-        Literal["auto", "tensor", "albumentations"],
-        "tensor: the split on the device, augmented a batch at a time. albumentations: image by image in worker processes. auto: tensor.",
-    ),
-    "workers": _option(int | None, "Worker processes of the albumentations loader.", show_default="1 on a CPU, 4 beside a GPU"),
-    "save_every_minutes": _option(float, "Minutes inside an epoch between two checkpoints."),
-    "compile": _option(Literal["auto", "on", "off"], "Compile the model before the first step; auto does on CUDA."),
-    "format": _option(Literal["png", "svg", "pdf"], "Format of the pictures."),
-    "export format": _option(Literal["onnx", "safetensors"], "The extra export has the packages that they need."),
-    "tta": _option(
-        Literal["none", "flip", "flip-shift"],
-        "Mean logits of several views: the image and its mirror image; or these, and each shifted by a pixel both ways.",
-    ),
-    "count": _option(int, "Images in the two pictures.", CHOICE),
-    "sort": _option(Literal["confidence", "class", "random"], "confidence: the surest mistakes first.", CHOICE),
-    "true": _option(str | None, "Only images of this class.", CHOICE, metavar="CLASS", show_default="all"),
-    "predicted": _option(str | None, "Only images taken for this class.", CHOICE, metavar="CLASS", show_default="all"),
-    "layer": _option(
-        Literal["prep", "layer1", "layer2", "layer3"], "Whose output Grad-CAM weighs: 32x32, 16x16, 8x8 or 4x4.", CHOICE
-    ),
-    "output": _option(Path, "The picture: .png, .svg or .pdf.", DRAWING),
-    "report output": _option(Path | None, "The file.", show_default="report.html beside the checkpoint"),
-    "export output": _option(Path | None, "The file.", show_default="model.<format> beside the checkpoint"),
-    "json_output": _option(bool, "Print it as JSON.", WHERE, "--json"),
-    "json_file": _option(Path | None, "File for all that was measured.", MEASURE, "--json", show_default="none"),
-    "top": _option(int, "Classes shown for each image."),
-    "with_preprocessing": _option(
-        bool, "Normalise inside the graph: it takes uint8 (N, 32, 32, 3).", WHERE, "--with-preprocessing"
-    ),
-    "views": _option(int, "Augmented views of each image.", DRAWING),
-    "policy": _option(Literal["one-cycle", "triangular"], "The recipe's own, or the cyclical zigzag.", DRAWING),
-    "min_lr": _option(float, "Lower bound of the triangular policy.", DRAWING),
-    "step_size": _option(int, "Steps from one bound to the other.", DRAWING),
-    "cycles": _option(int, "Times up and down.", DRAWING),
-    "rounds": _option(int, "Times that everything is measured.", MEASURE),
-    "reference": _option(bool, "Measure a plain loop too, as notebooks have it.", MEASURE, "--reference"),
-    "profile": _option(bool, "Show which operators take the time of training.", MEASURE, "--profile"),
-}  # fmt: skip
+# What commands take beside the fields of a recipe: first what several of them share, then by command.
+# fmt: off
+Checkpoint = Annotated[Path, _argument("A checkpoint file, or the folder of a run.")]
+RecipeFile = Annotated[Path | None, _option(
+    "recipe.json of a run, or a part of one, to start from.", "Recipe", show_default="none"
+)]
+Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _option(
+    "Rule to go by; minimum is a tenth of the lowest point's.", RANGE
+)]
+RunDir = Annotated[Path | None, _option("Folder for what is written.", show_default="beside the checkpoint")]
+DataDir = Annotated[Path | None, _option(
+    "Folder with CIFAR-10, downloaded there if missing; or that a folder of your own images is now in.",
+    envvar="CIFAR_RESNET_DATA_DIR", show_default="the user's cache folder",
+)]
+Device = Annotated[str, _option("auto, cpu, cuda, cuda:N or mps; auto is the first there of cuda, mps, cpu.")]
+Loader = Annotated[Literal["auto", "tensor", "albumentations"], _option(
+    "tensor: the split on the device, augmented a batch at a time. albumentations: image by image in worker processes. auto: tensor."
+)]
+Workers = Annotated[int | None, _option(
+    "Worker processes of the albumentations loader.", show_default="1 on a CPU, 4 beside a GPU"
+)]
+Compile = Annotated[Literal["auto", "on", "off"], _option("Compile the model before the first step; auto does on CUDA.")]
+Format = Annotated[Literal["png", "svg", "pdf"], _option("Format of the pictures.")]
+Tta = Annotated[Literal["none", "flip", "flip-shift"], _option(
+    "Mean logits of several views: the image and its mirror image; or these, and each shifted by a pixel both ways."
+)]
+Json = Annotated[bool, _option("Print it as JSON.", WHERE, "--json")]
+Picture = Annotated[Path, _option("The picture: .png, .svg or .pdf.", DRAWING)]
+
+StartLR = Annotated[float, _option("Learning rate of the first step.", RANGE)]
+EndLR = Annotated[float, _option("Learning rate of the last step.", RANGE)]
+NumIter = Annotated[int, _option("Steps.", RANGE)]
+StepMode = Annotated[Literal["exp", "linear"], _option("How the LR rises.", RANGE)]
+TrialSteps = Annotated[int | None, _option(
+    "Steps of each of the short trainings, three to six, that find the maximum; 0 for no such trainings.", RANGE,
+    show_default="25,600 images, half of the run at most, at least 50 steps",
+)]
+Sweep = Annotated[int | None, _option(
+    "Also train this many epochs at each of nine maxima, judged on held-out images: what the rules are worth.", RANGE
+)]
+FinderDir = Annotated[Path | None, _option(
+    "Folder for lr_finder.json and its picture.", show_default="runs/find-lr-<recipe>-<dataset>-s<seed>-<UTC time>"
+)]
+
+MaxLR = Annotated[str | None, _option(
+    "Learning rate at the peak of the schedule; find does what find-lr does first, and takes its minimum and maximum.",
+    "Optimizer", metavar="<float|find>", show_default=str(Recipe.model_fields["max_lr"].default),
+)]
+NewRunDir = Annotated[Path | None, _option(
+    "Empty or new folder for what the run writes.", show_default="runs/<recipe>-<dataset>-s<seed>-<UTC time>"
+)]
+Resume = Annotated[Path | None, _option("Go on with the run in this folder.", show_default=False)]
+Repeat = Annotated[int | None, _option("Train this many seeds in a row, each in a folder of its own.", show_default="1")]
+SaveEveryMinutes = Annotated[float, _option("Minutes inside an epoch between two checkpoints.")]
+TF32 = Annotated[bool, _option(
+    "Let float32 matrix products and convolutions use TF32 on NVIDIA GPUs.", WHERE, "--tf32/--no-tf32"
+)]
+Target = Annotated[float | None, _option("Accuracy in percent, drawn as a line into the accuracy curve.", min=0, max=100)]
+
+Count = Annotated[int, _option("Images in the two pictures.", CHOICE)]
+Sort = Annotated[Literal["confidence", "class", "random"], _option("confidence: the surest mistakes first.", CHOICE)]
+TrueClass = Annotated[str | None, _option("Only images of this class.", CHOICE, metavar="CLASS", show_default="all")]
+PredictedClass = Annotated[str | None, _option("Only images taken for this class.", CHOICE, metavar="CLASS", show_default="all")]
+Layer = Annotated[Literal["prep", "layer1", "layer2", "layer3"], _option(
+    "Whose output Grad-CAM weighs: 32x32, 16x16, 8x8 or 4x4.", CHOICE
+)]
+
+Runs = Annotated[list[Path], _argument("Folders of finished runs, or checkpoint files.")]
+Page = Annotated[Path | None, _option("The file.", show_default="report.html beside the checkpoint")]
+Images = Annotated[list[Path], _argument("Image files, or folders of them.")]
+Top = Annotated[int, _option("Classes shown for each image.")]
+Exported = Annotated[Path | None, _option("The file.", show_default="model.<format> beside the checkpoint")]
+ExportFormat = Annotated[Literal["onnx", "safetensors"], _option("The extra export has the packages that they need.")]
+WithPreprocessing = Annotated[bool, _option(
+    "Normalise inside the graph: it takes uint8 (N, 32, 32, 3).", WHERE, "--with-preprocessing"
+)]
+
+Views = Annotated[int, _option("Augmented views of each image.", DRAWING)]
+Policy = Annotated[Literal["one-cycle", "triangular"], _option("The recipe's own, or the cyclical zigzag.", DRAWING)]
+MinLR = Annotated[float, _option("Lower bound of the triangular policy.", DRAWING)]
+StepSize = Annotated[int, _option("Steps from one bound to the other.", DRAWING)]
+Cycles = Annotated[int, _option("Times up and down.", DRAWING)]
+Rounds = Annotated[int, _option("Times that everything is measured.", MEASURE)]
+Reference = Annotated[bool, _option("Measure a plain loop too, as notebooks have it.", MEASURE, "--reference")]
+Profile = Annotated[bool, _option("Show which operators take the time of training.", MEASURE, "--profile")]
+JsonFile = Annotated[Path | None, _option("File for all that was measured.", MEASURE, "--json", show_default="none")]
+RecipeName = Annotated[str | None, _argument("Print every field of this one, as recipe.json.")]
+# fmt: on
 
 
-def _recipe_option(name: str) -> Any:
+def with_fields(taken: Callable[[str, str], bool]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds to a command an option for each field of `Recipe` that it takes, which `taken` says by name and panel.
+
+    A command with a parameter `recipe` gets the recipe built of them and of --recipe-file, which is added too. One with a
+    parameter `options` gets them as they were given, None for those that were not.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = dict(inspect.signature(function, eval_str=True).parameters)
+        built = own.pop("options", None) is None
+        added = {"recipe_file": RecipeFile} if built else {}
+        own.pop("recipe", None)
+        fields = [name for name in Recipe.model_fields if name == "recipe" or (name not in own and taken(name, _panel(name)))]
+        added |= {name: _field_option(name) for name in fields}
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            options = {name: given.pop(name) for name in fields}
+            if built:
+                function(recipe=Recipe.build(options.pop("recipe"), given.pop("recipe_file"), **options), **given)
+            else:
+                function(options=options, **given)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        new = [inspect.Parameter(name, keyword, default=None, annotation=option) for name, option in added.items()]
+        signature = inspect.Signature([*(each.replace(kind=keyword) for each in own.values()), *new])
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
+        return run
+
+    return decorate
+
+
+def _field_option(name: str) -> Any:
     """The Typer option of a Recipe field: its help, panel and default come from the field."""
     field = Recipe.model_fields[name]
     kind: Any = field.annotation
     if type(None) in get_args(kind):
         kind = next(part for part in get_args(kind) if part is not type(None))
     default = {"None": "none", "True": "yes", "False": "no"}.get(str(field.default), str(field.default))
-    flag = f"--{name.replace('_', '-')}"
-    flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
-    return _option(kind | None, str(field.description), _panel(name), *flags, show_default=default)
+    flag = name.replace("_", "-")
+    flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+    return Annotated[kind | None, _option(str(field.description), _panel(name), flags, show_default=default)]
 
 
 def _panel(name: str) -> str:
     extra: Any = Recipe.model_fields[name].json_schema_extra
     return extra["panel"]
-
-
-def command(panel: str, name: str = "", *, fields: Callable[[str, str], bool] = lambda name, panel: False) -> Callable:
-    """Makes a function a command: each parameter the option that `OPTIONS` has for it, and an option for each of `fields`.
-
-    `fields` says which fields of `Recipe` the command takes, by name and panel. They come built into a parameter
-    `recipe`, or as they were given, None for those that were not, in a parameter `options`.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        title = name or function.__name__
-        own = inspect.signature(function).parameters
-        taken = [field for field in Recipe.model_fields if field not in own and fields(field, _panel(field))]
-        if taken:
-            taken = ["recipe", *(field for field in taken if field != "recipe")]
-
-        def run(**arguments: Any) -> None:
-            options = {field: arguments.pop(field) for field in taken}
-            if "options" in own:
-                arguments["options"] = options
-            elif "recipe" in own:
-                arguments["recipe"] = Recipe.build(options.pop("recipe"), arguments.pop("recipe_file"), **options)
-            function(**arguments)
-
-        parameters = {
-            parameter.name: (OPTIONS.get(f"{title} {parameter.name}", OPTIONS.get(parameter.name)), parameter.default)
-            for parameter in own.values()
-            if parameter.name not in ("options", "recipe")
-        }
-        if taken:
-            parameters["recipe_file"] = (OPTIONS["recipe_file"], None)
-        parameters |= {field: (_recipe_option(field), None) for field in taken}
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [
-                inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-                for each, (annotation, default) in parameters.items()
-            ]
-        )
-        run.__annotations__ = {each: annotation for each, (annotation, _) in parameters.items()}
-        run.__name__, run.__doc__ = function.__name__, function.__doc__
-        return app.command(title, rich_help_panel=panel)(run)
-
-    return decorate
 
 
 @app.callback(invoke_without_command=True)
@@ -185,8 +191,6 @@ def root(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what --json asks for.")] = False,
 ) -> None:
     if quiet:
-        from . import console
-
         console.console.quiet = True
     if version:
         typer.echo(f"cifar-resnet {__version__}")
@@ -201,132 +205,151 @@ def _written(folder: Path, *names: str) -> str:
 NOT_SWEPT = ("holdout", "test_limit", "max_lr", "div_factor", "sam_share", "sam_radius", "ema_decay", "ema_every")
 
 
-@command(STEPS, "find-lr", fields=lambda name, panel: name not in NOT_SWEPT)
+@app.command(rich_help_panel=STEPS)
+@with_fields(lambda name, panel: name not in NOT_SWEPT)
 def find_lr(
-    recipe, start_lr=1e-4, end_lr=10.0, num_iter=100, step_mode="exp", trial_steps=None, suggest="recommended", sweep=None, run_dir=None, data_dir=None,
-    device="auto", loader="auto", workers=None, format="png",
-):  # fmt: skip
+    recipe: Recipe, start_lr: StartLR = 1e-4, end_lr: EndLR = 10.0, num_iter: NumIter = 100, step_mode: StepMode = "exp",
+    trial_steps: TrialSteps = None, suggest: Suggest = "recommended", sweep: Sweep = None, run_dir: FinderDir = None,
+    data_dir: DataDir = None, device: Device = "auto", loader: Loader = "auto", workers: Workers = None, format: Format = "png",
+) -> None:  # fmt: skip
     """Find the learning rate: a range test, then short trainings around its bottom.
 
     A fresh model is trained for some steps while the LR rises; the loss tells at which LRs it learns. Then three to six short
     trainings with whole schedules tell which maximum trains well.
     """
-    from . import console, lr_search, results
-    from .run import default_directory
+    from .jobs.common import command_line
+    from .jobs.find_lr import with_found_lr
+    from .run_dir import default_directory
 
     folder = run_dir or default_directory(recipe, "find-lr-")
-    settings = dict(
-        start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, trial_steps=trial_steps, sweep=sweep
-    )
-    settings |= dict(data_dir=data_dir, device=device, loader=loader, workers=workers, format=format)
-    found = _range_test(recipe, folder, **settings)
+    swept = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, trial_steps=trial_steps, sweep=sweep)
+    where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, format=format)
+    found = _find_lr(recipe, folder, **swept, **where)
     then = ""
     if found.suggestions.by(suggest):
-        chosen = lr_search.with_found_lr(recipe, found.suggestions, suggest)
-        names = ("max_lr", "div_factor") if suggest == "recommended" else ("max_lr",)
-        then = results.command(recipe.replace(**{name: float(f"{getattr(chosen, name):.3g}") for name in names}))
+        chosen = with_found_lr(recipe, found.suggestions, suggest)
+        then = command_line(chosen, rounded=("max_lr", "div_factor") if suggest == "recommended" else ("max_lr",))
     console.lr_suggestions(found, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
 
 
-def _range_test(recipe: Recipe, folder: Path | None, **settings: Any) -> Any:
-    from . import console, lr_search
+def _find_lr(recipe: Recipe, folder: Path | None, **settings: Any) -> FoundLR:
+    from .jobs.find_lr import find_lr
 
-    with console.bar("steps") as progress:
-        task = progress.add_task("learning rate")
-        settings["progress"] = lambda done, total: progress.update(task, completed=done, total=total)
-        return lr_search.find_lr(recipe, folder, **settings, notify=console.say)
+    with console.progress("learning rate", "steps") as progress:
+        return find_lr(recipe, folder, **settings, progress=progress, notify=console.say)
 
 
-@command(STEPS, fields=lambda name, panel: True)
+@app.command(rich_help_panel=STEPS)
+@with_fields(lambda name, panel: True)
 def train(
-    options, recipe_file=None, max_lr=None, suggest="recommended", run_dir=None, resume=None, repeat=None, data_dir=None, device="auto", loader="auto",
-    workers=None, save_every_minutes=5.0, compile="auto", format="png",
-):  # fmt: skip
+    options: dict[str, Any], recipe_file: RecipeFile = None, max_lr: MaxLR = None, suggest: Suggest = "recommended",
+    run_dir: NewRunDir = None, resume: Resume = None, repeat: Repeat = None, data_dir: DataDir = None, device: Device = "auto",
+    loader: Loader = "auto", workers: Workers = None, save_every_minutes: SaveEveryMinutes = 5.0, compile: Compile = "auto",
+    tf32: TF32 = False, target: Target = None, format: Format = "png",
+) -> None:  # fmt: skip
     """Train a recipe, and keep the run in a folder.
 
     Without options: the default recipe, 24 epochs of CIFAR-10 at batch 512. The accuracy reported is the last epoch's.
     """
     find = max_lr == "find"
-    try:
-        options["max_lr"] = None if find or max_lr is None else float(max_lr)
-    except ValueError:
-        raise UsageError(f"--max-lr {max_lr!r} is neither a number nor find") from None
-    if find and options["div_factor"] is not None:
-        raise UsageError("--div-factor does not go with --max-lr find, which sets it")
-    if suggest != "recommended" and not find:
-        raise UsageError(f"--suggest {suggest} goes with --max-lr find")
+    options["max_lr"] = None if find else _max_lr(max_lr)
+    _check_found(find, suggest, options)
     recipe = None
     if resume is None:
         recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
     else:
-        given = {"--run-dir": run_dir, "--recipe-file": recipe_file, "--max-lr find": find, "--repeat": repeat}
-        if wrong := [option for option, value in given.items() if value]:
-            raise UsageError(f"{wrong[0]} does not go with --resume, which takes folder and recipe from the run")
+        _check_resumed({"--run-dir": run_dir, "--recipe-file": recipe_file, "--max-lr find": find, "--repeat": repeat})
     began = time.perf_counter()
-    from . import console, experiment
-    from .run import check_free
+    from .jobs import repeat as repetition
+    from .jobs import train as training
 
-    imports = time.perf_counter() - began
-    if find:
-        from . import lr_search
-
-        if run_dir is not None:
-            check_free(run_dir)
-        trials = {} if suggest == "recommended" else {"trial_steps": 0}
-        found = _range_test(recipe, None, data_dir=data_dir, device=device, loader=loader, workers=workers, **trials).suggestions
-        recipe = lr_search.with_found_lr(recipe, found, suggest)
-        console.say(f"found: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
+    watch: Any = console.TrainingTable  # a Watcher by its methods: look/ imports no jobs
+    watcher = watch(began)
+    where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers)
+    if recipe and find:
+        recipe = _with_found_lr(recipe, suggest, run_dir, **where)
     must_match = {name: value for name, value in options.items() if value is not None}
-    settings: dict[str, Any] = dict(
-        resume=resume, must_match=must_match, data_dir=data_dir, device=device, loader=loader, workers=workers,
-        save_every_minutes=save_every_minutes, compile=compile, format=format,
-    )  # fmt: skip
-    if repeat is not None or (resume is not None and (resume / experiment.REPEAT).exists()):
-        console.repetition(experiment.repeat(recipe, repeat, run_dir, watch=console.TrainingTable, **settings))
+    how = dict(save_every_minutes=save_every_minutes, compile=compile, tf32=tf32, target=target, format=format)
+    settings: dict[str, Any] = dict(resume=resume, must_match=must_match, **where, **how)
+    if repeat is not None or (resume is not None and (resume / repetition.REPEAT).exists()):
+        console.repetition(repetition.repeat(recipe, repeat, run_dir, watch=watch, **settings))
         return
-    with console.TrainingTable(imports) as watcher:
-        result = experiment.train(recipe, run_dir, watcher=watcher, **settings)
+    with watcher:
+        result = training.train(recipe, run_dir, watcher=watcher, **settings)
     if not watcher.begun:
         console.say(f"the run in {resume} is finished; nothing to do")
     console.training_result(result)
 
 
-@command(STEPS)
-def evaluate(checkpoint, tta="none", run_dir=None, data_dir=None, device="auto", format="png"):
+def _max_lr(given: str | None) -> float | None:
+    try:
+        return None if given is None else float(given)
+    except ValueError:
+        raise UsageError(f"--max-lr {given!r} is neither a number nor find") from None
+
+
+def _check_found(find: bool, suggest: str, options: dict[str, Any]) -> None:
+    if find and options["div_factor"] is not None:
+        raise UsageError("--div-factor does not go with --max-lr find, which sets it")
+    if suggest != "recommended" and not find:
+        raise UsageError(f"--suggest {suggest} goes with --max-lr find")
+
+
+def _check_resumed(given: dict[str, Any]) -> None:
+    if wrong := [option for option, value in given.items() if value]:
+        raise UsageError(f"{wrong[0]} does not go with --resume, which takes folder and recipe from the run")
+
+
+def _with_found_lr(recipe: Recipe, suggest: str, run_dir: Path | None, **where: Any) -> Recipe:
+    from .jobs.find_lr import with_found_lr
+    from .run_dir import check_free
+
+    if run_dir is not None:
+        check_free(run_dir)
+    trials = {} if suggest == "recommended" else {"trial_steps": 0}
+    recipe = with_found_lr(recipe, _find_lr(recipe, None, **where, **trials).suggestions, suggest)
+    console.found_lr(recipe)
+    return recipe
+
+
+@app.command(rich_help_panel=STEPS)
+def evaluate(
+    checkpoint: Checkpoint, tta: Tta = "none", run_dir: RunDir = None, data_dir: DataDir = None, device: Device = "auto",
+    format: Format = "png",
+) -> None:  # fmt: skip
     """Evaluate a checkpoint: loss, accuracy, calibration, a table by class, the confusion matrix."""
-    from . import console, evaluation
+    from .jobs.evaluate import evaluate
 
     with console.console.status("evaluating"):
-        where = dict(data_dir=data_dir, device=device, format=format, notify=console.say)
-        content = evaluation.evaluate(checkpoint, run_dir, tta=tta, **where)
+        content = evaluate(checkpoint, run_dir, tta=tta, data_dir=data_dir, device=device, format=format, notify=console.say)
     pictures = [f"{name}.{format}" for name in ("confusion_matrix", "class_accuracy", "reliability")]
     folder = run_dir or Path(content["checkpoint"]).parent
     console.evaluation(content, _written(folder, "evaluation.json", *pictures))
 
 
-@command(STEPS)
+@app.command(rich_help_panel=STEPS)
 def misclassified(
-    checkpoint, count=25, sort="confidence", true=None, predicted=None, layer="layer2", run_dir=None, data_dir=None,
-    device="auto", format="png",
-):  # fmt: skip
+    checkpoint: Checkpoint, count: Count = 25, sort: Sort = "confidence", true: TrueClass = None,
+    predicted: PredictedClass = None, layer: Layer = "layer2", run_dir: RunDir = None, data_dir: DataDir = None,
+    device: Device = "auto", format: Format = "png",
+) -> None:  # fmt: skip
     """Show what a checkpoint gets wrong, and where it looked: Grad-CAM of the class predicted and of the true one."""
-    from . import console, evaluation
-    from .run import find_checkpoint
+    from .jobs.misclassified import misclassified
+    from .run_dir import find_checkpoint
 
+    choice: dict[str, Any] = dict(count=count, sort=sort, true=true, predicted=predicted, layer=layer)
     with console.console.status("looking for mistakes"):
-        where = dict(data_dir=data_dir, device=device, format=format, notify=console.say)
-        choice = dict(count=count, sort=sort, true=true, predicted=predicted, layer=layer)
-        chosen = evaluation.misclassified(checkpoint, run_dir, **choice, **where)
+        chosen = misclassified(checkpoint, run_dir, **choice, data_dir=data_dir, device=device, format=format, notify=console.say)
     pictures = [f"misclassified.{format}", f"gradcam.{format}"] if chosen else []
     console.mistakes(chosen, _written(run_dir or find_checkpoint(checkpoint).parent, "misclassified.json", *pictures))
 
 
-@command(AFTER)
-def compare(runs, output=Path("comparison.png"), json_output=False):
+@app.command(rich_help_panel=AFTER)
+def compare(runs: Runs, output: Picture = Path("comparison.png"), json_output: Json = False) -> None:
     """Compare finished runs in one table and one picture; those that differ only in the seed as mean and spread."""
-    from . import console, results
+    from .jobs.compare import compare
 
-    content = results.compare(runs, output)
+    content = compare(runs, output)
     if json_output:
         print(json.dumps(content, indent=2))
     else:
@@ -334,29 +357,30 @@ def compare(runs, output=Path("comparison.png"), json_output=False):
         console.say(_written(output.parent, output.name))
 
 
-@command(AFTER)
-def report(checkpoint, output=None, data_dir=None, device="auto"):
+@app.command(rich_help_panel=AFTER)
+def report(checkpoint: Checkpoint, output: Page = None, data_dir: DataDir = None, device: Device = "auto") -> None:
     """Write a finished run as one HTML page: figures, pictures, mistakes, recipe, and the command that repeats it."""
-    from . import console, results
+    from .jobs.report import report
 
     with console.console.status("writing the report"):
-        path = results.report(checkpoint, output, data_dir=data_dir, device=device, notify=console.say)
+        path = report(checkpoint, output, data_dir=data_dir, device=device, notify=console.say)
     console.say(_written(path.parent, path.name))
 
 
-@command(AFTER)
-def predict(checkpoint, images, top=3, json_output=False, tta="none", device="auto"):
+@app.command(rich_help_panel=AFTER)
+def predict(
+    checkpoint: Checkpoint, images: Images, top: Top = 3, json_output: Json = False, tta: Tta = "none", device: Device = "auto"
+) -> None:
     """Name what is on image files: each one's centred square, scaled to 32x32, through the model.
 
     A file that is no image is named and skipped; the exit code is then 1.
     """
-    from . import console, inference
+    from .jobs.predict import predict
 
     skipped: list[str] = []
-    with console.bar("images") as progress:
-        task = progress.add_task("predicting")
-        watch = dict(progress=lambda done, total: progress.update(task, completed=done, total=total), skipped=skipped.append)
-        found = list(inference.predict(checkpoint, images, top=top, tta=tta, device=device, **watch))
+    with console.progress("predicting", "images") as progress:
+        how: dict[str, Any] = dict(top=top, tta=tta, device=device)
+        found = list(predict(checkpoint, images, **how, progress=progress, skipped=skipped.append))
     if json_output:
         print(json.dumps(found, indent=2))
     else:
@@ -367,90 +391,99 @@ def predict(checkpoint, images, top=3, json_output=False, tta="none", device="au
         raise typer.Exit(1)
 
 
-@command(AFTER)
-def export(checkpoint, output=None, format="onnx", with_preprocessing=False):
+@app.command(rich_help_panel=AFTER)
+def export(
+    checkpoint: Checkpoint, output: Exported = None, format: ExportFormat = "onnx", with_preprocessing: WithPreprocessing = False
+) -> None:
     """Export the model for other programs: as an ONNX graph, or its weights as safetensors."""
-    from . import console, inference
+    from .jobs.export import export
 
-    path = inference.export(checkpoint, output, format=format, with_preprocessing=with_preprocessing)
+    path = export(checkpoint, output, format=format, with_preprocessing=with_preprocessing)
     console.say(_written(path.parent, path.name))
     if format == "onnx":
-        takes = (
-            "uint8 (N, 32, 32, 3), pixels"
-            if with_preprocessing
-            else "float32 (N, 3, 32, 32), normalised by the recipe's mean and std"
-        )
-        console.say(f"input images: {takes}; output logits: float32 (N, classes)")
+        pixels, normalised = "uint8 (N, 32, 32, 3), pixels", "float32 (N, 3, 32, 32), normalised by the recipe's mean and std"
+        console.say(f"input images: {pixels if with_preprocessing else normalised}; output logits: float32 (N, classes)")
 
 
-@command(BEFORE, fields=lambda name, panel: panel in ("Recipe", "Augmentation") or name in ("dataset", "mean", "std", "seed"))
-def samples(recipe, views=8, output=Path("samples.png"), data_dir=None, loader="auto", workers=None):
+@app.command(rich_help_panel=BEFORE)
+@with_fields(lambda name, panel: panel in ("Recipe", "Augmentation") or name in ("dataset", "mean", "std", "seed"))
+def samples(
+    recipe: Recipe, views: Views = 8, output: Picture = Path("samples.png"), data_dir: DataDir = None, loader: Loader = "auto",
+    workers: Workers = None,
+) -> None:  # fmt: skip
     """Draw a training image of each class, and what the recipe's augmentation makes of it."""
-    from . import console, experiment
+    from .jobs.samples import samples
 
-    experiment.samples(recipe, output, views=views, data_dir=data_dir, loader=loader, workers=workers, notify=console.say)
+    samples(recipe, output, views=views, data_dir=data_dir, loader=loader, workers=workers, notify=console.say)
     console.say(_written(output.parent, output.name))
 
 
-@command(BEFORE, fields=lambda name, panel: panel in ("Recipe", "Model") or name == "batch_size")
-def summary(recipe, json_output=False):
+@app.command(rich_help_panel=BEFORE)
+@with_fields(lambda name, panel: panel in ("Recipe", "Model") or name == "batch_size")
+def summary(recipe: Recipe, json_output: Json = False) -> None:
     """Show the network layer by layer: shapes, parameters, multiply-adds, receptive field."""
-    from . import analysis, console
+    from .look import analysis
 
-    rows = analysis.layers(recipe, recipe.batch_size)
+    content = analysis.summary(recipe, recipe.batch_size)
     if json_output:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(content, indent=2))
     else:
-        console.layers(rows, recipe)
+        console.summary(content)
 
 
-@command(BEFORE, fields=lambda name, panel: panel in ("Recipe", "Schedule") or name == "max_lr")
-def schedule(recipe, policy="one-cycle", min_lr=0.001, step_size=490, cycles=3, output=Path("schedule.png")):
+@app.command(rich_help_panel=BEFORE)
+@with_fields(lambda name, panel: panel in ("Recipe", "Schedule") or name == "max_lr")
+def schedule(
+    recipe: Recipe, policy: Policy = "one-cycle", min_lr: MinLR = 0.001, step_size: StepSize = 490, cycles: Cycles = 3,
+    output: Picture = Path("schedule.png"),
+) -> None:  # fmt: skip
     """Draw the learning rate of a run before it starts, for the 50,000 images of CIFAR-10."""
     if step_size < 1 or cycles < 1:
         raise UsageError(f"--step-size {step_size} and --cycles {cycles} must be at least 1")
     if policy == "triangular" and not 0 < min_lr < recipe.max_lr:
         raise UsageError(f"--min-lr {min_lr:g} must be above 0 and below --max-lr {recipe.max_lr:g}")
-    from . import console, figures
+    from .jobs.common import save_figure
+    from .look import analysis, figures
 
     if policy == "triangular":
         figure = figures.triangular(min_lr, recipe.max_lr, step_size, cycles)
     else:
-        figure = figures.learning_rate(recipe, -(-50_000 // recipe.batch_size))
-    figures.save(figure, output)
+        figure = figures.learning_rate(recipe, analysis.steps_per_epoch(recipe))
+    save_figure(figure, output)
     console.say(_written(output.parent, output.name))
 
 
-@command(BEFORE, fields=lambda name, panel: name not in ("dataset", "holdout", "train_limit", "test_limit"))
-def bench(recipe, rounds=9, reference=False, profile=False, json_file=None, device="auto", workers=None, compile="auto"):
+@app.command(rich_help_panel=BEFORE)
+@with_fields(lambda name, panel: name not in ("dataset", "holdout", "train_limit", "test_limit"))
+def bench(
+    recipe: Recipe, rounds: Rounds = 9, reference: Reference = False, profile: Profile = False, json_file: JsonFile = None,
+    device: Device = "auto", workers: Workers = None, compile: Compile = "auto",
+) -> None:  # fmt: skip
     """Measure this machine: images a second of model, training and evaluation, against its peak; the time of a run.
 
     Takes about two minutes on a CPU, half as much again with --reference, and no data. Let nothing else run beside it.
     """
-    from . import benchmark, console, run
+    from .jobs.bench import bench
+    from .run_dir import writable, write_json
 
     if json_file:
-        run.writable(json_file.parent)
-    with console.bar("rounds") as progress:
-        task = progress.add_task("measuring", total=rounds)
-        watch = dict(progress=lambda done: progress.update(task, completed=done), notify=console.say)
-        settings = dict(reference=reference, profile=profile, device=device, workers=workers, compile=compile)
-        content = benchmark.bench(recipe, rounds=rounds, **settings, **watch)
+        writable(json_file.parent)
+    how: dict[str, Any] = dict(reference=reference, profile=profile, device=device, workers=workers, compile=compile)
+    with console.progress("measuring", "rounds", rounds) as progress:
+        content = bench(recipe, rounds=rounds, **how, progress=progress, notify=console.say)
     console.bench(content)
     if json_file:
-        run.write_json(json_file, content)
+        write_json(json_file, content)
         console.say(_written(json_file.parent, json_file.name))
 
 
-@command(BEFORE)
-def recipes(name=None):
+@app.command(rich_help_panel=BEFORE)
+def recipes(name: RecipeName = None) -> None:
     """List the named recipes, their origin and what was assumed; or print one."""
-    if name is not None:
+    if name is None:
+        console.recipes()
+    else:
         print(Recipe.build(name).to_json(), end="")
-        return
-    from . import console
-
-    console.recipes()
 
 
 def main() -> None:
@@ -475,6 +508,8 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    if message:
+    """Ends with a message. A wrong usage is every process's of torchrun; the first one says so."""
+    said_by_another = exit_code == 2 and os.environ.get("RANK", "0") != "0"
+    if message and not said_by_another:
         print(f"cifar-resnet: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(exit_code)

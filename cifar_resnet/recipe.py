@@ -7,22 +7,24 @@ package holds a default for any of these.
 
 from __future__ import annotations
 
-import difflib
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError
+from .presets import PRESETS, preset
 
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 DATASETS = ("cifar10", "digits")  # anything else is a folder
-# Fields added after the first checkpoints were written, with the value that reproduces the runs before.
-ADDED: dict[str, Any] = dict(
-    init="default", muon_lr_factor=0.3, muon_momentum=0.6, flip_order="random", sam_share=0.0, sam_radius=0.01, grad_clip=0.0
-)
+SCHEMA = 2  # of a recipe in a file
+# What a recipe of schema 1 may lack, with the value that reproduces its run. Files of schema 1 bear no number.
+MISSING_IN_SCHEMA_1: dict[str, Any] = dict(
+    init="default", muon_lr_factor=0.3, muon_momentum=0.6, flip_order="random", sam_share=0.0, sam_radius=0.01, grad_clip=0.0,
+    width=64,
+)  # fmt: skip
 Channels = tuple[float, float, float]
 
 
@@ -34,7 +36,7 @@ class Recipe(BaseModel):
     """A run's hyperparameters. `Recipe()` is the default recipe, `Recipe.build("page", epochs=8)` another.
 
     Raises:
-        UsageError: from `build` and `parse`, where a value is out of its range or two contradict. The constructor itself
+        UsageError: from `build`, `load` and `parse`, where a value is out of its range or two contradict. The constructor itself
             raises pydantic's ValidationError.
     """
 
@@ -54,6 +56,9 @@ class Recipe(BaseModel):
     mean: Channels | None = _field(None, "Data", "Mean by channel, of pixels in 0 to 1; the dataset's own if not given.")
     std: Channels | None = _field(None, "Data", "Standard deviation by channel; the dataset's own if not given.")
 
+    width: int = _field(
+        64, "Model", "Channels after the first convolution; the three layers have 2, 4 and 8 times as many.", ge=1, le=1024
+    )
     conv_bias: bool = _field(False, "Model", "Bias on the four convolutions outside the residual blocks.")
     fc_bias: bool = _field(True, "Model", "Bias on the fully connected layer.")
     prep_order: Literal["bn-relu", "relu-bn"] = _field("bn-relu", "Model", "What follows the first convolution, in which order.")
@@ -123,6 +128,11 @@ class Recipe(BaseModel):
     def _null_is_none(cls, value: Any) -> Any:
         return 0.0 if value is None else value  # as runs wrote it for a while
 
+    @field_validator("dataset")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        return value if value in DATASETS else os.path.abspath(value)
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         def refuse(wrong: bool, message: str) -> None:
@@ -155,22 +165,36 @@ class Recipe(BaseModel):
         the peak moves in proportion.
         """
         options = {name: value for name, value in options.items() if value is not None}
-        from_file = read_json(file, "recipe file") if file else {}
-        if set(cls.model_fields) - set(ADDED) <= set(from_file):  # a whole recipe, if from before these
-            from_file = {**ADDED, **from_file}
+        from_file = _filled(read_json(file, "recipe file"), SCHEMA, f"{file}: ") if file else {}
         if recipe is not None and from_file.get("recipe", recipe) != recipe:
             raise UsageError(f"--recipe {recipe} contradicts {file}, which is of recipe {from_file['recipe']}; leave it out")
         if recipe is None:
             dataset = options.get("dataset", from_file.get("dataset"))
             recipe = from_file.get("recipe") or ("digits" if dataset == "digits" else "default")
         fields = {**preset(recipe).fields, "recipe": recipe, **from_file}
-        for given in (fields, options):
-            if isinstance(path := given.get("dataset", "cifar10"), str) and path not in DATASETS:
-                given["dataset"] = str(Path(path).absolute())
         if "epochs" in options and "peak_epoch" not in options:
             before = cls.parse(fields)
             options["peak_epoch"] = before.peak_epoch * max(options["epochs"], 1) / before.epochs
         return cls.parse({**fields, **options})
+
+    @classmethod
+    def load(cls, fields: Any, source: str = "") -> Recipe:
+        """The recipe that a run wrote into one of its files. What the file lacks is decided by the file's schema number.
+
+        A recipe of schema 1, which has no number, gets the values that its run had. In a later one a missing field has the
+        value of its preset.
+
+        Args:
+            fields: plain values, as JSON holds them.
+            source: what an error message begins with: the file.
+
+        Raises:
+            UsageError: one line that names each wrong field as its option, with its value.
+        """
+        if not isinstance(fields, dict):
+            return cls.parse(fields, source)
+        known = PRESETS.get(str(fields.get("recipe"))) if "schema" in fields else None
+        return cls.parse({**(known.fields if known else {}), **_filled(fields, 1, source)}, source)
 
     @classmethod
     def parse(cls, fields: Any, source: str = "") -> Recipe:
@@ -200,8 +224,45 @@ class Recipe(BaseModel):
     def title(self) -> str:
         return self.recipe if self.recipe == self.dataset_name else f"{self.recipe} on {self.dataset_name}"
 
+    def idle(self) -> dict[str, str]:
+        """Fields that change nothing in a run of this recipe, each with the reason."""
+        no_holes = not self.cutout_count or not self.cutout_probability
+        reasons = [
+            (self.optimizer != "muon", ("muon_lr_factor", "muon_momentum"), f"the optimizer is {self.optimizer}"),
+            (self.optimizer in ("adam", "adamw"), ("nesterov",), f"the optimizer is {self.optimizer}"),
+            (not self.sam_share, ("sam_radius",), "sam_share is 0"),
+            (not self.ema_decay, ("ema_every",), "ema_decay is 0"),
+            (not self.pad, ("pad_mode",), "pad is 0"),
+            (self.flip_probability != 0.5, ("flip_order",), "flip_probability is not 0.5"),
+            (no_holes, ("cutout_size", "cutout_fill"), "there are no holes"),
+            (not self.cutout_count, ("cutout_probability",), "cutout_count is 0"),
+            (bool(self.cutout_count) and no_holes, ("cutout_count",), "cutout_probability is 0"),
+        ]
+        return {name: reason for holds, names, reason in reasons if holds for name in names}
+
+    def canonical(self) -> Recipe:
+        """The recipe with every field that changes nothing at its default: recipes that train alike become equal."""
+        default = Recipe()
+        idle = {name: getattr(default, name) for name in self.idle()}
+        if "cutout_size" in idle:  # without holes it does not matter which of the two is 0
+            idle |= dict(cutout_count=0, cutout_probability=default.cutout_probability)
+        return self.replace(**idle)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a file, with the schema's number."""
+        return {"schema": SCHEMA, **self.model_dump(mode="json")}
+
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _filled(fields: dict[str, Any], unnumbered: int, source: str) -> dict[str, Any]:
+    """A file's fields without its schema number; those that its schema may lack filled in. `unnumbered` is a file's without one."""
+    number = fields.get("schema", unnumbered)
+    if number not in range(1, SCHEMA + 1) or isinstance(number, bool):
+        raise UsageError(f"{source}a recipe of schema {number!r}; this version of cifar-resnet reads 1 to {SCHEMA}")
+    missing = MISSING_IN_SCHEMA_1 if number == 1 else {}
+    return {**missing, **{name: value for name, value in fields.items() if name != "schema"}}
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -226,101 +287,3 @@ def _one_line(problem: Any) -> str:
         return re.sub(r"[a-z]+(_[a-z]+)+", lambda field: "--" + field[0].replace("_", "-"), message)
     option = "--" + str(problem["loc"][0]).replace("_", "-")
     return f"{option} {problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-class Preset(NamedTuple):
-    origin: str
-    assumed: str  # what the source leaves open, and what stands here for it
-    fields: dict[str, Any]
-
-
-# What the five documented systems share; each preset states the rest in full.
-_DOCUMENTED = dict(
-    init="default", flip_order="random", sam_share=0.0, nesterov=True, grad_clip=0.0,
-    conv_bias=False, fc_bias=True, prep_order="bn-relu", pool_position="before-bn", output="logits", logit_scale=1.0,
-    loss="cross-entropy", label_smoothing=0.0, ema_decay=0.0, epochs=24, batch_size=512, peak_epoch=5.0,
-    momentum=0.95, base_momentum=0.85, weight_decay=0.0, div_factor=25.0, final_div_factor=1e4,
-    pad=4, pad_mode="black", flip_probability=0.5, cutout_size=8, cutout_count=1, cutout_probability=0.5, cutout_fill=None,
-)  # fmt: skip
-
-PRESETS: dict[str, Preset] = {
-    "default": Preset("ours: the specified network, tuned as docs/EXPERIMENTS.md tells", "nothing", {}),
-    "sprint": Preset(
-        "ours, for people in a hurry: the default's network in 10 epochs, with a higher rate of Muon and less augmentation",
-        "nothing",
-        dict(epochs=10, peak_epoch=2.0, muon_lr_factor=0.3, pad=2, cutout_count=0),
-    ),
-    "digits": Preset(
-        "ours, for scikit-learn's 1,797 digits: no flip, a smaller batch",
-        "nothing",
-        dict(dataset="digits", optimizer="sgd", init="default", flip_order="random", flip_probability=0.0, batch_size=64, epochs=8, peak_epoch=2.0, max_lr=0.1, sam_share=0.0),
-    ),
-    "page": Preset(
-        "cifar10-fast (David Page, 2018): pool after ReLU, no FC bias, logits times 0.125, reflection padding",
-        "the last short batch is kept, not dropped; the LR starts and ends just above 0 instead of at it",
-        dict(
-            pool_position="after-relu", fc_bias=False, conv_bias=False, logit_scale=0.125, optimizer="sgd", max_lr=0.4,
-            momentum=0.9, base_momentum=None, nesterov=True, weight_decay=5e-4, grad_clip=0.0, label_smoothing=0.0, ema_decay=0.0,
-            epochs=24, batch_size=512, peak_epoch=5.0, div_factor=490.0, final_div_factor=4.0, pad=4, pad_mode="reflect",
-            flip_probability=0.5, flip_order="random", cutout_size=8, cutout_count=1, cutout_probability=1.0, cutout_fill=None,
-            init="default", sam_share=0.0,
-        ),
-    ),
-    "eva6-s9": Preset(
-        "Session 9, Custom ResNet and Higher Receptive Fields",
-        "SGD with Nesterov momentum cycled 0.95 to 0.85, no weight decay, black padding, final_div_factor 1e4; gradients cut at 0.1 "
-        "as in the code beside the document",
-        {
-            **_DOCUMENTED, "conv_bias": True, "prep_order": "relu-bn", "optimizer": "sgd", "max_lr": 0.507, "batch_size": 128,
-            "grad_clip": 0.1, "div_factor": 16.0, "flip_probability": 0.1, "cutout_probability": 0.1, "cutout_fill": 0.473363,
-            "mean": (0.49139968, 0.48215841, 0.44653091), "std": (0.24703223, 0.24348513, 0.26158784),
-        },
-    ),
-    "eva8-s8": Preset(
-        "Higher Receptive Fields in CNNs: softmax inside the model, cross entropy on top of it",
-        "holes lie whole inside the image; the rest is as in the notebook of its run, which seems to go on from trained weights",
-        {
-            **_DOCUMENTED, "output": "softmax", "optimizer": "adam", "max_lr": 1.17e-4, "weight_decay": 1e-2, "div_factor": 40.0,
-            "peak_epoch": 7.2, "pad": 2, "pad_mode": "reflect", "cutout_probability": 1.0, "cutout_fill": 0.0,
-            "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
-        },
-    ),
-    "eva4-s11": Preset(
-        "S11 assignment: log-softmax and NLL, weight decay 1e-2, two holes",
-        "max LR 0.035 (its later version: between 0.03 and 0.04), reflection padding, hole probability 0.5",
-        {
-            **_DOCUMENTED, "conv_bias": True, "output": "log-softmax", "loss": "nll", "optimizer": "sgd", "nesterov": True,
-            "max_lr": 0.035, "weight_decay": 1e-2, "peak_epoch": 6.0, "div_factor": 24.0, "final_div_factor": 1.0,
-            "pad_mode": "reflect", "cutout_count": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
-        },
-    ),
-    "era-s10": Preset(
-        "ERA session 10: no FC bias",
-        "max LR 0.01, no weight decay, beta1 cycled 0.95 to 0.85",
-        {
-            **_DOCUMENTED, "fc_bias": False, "optimizer": "adam", "max_lr": 0.01, "div_factor": 100.0,
-            "final_div_factor": 100.0, "pad_mode": "mean", "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010),
-        },
-    ),
-    "week5-s10": Preset(
-        "Week 5 submission",
-        "max LR 1.73e-2 (the later of its two), flip and hole probability 0.5, black padding, div_factor 25, "
-        "final_div_factor 1e4, beta1 cycled 0.95 to 0.85, CIFAR-10's own mean and std",
-        {
-            **_DOCUMENTED, "optimizer": "adam", "max_lr": 1.73e-2, "weight_decay": 1e-4,
-            "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
-        },
-    ),
-}  # fmt: skip
-
-
-def preset(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        UsageError: there is none; the near ones are named.
-    """
-    if isinstance(name, str) and name in PRESETS:
-        return PRESETS[name]
-    near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.4) or list(PRESETS)
-    raise UsageError(f"no recipe {name!r}; did you mean {', '.join(near)}? `cifar-resnet recipes` lists all")

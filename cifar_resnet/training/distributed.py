@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import CifarResnetError, DataError, UsageError
+from ..data.loaders import Share
+from ..errors import CifarResnetError, DataError, UsageError
 
 
 class Left(CifarResnetError):
@@ -62,9 +63,9 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(count: int) -> slice:
-    """This rank's of `count` images: consecutive ones, as many as any other rank's or one more."""
-    return slice(count * rank() // ranks(), count * (rank() + 1) // ranks())
+def share() -> Share:
+    """This rank's part of every batch."""
+    return Share(rank(), ranks())
 
 
 def parallel(model: nn.Module) -> nn.Module:
@@ -85,7 +86,7 @@ def merge(models: Iterable[nn.Module], totals: Tensor) -> None:
         dist.all_reduce(totals)
 
 
-def highest(*numbers: int) -> list[int]:
+def max_over_ranks(*numbers: int) -> list[int]:
     """The highest of each over the ranks; waits for the ranks, but for no device."""
     every = torch.tensor(numbers)
     if dist.is_initialized():

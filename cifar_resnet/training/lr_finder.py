@@ -11,18 +11,16 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .batches import Batch, Batches
-from .device import autocast
-from .engine import Step, make_loss, start, train
-from .errors import CifarResnetError, UsageError
-from .recipe import Recipe
+from ..data.loaders import Batch, Loader
+from ..errors import CifarResnetError, UsageError
+from ..recipe import Recipe
+from .engine import Rates, rates_at, start, train_step
 
 MIN_POINTS = 20
 SHARE = 0.05  # of the whole drop of the range test's loss: what counts as still being at the bottom
@@ -63,9 +61,19 @@ class Suggestions(NamedTuple):
         return rules[rule]
 
 
+class FoundLR(NamedTuple):
+    """What a range test and its trials showed, and a sweep: dicts with `rule`, `max_lr`, `min_lr`, `accuracy`, ..."""
+
+    history: History
+    suggestions: Suggestions
+    trials: list[Trial]
+    sweep: list[dict[str, Any]]
+    trial_steps: int = 0
+
+
 def range_test(
     recipe: Recipe,
-    batches: Batches,
+    loader: Loader,
     device: torch.device,
     classes: int = 10,
     *,
@@ -77,8 +85,8 @@ def range_test(
 ) -> History:
     """Trains a fresh model of the recipe for `num_iter` steps while the learning rate rises from `start_lr` to `end_lr`.
 
-    The recipe's optimizer, augmentation and precision are used; torch's random state is left as it was. The test
-    ends early where the loss passes five times its lowest, or is not finite.
+    The recipe's optimizer, augmentation and precision are used, in plain steps without averaging. The test ends early where
+    the loss passes five times its lowest, or is not finite.
 
     Raises:
         CifarResnetError: fewer than 20 points are left.
@@ -86,25 +94,25 @@ def range_test(
     from torch_lr_finder import LRFinder, TrainDataLoaderIter
     from torch_lr_finder import lr_finder as library
 
-    state, loss_of = start(recipe, device, classes), make_loss(recipe)
+    state, batches, done = start(recipe, device, classes), endless(loader), itertools.count()
 
-    def finite_loss(output: Tensor, labels: Tensor) -> Tensor:
-        loss = loss_of(output, labels)
-        if not torch.isfinite(loss):  # the library would go on
-            raise _NotFinite
-        return loss
+    class Finder(LRFinder):
+        """torch-lr-finder's, which raises the rate and reads the losses; each step is that of the training loop."""
 
-    def stream() -> Iterator[Batch]:
-        for done, batch in enumerate(_endless(batches)):
-            progress(done, num_iter)
-            yield batch
+        def _train_batch(self, *_: Any, **__: Any) -> float:
+            step = next(done)
+            progress(step, num_iter)
+            rates = Rates(step, self.optimizer.param_groups[0]["lr"], recipe.momentum)
+            loss = float(train_step(state, next(batches), rates))
+            if not math.isfinite(loss):  # the library would go on
+                raise _NotFinite
+            return loss
 
-    state.model.forward = autocast(recipe, device)(state.model.forward)  # type: ignore[method-assign]
-    finder = LRFinder(state.model, state.optimizer, finite_loss, device=device)
+    finder = Finder(state.model, state.optimizer, None, device=device)
     quiet = mock.patch.object(library, "tqdm", lambda steps: steps), contextlib.redirect_stdout(io.StringIO())
-    with torch.random.fork_rng(devices=[]), quiet[0], quiet[1], contextlib.suppress(_NotFinite):
+    with quiet[0], quiet[1], contextlib.suppress(_NotFinite):
         finder.range_test(
-            TrainDataLoaderIter(stream()), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, smooth_f=0
+            TrainDataLoaderIter(batches), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, smooth_f=0
         )
     progress(num_iter, num_iter)
     lr, loss = (np.array(finder.history[key]) for key in ("lr", "loss"))
@@ -120,31 +128,24 @@ class _NotFinite(Exception):
     pass
 
 
-def _endless(batches: Batches) -> Iterator[Batch]:
-    return (batch for epoch in itertools.count() for batch in batches.epoch(epoch))
+def endless(loader: Loader) -> Iterator[Batch]:
+    """The batches of one epoch after another."""
+    return (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
 
 
-class _Stretch:
-    """A number of batches as an epoch, of data that may have fewer or more; what `engine.train` asks of its batches.
-
-    An epoch's last batch is left out where it is smaller than the others.
-    """
-
-    def __init__(self, batches: Batches, steps: int, size: int) -> None:
-        self.batches, self.steps, self.size, self.count = batches, steps, size, steps * size
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        return itertools.islice((batch for batch in _endless(self.batches) if len(batch[1]) == self.size), self.steps)
+def whole_batches(loader: Loader, size: int) -> Iterator[Batch]:
+    """The batches of one epoch after another, without those that are smaller than `size`."""
+    return (batch for batch in endless(loader) if len(batch.labels) == size)
 
 
-def usual_steps(recipe: Recipe, batches: Batches) -> int:
+def usual_steps(recipe: Recipe, loader: Loader) -> int:
     """How long a trial is: 25,600 images, but half of the run at most, and 50 steps at least."""
-    return max(50, min(TRIAL_IMAGES // recipe.batch_size, recipe.epochs * batches.steps // 2))
+    return max(50, min(TRIAL_IMAGES // recipe.batch_size, recipe.epochs * loader.steps // 2))
 
 
 def run_trials(
     recipe: Recipe,
-    batches: Batches,
+    loader: Loader,
     device: torch.device,
     history: History,
     classes: int = 10,
@@ -165,20 +166,12 @@ def run_trials(
     if found.max_lr is None or found.min_lr is None:
         return []
     begin, losses = found.min_lr, dict[int, float]()
-    stretch = cast(Batches, _Stretch(batches, steps, recipe.batch_size))
 
     def run(power: int) -> None:
-        lr = 2.0**power
-        schedule = dict(max_lr=lr, div_factor=max(lr / begin, 1.0), epochs=1, peak_epoch=recipe.peak_epoch / recipe.epochs)
-        trial = recipe.replace(**schedule, ema_decay=0.0, sam_share=0.0)
-        state, last = start(trial, device, classes), []
-        with torch.random.fork_rng(devices=[]):
-            for record in itertools.islice(train(trial, state, stretch, lambda: (), device), steps):
-                assert isinstance(record, Step)
-                last.append(record.loss)
-                progress(len(losses) * steps + record.step, max(4, len(losses) + 1) * steps)
-        loss = float(torch.stack(last[-max(steps // 5, 1) :]).mean())
-        losses[power] = loss if math.isfinite(loss) else math.inf
+        def taken(done: int) -> None:
+            progress(len(losses) * steps + done, max(4, len(losses) + 1) * steps)
+
+        losses[power] = _trial(recipe, loader, device, classes, 2.0**power, begin, steps, taken)
 
     run(round(math.log2(found.max_lr)))
     while len(losses) < MOST_TRIALS:
@@ -192,6 +185,22 @@ def run_trials(
         else:
             break
     return [Trial(2.0**power, losses[power]) for power in sorted(losses)]
+
+
+def _trial(
+    recipe: Recipe, loader: Loader, device: torch.device, classes: int, max_lr: float, min_lr: float, steps: int,
+    progress: Callable[[int], None],
+) -> float:  # fmt: skip
+    """Mean loss of the last fifth of a short training with a whole schedule; infinite where it is not finite."""
+    schedule = dict(max_lr=max_lr, div_factor=max(max_lr / min_lr, 1.0), epochs=1, peak_epoch=recipe.peak_epoch / recipe.epochs)
+    trial = recipe.replace(**schedule, ema_decay=0.0, sam_share=0.0)
+    state, losses = start(trial, device, classes), []
+    state.model.train()
+    for step, batch in zip(range(steps), whole_batches(loader, recipe.batch_size), strict=False):
+        losses.append(train_step(state, batch, rates_at(trial, step, steps)))
+        progress(step + 1)
+    loss = float(torch.stack(losses[-max(steps // 5, 1) :]).mean())
+    return loss if math.isfinite(loss) else math.inf
 
 
 def suggest(history: History, trials: Sequence[Trial] = (), longer: float = 1.0) -> Suggestions:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -16,18 +18,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .recipe import PRESETS, Recipe
+from ..presets import PRESETS
+from ..recipe import Recipe
 
 if TYPE_CHECKING:  # torch stays out of what only prints
+    from ..data.datasets import Data
+    from ..run_dir import Checkpoint
+    from ..training.engine import Epoch, State, Step
+    from ..training.lr_finder import FoundLR, Suggestions
     from .analysis import Mistake
-    from .data import Data
-    from .engine import Epoch, State, Step
-    from .lr_search import FoundLR
-    from .run import Checkpoint
 
-console = Console(
-    highlight=False, markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0"
-)  # under torchrun rank 0 speaks
+# Under torchrun rank 0 speaks.
+console = Console(highlight=False, markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
 if not console.is_terminal:
     console.width = 120
 
@@ -37,7 +39,12 @@ def say(message: str, style: str | None = None) -> None:
     console.print(message, style=style, soft_wrap=True)
 
 
+def warn(message: str) -> None:
+    say(message, style="yellow")
+
+
 def bar(unit: str) -> Progress:
+    """Bars of what takes long, in steps of `unit`; nothing without a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -49,6 +56,14 @@ def bar(unit: str) -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+@contextmanager
+def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A bar for a job; gives what the job calls with the count done, and with the total where it alone knows that."""
+    with bar(unit) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda done, total=total: shown.update(task, completed=done, total=total)
 
 
 def table_of(*columns: str, title: str | None = None, **options: Any) -> Table:
@@ -63,11 +78,11 @@ def table_of(*columns: str, title: str | None = None, **options: Any) -> Table:
 class TrainingTable:
     """A Watcher that shows one row an epoch and a bar inside it; without a terminal, one plain line an epoch.
 
-    `imports` are the seconds that the imports took.
+    `began` is what `time.perf_counter` said before the imports, whose seconds are then shown with the others of the start.
     """
 
-    def __init__(self, imports: float = 0.0) -> None:
-        self.imports = imports
+    def __init__(self, began: float | None = None) -> None:
+        self.imports = 0.0 if began is None else time.perf_counter() - began
         self.begun = self.whole = False
         self.stack = ExitStack()
         self.evaluated_on = "test"
@@ -81,17 +96,16 @@ class TrainingTable:
 
     def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: Data, state: State) -> None:
         self.begun, self.evaluated_on = True, data.evaluated_on
-        where = (
-            f"{environment['device_name']}, {environment['threads']} threads"
-            if environment["device"] == "cpu"
-            else environment["device_name"]
-        )
+        where = environment["device_name"]
+        if environment["device"] == "cpu":
+            where += f", {environment['threads']} threads"
         say(
             f"{recipe.title}: {len(data.train):,} training images, {recipe.epochs} epochs at batch "
             f"{recipe.batch_size}, {recipe.optimizer} to LR {recipe.max_lr:.4g} at epoch {recipe.peak_epoch:.4g}, seed {recipe.seed}"
         )
         say(
-            f"{len(data.evaluation):,} {data.evaluated_on} images; {recipe.precision} on {environment['device']} ({where}); run directory {run_dir}"
+            f"{len(data.evaluation):,} {data.evaluated_on} images; {recipe.precision} on {environment['device']} ({where}); "
+            f"run directory {run_dir}"
         )
         startup = {"imports": self.imports, **environment["startup_seconds"]}
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in startup.items())
@@ -136,10 +150,11 @@ class TrainingTable:
         )
 
     def warn(self, message: str) -> None:
-        say(message, style="yellow")
+        warn(message)
 
 
 def training_result(checkpoint: Checkpoint) -> None:
+    """The last figures of a run, and what to do next."""
     last = checkpoint.history[-1]
     folder = checkpoint.path.parent
     say(
@@ -152,6 +167,7 @@ def training_result(checkpoint: Checkpoint) -> None:
 
 
 def repetition(content: dict[str, Any]) -> None:
+    """What `repeat.json` holds."""
     say(
         f"{content['count']} seeds: {content['mean']:.2f} ± {content['std']:.2f} % {content['evaluated_on']} accuracy at the last epoch "
         f"(mean, standard deviation), 95 % interval of the mean {content['interval'][0]:.2f} to {content['interval'][1]:.2f} %",
@@ -162,8 +178,8 @@ def repetition(content: dict[str, Any]) -> None:
 def predictions(found: list[dict[str, Any]]) -> None:
     """One row an image: its most probable classes, the first one first."""
     count = max((len(row["classes"]) for row in found), default=0)
-    places = (("first", "second", "third")[i] if i < 3 else f"{i + 1}th" for i in range(count))
-    table = table_of("image", *chain.from_iterable((place, ">") for place in places))
+    ranks = (("first", "second", "third")[i] if i < 3 else f"{i + 1}th" for i in range(count))
+    table = table_of("image", *chain.from_iterable((rank, ">") for rank in ranks))
     for row in found:
         best = chain.from_iterable((each["class"], f"{100 * each['probability']:.1f} %") for each in row["classes"])
         table.add_row(row["image"].encode(errors="replace").decode(), *best)
@@ -225,66 +241,73 @@ def comparison(content: dict[str, Any]) -> None:
     console.print()
 
 
-def lr_suggestions(lr: FoundLR, then: str, written: str) -> None:
-    found, sweep = lr.suggestions, lr.sweep
-    table = table_of("rule", ">LR", "what it is")
-    table.add_row("steepest", f"{found.steepest:.3g}", "where the lagging mean falls fastest, as torch-lr-finder suggests")
-    table.add_row("valley", f"{found.valley:.3g}", "the middle of the longest fall")
-    table.add_row("minimum / 10", f"{found.minimum_tenth:.3g}", "a tenth of the LR of the lowest lagging mean")
-    if found.max_lr is not None:
-        table.add_row(
-            Text("recommended maximum", "bold"),
-            Text(f"{found.max_lr:.3g}", "bold"),
-            "where short trainings end lowest, raised for the length of the whole run"
-            if lr.trials
-            else "the highest LR at which the loss is still at its bottom",
-        )
-        table.add_row(
-            Text("recommended minimum", "bold"),
-            Text(f"{found.min_lr:.3g}", "bold"),
-            "the lowest LR at which the loss has fallen by half of its drop",
-        )
-    console.print(table)
+def found_lr(recipe: Recipe) -> None:
+    """The learning rates that a run was given by the search before it."""
+    say(f"found: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
+
+
+def lr_suggestions(found: FoundLR, then: str, written: str) -> None:
+    """What a search for the learning rate found: by rule, by short training, by sweep; and the command `then` to go on with."""
+    console.print(_rules(found.suggestions, bool(found.trials)))
     console.print()
-    if lr.trials:
-        ends = (f"{high:g} {f'{loss:.3f}' if isfinite(loss) else 'diverged'}" for high, loss in lr.trials)
+    if found.trials:
+        ends = (f"{high:g} {f'{loss:.3f}' if isfinite(loss) else 'diverged'}" for high, loss in found.trials)
         say(f"short trainings, maximum LR and last loss: {', '.join(ends)}")
-    if sweep:
-        best = max((row["accuracy"] for row in sweep if row["accuracy"] is not None), default=None)
-        table = table_of(
-            ">maximum LR", ">minimum LR", "chosen by", ">accuracy", ">loss", title=f"{sweep[0]['epochs']} epochs, held-out images"
-        )
-        for row in sorted(sweep, key=lambda row: row["max_lr"]):
-            score = ("diverged", "") if row["accuracy"] is None else (f"{row['accuracy']:.2f} %", f"{row['loss']:.4f}")
-            style = "bold" if row["accuracy"] == best else ""
-            rule = "recommended at this length" if row["rule"] == "recommended" else row["rule"]
-            table.add_row(f"{row['max_lr']:.3g}", f"{row['min_lr']:.3g}", rule, *score, style=style)
-        console.print(table)
+    if found.sweep:
+        console.print(_sweep(found.sweep))
         console.print()
     if then:
         say(f"next: {then}", style="bold")
-    if found.why_not:
-        say(f"no LR is recommended: {found.why_not}", style="yellow")
+    if found.suggestions.why_not:
+        warn(f"no LR is recommended: {found.suggestions.why_not}")
     else:
         say("cifar-resnet train --max-lr find does all this first, and trains from the recommended minimum to the maximum")
     say(written)
 
 
-def layers(rows: list[dict[str, Any]], recipe: Recipe) -> None:
-    """The layer table, and its totals."""
+def _rules(found: Suggestions, with_trials: bool) -> Table:
+    table = table_of("rule", ">LR", "what it is")
+    table.add_row("steepest", f"{found.steepest:.3g}", "where the lagging mean falls fastest, as torch-lr-finder suggests")
+    table.add_row("valley", f"{found.valley:.3g}", "the middle of the longest fall")
+    table.add_row("minimum / 10", f"{found.minimum_tenth:.3g}", "a tenth of the LR of the lowest lagging mean")
+    highest = "the highest LR at which the loss is still at its bottom"
+    if with_trials:
+        highest = "where short trainings end lowest, raised for the length of the whole run"
+    lowest = "the lowest LR at which the loss has fallen by half of its drop"
+    for name, value, what in (("maximum", found.max_lr, highest), ("minimum", found.min_lr, lowest)):
+        if value is not None:
+            table.add_row(Text(f"recommended {name}", "bold"), Text(f"{value:.3g}", "bold"), what)
+    return table
+
+
+def _sweep(rows: list[dict[str, Any]]) -> Table:
+    columns = (">maximum LR", ">minimum LR", "chosen by", ">accuracy", ">loss")
+    table = table_of(*columns, title=f"{rows[0]['epochs']} epochs, held-out images")
+    best = max((row["accuracy"] for row in rows if row["accuracy"] is not None), default=None)
+    for row in sorted(rows, key=lambda row: row["max_lr"]):
+        score = ("diverged", "") if row["accuracy"] is None else (f"{row['accuracy']:.2f} %", f"{row['loss']:.4f}")
+        style = "bold" if row["accuracy"] == best else ""
+        rule = "recommended at this length" if row["rule"] == "recommended" else row["rule"]
+        table.add_row(f"{row['max_lr']:.3g}", f"{row['min_lr']:.3g}", rule, *score, style=style)
+    return table
+
+
+def summary(content: dict[str, Any]) -> None:
+    """The layer table, and its totals, of what `analysis.summary` gives."""
     numbers = (">k", ">parameters", ">M madds", ">field", ">jump", ">start")
     table = table_of("layer", "type", ">input", ">output", *numbers, padding=(0, 1, 0, 0))
-    for row in rows:
+    for row in content["layers"]:
         shapes = ("x".join(map(str, row[side])) for side in ("input", "output"))
         madds = f"{row['multiply_adds'] / 1e6:,.1f}" if row["multiply_adds"] else ""
         counts = (f"{row[key]:,}" if row[key] else "" for key in ("kernel", "parameters"))
-        place = (f"{row[key]:g}" for key in ("receptive_field", "jump", "start"))
-        table.add_row(row["layer"], row["type"].removesuffix("2d"), *shapes, *counts, madds, *place)
+        field = (f"{row[key]:g}" for key in ("receptive_field", "jump", "start"))
+        table.add_row(row["layer"], row["type"].removesuffix("2d"), *shapes, *counts, madds, *field)
     console.print(table)
     console.print()
-    parameters, multiply_adds = (sum(row[key] for row in rows) for key in ("parameters", "multiply_adds"))
+    totals = content["totals"]
     say(
-        f"{recipe.recipe}: {parameters:,} parameters, {multiply_adds / 1e9:.2f} G multiply-adds for a batch of {recipe.batch_size}",
+        f"{content['recipe']}: {totals['parameters']:,} parameters, {totals['multiply_adds'] / 1e9:.2f} G multiply-adds "
+        f"for a batch of {content['batch_size']}",
         style="bold",
     )
     say("k: kernel; M madds: millions of multiply-adds for the batch; field: receptive field of a unit, in pixels of the image;")
@@ -312,7 +335,8 @@ def bench(content: dict[str, Any]) -> None:
     for table in (speeds, ratios, *([operators] if content["profile"] else [])):
         console.print(table, "")
     say(
-        f"{recipe['epochs']} epochs of CIFAR-10: {expected['training'] / 60:,.1f} min of training, {expected['evaluation'] / 60:,.1f} min of evaluation",
+        f"{recipe['epochs']} epochs of CIFAR-10: {expected['training'] / 60:,.1f} min of training, "
+        f"{expected['evaluation'] / 60:,.1f} min of evaluation",
         style="bold",
     )
     of_device = f", {memory['device'] / 2**30:.1f} GiB of the device" if memory["device"] else ""

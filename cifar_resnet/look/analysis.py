@@ -1,9 +1,10 @@
-"""What a model gets right and wrong: by class, calibration, the mistakes, and where it looked."""
+"""What a model gets right and wrong: by class, calibration, the mistakes, and where it looked; and the network layer by layer."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .batches import Batches
-from .data import Split
-from .engine import EVALUATION_BATCH, predict, scores
-from .errors import UsageError
-from .model import ResNet, build_model
-from .recipe import Recipe
+from ..data.datasets import Split
+from ..data.loaders import Loader
+from ..errors import UsageError
+from ..recipe import Recipe
+from ..training.engine import EVALUATION_BATCH, predict_logits, scores
+from ..training.model import ResNet, build_model
 
 LAYERS = ("prep", "layer1", "layer2", "layer3")
 BINS = 15  # of the reliability diagram
+SUMMARY_SCHEMA = 1  # of `summary`
 
 
 class Mistake(NamedTuple):
@@ -63,10 +65,21 @@ def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
     return [(1 / 4, plain), (1 / 4, mirrored), *moved]
 
 
-def mean_logits(recipe: Recipe, model: ResNet, images: Batches, device: torch.device, tta: str) -> Tensor:
+def mean_logits(recipe: Recipe, model: ResNet, images: Loader, device: torch.device, tta: str) -> Tensor:
     """Mean of the logits of the views of test-time augmentation, float32 (N, classes)."""
-    every = [weight * predict(recipe, model, images.plain(EVALUATION_BATCH), device, view)[0] for weight, view in views(tta)]
+    every = [
+        weight * predict_logits(recipe, model, images.plain(EVALUATION_BATCH), device, view)[0] for weight, view in views(tta)
+    ]
     return torch.stack(every).sum(0)
+
+
+def most_probable(logits: Tensor, classes: Sequence[str], top: int) -> list[list[dict[str, Any]]]:
+    """For each row of logits (N, classes) its `top` most probable classes: {"class", "probability"}, the first one first."""
+    best = torch.softmax(logits.double(), dim=1).topk(min(top, len(classes)))
+    return [
+        [{"class": classes[i], "probability": probability} for i, probability in zip(*row, strict=True)]
+        for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
 
 
 def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -80,7 +93,7 @@ def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str
     by_class = precision_recall_fscore_support(true, predicted, labels=every, zero_division=0)
     matrix = confusion_matrix(true, predicted, labels=every)
     off_diagonal = matrix - np.diag(matrix.diagonal())
-    largest = [divmod(int(place), len(classes)) for place in off_diagonal.argsort(axis=None, kind="stable")[::-1][:10]]
+    largest = [divmod(int(cell), len(classes)) for cell in off_diagonal.argsort(axis=None, kind="stable")[::-1][:10]]
     score, bins = scores(logits, labels), reliability(logits, labels)
     return {
         "images": len(labels),
@@ -129,8 +142,8 @@ def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, .
     """Every misclassified image, the surest first."""
     probabilities = torch.softmax(logits.double(), dim=1)
     confidence, predicted = probabilities.max(1)
-    places = (predicted != labels).nonzero().flatten()
-    wrong = places[confidence[places].argsort(descending=True, stable=True)].tolist()
+    positions = (predicted != labels).nonzero().flatten()
+    wrong = positions[confidence[positions].argsort(descending=True, stable=True)].tolist()
     return [
         Mistake(
             int(split.indices[i]),
@@ -188,6 +201,33 @@ def grad_cam(model: ResNet, images: Tensor, classes: Tensor, layer: str = "layer
     maps = explain.attribute(images, target=classes, relu_attributions=True)
     maps = LayerAttribution.interpolate(maps.float(), (32, 32), interpolate_mode="bilinear")[:, 0].detach()
     return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu().numpy()
+
+
+def pixels(images: Tensor, recipe: Recipe) -> np.ndarray:
+    """Normalised images, (N, 3, 32, 32), as uint8 (N, 32, 32, 3)."""
+    mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
+    return ((images.permute(0, 2, 3, 1) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def steps_per_epoch(recipe: Recipe, images: int = 50_000) -> int:
+    """Steps of an epoch of so many training images; without a number, of CIFAR-10."""
+    return math.ceil(images / recipe.batch_size)
+
+
+def summary(recipe: Recipe, batch_size: int = 512) -> dict[str, Any]:
+    """What `summary --json` prints: the rows of `layers` for a batch of this size, and their totals.
+
+    `receptive_field` is the last layer's, in pixels of the image.
+    """
+    rows = layers(recipe, batch_size)
+    multiply_adds = sum(row["multiply_adds"] for row in rows)
+    totals = {
+        "parameters": sum(row["parameters"] for row in rows),
+        "multiply_adds": multiply_adds,
+        "multiply_adds_per_image": multiply_adds // batch_size,
+        "receptive_field": rows[-1]["receptive_field"],
+    }
+    return {"schema": SUMMARY_SCHEMA, "recipe": recipe.recipe, "batch_size": batch_size, "layers": rows, "totals": totals}
 
 
 def layers(recipe: Recipe, batch_size: int = 512, classes: int = 10) -> list[dict[str, Any]]:

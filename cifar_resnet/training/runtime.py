@@ -8,19 +8,22 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import __version__
+from .. import __version__
+from ..errors import CifarResnetError, UsageError
+from ..recipe import Recipe
 from .distributed import ranks, started
-from .errors import CifarResnetError, UsageError
-from .recipe import Recipe
 
 
-def resolve_device(name: str = "auto") -> torch.device:
+def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
     """ "auto" is CUDA, then MPS, then the CPU; of several processes each takes a CUDA device of its own, or the CPU.
+
+    Float32 means float32 there from now on, but with `tf32`.
 
     Raises:
         UsageError: the device is not there; or there are several processes, and they do not train.
@@ -44,6 +47,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         keep_large_blocks()
     elif several:
         torch.cuda.set_device(device)
+    set_tf32(tf32)
     torch.backends.cudnn.benchmark = True  # a run has three batch sizes: the fastest algorithm is looked for once for each
     return device
 
@@ -71,7 +75,28 @@ def _multiplies_bfloat16(device: torch.device) -> bool | None:
 
 
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    """The recipe's arithmetic. Without a cache of cast weights: a pass uses each weight once, and a captured graph must not keep one."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=False)
+
+
+def set_tf32(on: bool) -> None:
+    """Whether products and convolutions in float32 may round their factors to TF32, 10 bits, on an NVIDIA GPU.
+
+    torch allows convolutions that unless told otherwise.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def check_compile_mode(mode: str) -> None:
+    if mode not in ("auto", "on", "off"):
+        raise UsageError(f"--compile {mode}: it is auto, on or off")
 
 
 def compiled(
@@ -85,8 +110,7 @@ def compiled(
         UsageError: the mode is not auto, on or off.
         CifarResnetError: the mode is "on", and torch cannot compile here.
     """
-    if mode not in ("auto", "on", "off"):
-        raise UsageError(f"--compile {mode}: it is auto, on or off")
+    check_compile_mode(mode)
     if mode == "off" or mode == "auto" and device.type != "cuda":
         return model
     before = copy.deepcopy(model.state_dict())
@@ -125,17 +149,20 @@ def keep_large_blocks() -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a run's result does not depend on, but its speed does, and what its last bits may."""
-    import torchvision
-
+    on_cuda = device.type == "cuda"
     return {
         "cifar_resnet": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
+        "torchvision": version("torchvision"),
+        "albumentations": version("albumentations"),
+        "cuda": torch.version.cuda if on_cuda else None,
+        "cudnn": torch.backends.cudnn.version() if on_cuda else None,
+        "tf32": torch.backends.cudnn.allow_tf32 if on_cuda else None,
         "platform": platform.platform(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
+        if on_cuda
         else _cpu().get("cpu_name") or platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -1,13 +1,13 @@
-"""The run directory: its files, written whole or not at all, its lock, its checkpoint."""
+"""The run directory: its files, written whole or not at all, its lock, its checkpoint, and when that is saved."""
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import math
 import os
 import socket
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from . import __version__
-from .engine import State, start
-from .errors import CheckpointError, RunDirectoryError
-from .model import ResNet, build_model
-from .optimizer import make_optimizer
-from .recipe import ADDED, Recipe, read_json
+from .data.datasets import Data
+from .errors import CheckpointError, RunDirectoryError, UsageError
+from .recipe import Recipe, read_json
+from .training.engine import State, start
+from .training.model import ResNet, build_model
+from .training.optim import make_optimizer
 
-CHECKPOINT, LOCK = "checkpoint.pt", ".lock"
+CHECKPOINT, LOCK, HOLDER = "checkpoint.pt", ".lock", ".lock-holder"
 ROW = {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second"}
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
 
@@ -69,7 +71,7 @@ def check_free(path: Path) -> None:
         RunDirectoryError: it is not empty, or cannot be made or written.
     """
     check_writable(path)
-    if path.exists() and any(name != LOCK and not name.endswith(".part") for name in os.listdir(path)):
+    if path.exists() and any(name not in (LOCK, HOLDER) and not name.endswith(".part") for name in os.listdir(path)):
         go_on = f", or go on with the run in it: cifar-resnet train --resume {path}" if (path / "recipe.json").exists() else ""
         raise RunDirectoryError(f"run directory {path} is not empty; choose another{go_on}")
 
@@ -94,45 +96,6 @@ def writable(path: Path) -> Path:
     check_writable(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[str]:
-    """Holds the run directory against other writers; gives a line to show where a dead process had held it, or "".
-
-    Raises:
-        RunDirectoryError: another process holds it.
-    """
-    while True:
-        try:
-            lock = open(path / LOCK, "a+")  # noqa: SIM115
-        except OSError as error:
-            raise RunDirectoryError(f"run directory {path} cannot be locked: {error.strerror}") from None
-        lock.seek(0)
-        holder = lock.read().strip()
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunDirectoryError(f"run directory {path} is in use by {holder or 'another process'}") from None
-        with suppress(FileNotFoundError):
-            if os.stat(path / LOCK).st_ino == os.fstat(lock.fileno()).st_ino:
-                break
-        lock.close()  # its holder removed it just now: try again with a new one
-    with lock:
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        try:
-            yield f"took over the lock of {holder}, which is gone" if holder else ""
-        finally:
-            with suppress(OSError):
-                (path / LOCK).unlink()
-
-
-def remove_parts(path: Path) -> None:
-    """What a killed writer left under temporary names; call it with the lock held."""
-    for part in path.glob(".*.part"):
-        part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -168,21 +131,23 @@ class Checkpoint:
         if state.averaged is not None:
             state.averaged.load_state_dict(content["averaged"])
         state.optimizer.load_state_dict(content["optimizer"])
+        for parameter, slots in state.optimizer.state.items():  # torch keeps the file's tensors, of whatever strides
+            for name in [name for name, value in slots.items() if torch.is_tensor(value)]:
+                own = torch.empty_like(parameter if slots[name].dim() else slots[name], dtype=slots[name].dtype)
+                slots[name] = own.copy_(slots[name])
         state.totals.copy_(content["totals"])
-        state.epoch, state.step, state.seconds = content["epoch"], content["step"], content["seconds"]
+        state.epoch, state.step, state.clock.seconds = content["epoch"], content["step"], content["seconds"]
         state.history = list(content["history"])
         return state
 
 
-def save_checkpoint(
-    path: Path, recipe: Recipe, state: State, classes: tuple[str, ...], evaluated_on: str, environment: dict[str, Any]
-) -> None:
+def save_checkpoint(path: Path, state: State, classes: tuple[str, ...], evaluated_on: str, environment: dict[str, Any]) -> None:
     """Everything that evaluation and resuming need; tensors and plain values only."""
     content = {
         "kind": KIND,
         "schema": SCHEMA,
         "version": __version__,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": state.recipe.to_dict(),
         "classes": list(classes),
         "evaluated_on": evaluated_on,
         "environment": environment,
@@ -192,7 +157,7 @@ def save_checkpoint(
         "totals": state.totals.cpu(),
         "epoch": state.epoch,
         "step": state.step,
-        "seconds": state.seconds,
+        "seconds": state.clock.seconds,
         "history": state.history,
     }
     buffer = io.BytesIO()
@@ -218,7 +183,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             raise CheckpointError(f"{path} is not a checkpoint of cifar-resnet")
         if content["schema"] != SCHEMA:
             raise CheckpointError(f"{path} has schema {content['schema']}; this version of cifar-resnet reads {SCHEMA}")
-        recipe = Recipe.parse({**ADDED, **content["recipe"]}, source=f"{path}: its recipe is not valid: ")
+        recipe = Recipe.load(content["recipe"], source=f"{path}: its recipe is not valid: ")
         checkpoint = Checkpoint(path, recipe, tuple(content["classes"]), content["evaluated_on"], content["environment"], content)
         _check_content(checkpoint)
     except CheckpointError:
@@ -259,6 +224,9 @@ def _read_archive(path: Path) -> dict[str, Any]:
 def _check_content(checkpoint: Checkpoint) -> None:
     """Shapes, finite weights and a position inside the run; load_state_dict raises for the first."""
     recipe, content = checkpoint.recipe, checkpoint.content
+    width = len(content["model"]["prep.0.weight"])
+    if width != recipe.width:  # looked at first: a wide network that is not there would fill the memory
+        raise CheckpointError(f"{checkpoint.path} has a model of width {width}, its recipe {recipe.width}")
     if len(checkpoint.classes) != len(content["model"]["fc.weight"]):
         raise CheckpointError(f"{checkpoint.path} has {len(checkpoint.classes)} classes, its model another number")
     if not all(isinstance(name, str) for name in checkpoint.classes):
@@ -281,14 +249,147 @@ def _check_content(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} holds weights that are not finite numbers")
 
 
-def write_metrics(path: Path, recipe: Recipe, history: list[dict], evaluated_on: str, environment: dict[str, Any]) -> None:
-    """`metrics.json`: after every epoch; `final` is null until the last one."""
-    final = None
-    if len(history) == recipe.epochs:
-        final = {**history[-1], "seconds": sum(epoch["seconds"] for epoch in history)}
-    content = {"schema": SCHEMA, "environment": environment, "evaluated_on": evaluated_on, "epochs": history, "final": final}
-    write_json(path / "metrics.json", content)
+class SavePolicy:
+    """When a checkpoint is due: at the end of the run, at the end of an epoch if the last one is 20 s old, and inside an epoch
+    every `every_minutes`. Every rank keeps one."""
+
+    def __init__(self, every_minutes: float) -> None:
+        self.seconds, self.last = 60 * every_minutes, time.monotonic()
+
+    def due(self, epoch_done: bool, run_done: bool) -> bool:
+        return run_done or time.monotonic() - self.last >= (20 if epoch_done else self.seconds)
+
+    def saved(self) -> None:
+        """To be called when a checkpoint was saved, or could not be."""
+        self.last = time.monotonic()
 
 
-def read_recipe(path: Path) -> Recipe:
-    return Recipe.parse({**ADDED, **read_json(path / "recipe.json", "recipe file")})
+class RunDir:
+    """The folder of one run, whose writer holds its lock."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @contextmanager
+    def create(self, recipe: Recipe) -> Iterator[str]:
+        """Makes the folder for a new run, and holds it locked; gives what `lock` gives.
+
+        Raises:
+            RunDirectoryError: it is not empty, cannot be written, or another process holds it.
+        """
+        check_free(self.path)
+        writable(self.path)
+        with self.lock() as taken_over:
+            check_free(self.path)
+            self.begin(recipe)
+            yield taken_over
+
+    def open(self, must_match: dict[str, Any] | None = None) -> tuple[Recipe, Checkpoint | None]:
+        """The recipe of the run, and its checkpoint where it lived to write one.
+
+        Args:
+            must_match: values that fields of the recipe must have.
+
+        Raises:
+            UsageError: there is no run in the folder, or its recipe has another value.
+            CheckpointError: the checkpoint cannot be trusted.
+        """
+        if (self.path / CHECKPOINT).exists():
+            checkpoint = load_checkpoint(self.path)
+            recipe = checkpoint.recipe
+        elif (self.path / "recipe.json").exists():
+            checkpoint, recipe = None, Recipe.load(read_json(self.path / "recipe.json", "recipe file"))
+        else:
+            raise UsageError(f"--resume {self.path}: holds neither {CHECKPOINT} nor recipe.json, so no run to go on with")
+        check_match(recipe, must_match or {}, self.path)
+        return recipe, checkpoint
+
+    @contextmanager
+    def resume(self, must_match: dict[str, Any] | None = None) -> Iterator[tuple[Recipe, Checkpoint | None, str]]:
+        """Holds the folder locked, and gives what `open` gives, and a line to show where a dead process had held the lock, or ""."""
+        check_writable(self.path)
+        with self.lock() as taken_over:
+            yield *self.open(must_match), taken_over
+
+    @contextmanager
+    def lock(self) -> Iterator[str]:
+        """Holds the folder against other writers; gives a line to show where a dead process had held it, or "".
+
+        Raises:
+            RunDirectoryError: another process holds it, or it cannot be locked.
+        """
+        holder_file, lock = self.path / HOLDER, FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            with suppress(OSError):
+                raise RunDirectoryError(f"run directory {self.path} is in use by {holder_file.read_text()}") from None
+            raise RunDirectoryError(f"run directory {self.path} is in use by another process") from None
+        except OSError as error:
+            raise RunDirectoryError(f"run directory {self.path} cannot be locked: {error.strerror}") from None
+        try:
+            gone = holder_file.read_text() if holder_file.exists() else ""
+            holder_file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            yield f"took over the lock of {gone}, which is gone" if gone else ""
+        finally:
+            for name in (HOLDER, LOCK):
+                with suppress(OSError):
+                    (self.path / name).unlink()
+            lock.release()
+
+    def begin(self, recipe: Recipe) -> None:
+        """Writes `recipe.json`, and removes what a killed writer left; with the lock held."""
+        self.remove_parts()
+        write_whole(self.path / "recipe.json", recipe.to_json())
+
+    def remove_parts(self) -> None:
+        """Removes what a killed writer left under temporary names; with the lock held."""
+        for part in self.path.glob(".*.part"):
+            part.unlink(missing_ok=True)
+
+    def save(self, state: State, data: Data, environment: dict[str, Any], checkpoint: bool = True) -> str:
+        """Writes `checkpoint.pt`, if asked, and `metrics.json`; gives what kept them from being written, or ""."""
+        try:
+            if checkpoint:
+                save_checkpoint(self.path / CHECKPOINT, state, data.classes, data.evaluated_on, environment)
+            self.write_metrics(state, data, environment)
+        except RunDirectoryError as error:
+            return str(error)
+        return ""
+
+    def write_metrics(self, state: State, data: Data, environment: dict[str, Any]) -> None:
+        """`metrics.json`: after every epoch; `final` is null until the last one."""
+        history, final = state.history, None
+        if len(history) == state.recipe.epochs:
+            final = {**history[-1], "seconds": sum(epoch["seconds"] for epoch in history)}
+        content = {"evaluated_on": data.evaluated_on, "epochs": history, "final": final}
+        write_json(self.path / "metrics.json", {"schema": SCHEMA, "environment": environment, **content})
+
+    def finish(self, pictures: dict[str, bytes]) -> Checkpoint:
+        """Writes the pictures of a run that has ended, by the names of their files, and gives its checkpoint."""
+        for name, content in pictures.items():
+            write_whole(self.path / name, content)
+        return load_checkpoint(self.path)
+
+    def finished(self) -> bool:
+        """Whether all that `finish` writes last is there."""
+        return any(self.path.glob("learning_rate.*"))
+
+
+def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> None:
+    """Whether the recipe of a run has these values; a path is the same in every spelling.
+
+    Raises:
+        UsageError: names the first field that has another one.
+    """
+    for name, value in must_match.items():
+        planned = getattr(recipe, name)
+        same = value == planned or (name, value) == ("precision", "auto")
+        if isinstance(value, list | tuple):
+            same = list(value) == list(planned)
+        if name == "dataset":
+            same = os.path.realpath(value) == os.path.realpath(planned)
+        if not same:
+            reason = " (the schedule would change)" if name == "epochs" else ""
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} {value} contradicts the run in {folder}, which has {planned}{reason}; leave it out")

@@ -1,24 +1,25 @@
-"""Where images come from: CIFAR-10 through torchvision, digits through scikit-learn; and the Albumentations pipelines."""
+"""Where images come from: CIFAR-10 through torchvision, digits through scikit-learn, folders of one's own."""
 
 from __future__ import annotations
 
 import difflib
-import fcntl
 import io
 import os
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
-from .errors import DataError, UsageError
-from .recipe import CIFAR10_MEAN, CIFAR10_STD, DATASETS, Recipe
+from ..errors import DataError, UsageError
+from ..presets import CIFAR10_MEAN, CIFAR10_STD
+from ..recipe import DATASETS, Recipe
 
 DIGITS_MEAN, DIGITS_STD = (0.3054,) * 3, (0.3237,) * 3  # of the 1,437 training images, scaled to 32x32
 HOLDOUT_SEED, SUBSET_SEED = 20_09, 20_12  # fixed, so that runs with different seeds hold out the same images
@@ -219,7 +220,7 @@ def _download(folder: Path, notify: Callable[[str], None]) -> None:
     target = folder / CIFAR10.base_folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".download.lock"):
+        with FileLock(folder / ".download.lock"):
             if target.exists():
                 return
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as part:
@@ -233,57 +234,3 @@ def _download(folder: Path, notify: Callable[[str], None]) -> None:
             f"{CIFAR10.url} there failed: {(str(error) or type(error).__name__).splitlines()[0]}. Give its folder with --data-dir, "
             "or use --dataset digits, which needs no download"
         ) from None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def hole_pixel(recipe: Recipe) -> tuple[int, ...]:
-    """The uint8 value by channel that fills the cutout."""
-    level = recipe.mean if recipe.cutout_fill is None else (recipe.cutout_fill,) * 3
-    return tuple(round(255 * value) for value in level or ())
-
-
-def pad_pixel(recipe: Recipe) -> tuple[int, ...]:
-    """The uint8 value by channel of padding, for the pad modes that are one colour."""
-    return tuple(round(255 * value) for value in recipe.mean or ()) if recipe.pad_mode == "mean" else (0, 0, 0)
-
-
-def albumentations():
-    """The library, kept from asking the network for a newer one, as its import does."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    import albumentations
-
-    return albumentations
-
-
-def train_transform(recipe: Recipe, **compose):
-    """Pad, random crop 32, flip, cutout, normalise, to tensor. Takes image=uint8 (32, 32, 3), gives float32 (3, 32, 32)."""
-    import cv2
-
-    A = albumentations()
-    steps = []
-    if recipe.pad:
-        side = 32 + 2 * recipe.pad
-        border = cv2.BORDER_REFLECT_101 if recipe.pad_mode == "reflect" else cv2.BORDER_CONSTANT
-        steps += [A.PadIfNeeded(side, side, border_mode=border, fill=pad_pixel(recipe)), A.RandomCrop(32, 32)]
-    if recipe.flip_probability and not recipe.alternates:  # else the loader does it
-        steps.append(A.HorizontalFlip(p=recipe.flip_probability))
-    if recipe.cutout_count and recipe.cutout_probability:
-        count, size = (recipe.cutout_count,) * 2, (recipe.cutout_size,) * 2
-        steps.append(A.CoarseDropout(count, size, size, fill=hole_pixel(recipe), p=recipe.cutout_probability))
-    return A.Compose([*steps, *_to_tensor(recipe)], **compose)
-
-
-def test_transform(recipe: Recipe):
-    """Normalise, to tensor."""
-    return albumentations().Compose(_to_tensor(recipe))
-
-
-def _to_tensor(recipe: Recipe) -> list:
-    A = albumentations()
-    return [A.Normalize(recipe.mean, recipe.std), A.ToTensorV2()]

@@ -15,9 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from importlib.metadata import version
 from itertools import chain, count
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -25,17 +23,21 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, default_collate
 
-from . import analysis, engine, winograd
-from .batches import Batch, leave_signals, make_batches
-from .data import Split, train_transform, with_statistics
-from .device import autocast, compiled, environment, resolve_device, resolve_precision
-from .errors import CifarResnetError, UsageError
-from .model import build_model
-from .optimizer import make_optimizer, rates, set_rates
-from .recipe import Recipe
-from .run import SCHEMA
+from ..data.augment import train_transform
+from ..data.datasets import Split, with_statistics
+from ..data.loaders import Batch, Loader, leave_signals, make_loader
+from ..errors import CifarResnetError, UsageError
+from ..look import analysis
+from ..recipe import Recipe
+from ..run_dir import SCHEMA
+from ..training import convolution, engine
+from ..training.engine import State, rates_at, train_step
+from ..training.lr_finder import endless
+from ..training.model import build_model
+from ..training.optim import make_optimizer, set_rates
+from ..training.runtime import compiled, environment, resolve_device, resolve_precision, wait_for
 
-MIN_ROUNDS, TRAIN_IMAGES, TEST_IMAGES, ENDLESS, CPU_SIDE = 6, 50_000, 10_000, 10**9, 4096
+MIN_ROUNDS, TRAIN_IMAGES, TEST_IMAGES, CPU_SIDE = 6, 50_000, 10_000, 4096
 RATIOS = (
     ("model", "optimizer", "optimizer's share of the model alone"),
     ("tensor", "model", "training, tensor loader / model alone"),
@@ -82,50 +84,78 @@ def bench(
         raise UsageError(f"--rounds {rounds} must be at least {MIN_ROUNDS}: fewer give no 95 % interval of a median")
     place = resolve_device(device)
     recipe = resolve_precision(with_statistics(recipe or Recipe()), place)
-    size = recipe.batch_size
-    steps: dict[str, int] = {}
-    measured: dict[str, list[float]] = {}
-    split, small = (_random_split(images) for images in (max(TRAIN_IMAGES // size, 1) * size, engine.EVALUATION_BATCH))
-    evaluated, model = make_batches(small, recipe, place), engine.start(recipe, place).model
-    contestants: dict[str, tuple[Callable[[], Any], float]] = {
-        "model": (_model_alone(recipe, place, compile, notify), size),
-        "optimizer": (_optimizer_alone(recipe, place), size),
-        "evaluation": (lambda: engine.predict(recipe, model, evaluated.plain(len(small)), place), len(small)),
-        "matrix product": _matrix_product(recipe, place),
-    }
-    for loader in ("tensor", "albumentations"):
-        batches = make_batches(split, recipe, place, loader, workers if loader == "albumentations" else None)
-        contestants[loader] = (_training(recipe, place, batches, compile, notify).__next__, size)
-    used = int(str(batches.options["workers"]))
-
-    def measure(name: str, steps: int) -> float:
-        began = time.perf_counter()
-        for _ in range(steps):
-            contestants[name][0]()
-        if place.type != "cpu":
-            torch.accelerator.synchronize(place)
-        return time.perf_counter() - began
-
-    with _plain_process(recipe, place, len(split), used) if reference else nullcontext() as step:
+    contestants, used = _contestants(recipe, place, workers, compile, notify)
+    with _plain_process(recipe, place, _whole(recipe), used) if reference else nullcontext() as step:
         if step:
-            contestants["plain loop"] = (step, size)
-        for name in contestants:
-            measure(name, 2)
-            steps[name], measured[name] = max(1, round(seconds / measure(name, 1))), []
-        for done in range(rounds):
-            progress(done)
-            for name in list(contestants)[:: -1 if done % 2 else 1]:  # there and back: none always follows the same one
-                measured[name].append(steps[name] * contestants[name][1] / measure(name, steps[name]))
-    operators = _operators(lambda: measure("tensor", max(3, steps["tensor"])), place) if profile else None
-
-    flop = training_flop(recipe)
-    medians = {name: float(np.median(values)) for name, values in measured.items()}
+            contestants["plain loop"] = (step, recipe.batch_size)
+        steps, measured = _measure(contestants, place, rounds, seconds, progress)
+    operators = _operators(contestants["tensor"][0], max(3, steps["tensor"]), place) if profile else None
     native = resolve_precision(recipe.replace(precision="auto"), place).precision == "bfloat16"
     return {
         "schema": SCHEMA,
-        "environment": {**environment(place), "albumentations": version("albumentations"), "bfloat16": native},
+        "environment": {**environment(place), "bfloat16": native},
         "options": {"compile": compile, "workers": used, "steps": steps},
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.to_dict(),
+        **_conclusions(recipe, measured),
+        "peak_memory": {
+            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "device": torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None,
+        },
+        "profile": operators,
+    }
+
+
+def _whole(recipe: Recipe) -> int:
+    """Images in whole batches, about as many as CIFAR-10 has."""
+    return max(TRAIN_IMAGES // recipe.batch_size, 1) * recipe.batch_size
+
+
+def _contestants(
+    recipe: Recipe, device: torch.device, workers: int | None, compile: str, notify: Callable[[str], None]
+) -> tuple[dict[str, tuple[Callable[[], Any], float]], int]:
+    """What is measured, by name: a call, and the images or FLOP of it; and the workers of the albumentations loader."""
+    size, (split, small) = recipe.batch_size, (_random_split(images) for images in (_whole(recipe), engine.EVALUATION_BATCH))
+    evaluated, model = make_loader(small, recipe, device), engine.start(recipe, device).model
+    contestants: dict[str, tuple[Callable[[], Any], float]] = {
+        "model": (_model_alone(recipe, device, compile, notify), size),
+        "optimizer": (_optimizer_alone(recipe, device), size),
+        "evaluation": (lambda: engine.predict_logits(recipe, model, evaluated.plain(len(small)), device), len(small)),
+        "matrix product": _matrix_product(recipe, device),
+    }
+    for name in ("tensor", "albumentations"):
+        loader = make_loader(split, recipe, device, name, workers if name == "albumentations" else None)
+        contestants[name] = (_training(recipe, device, loader, compile, notify).__next__, size)
+    return contestants, int(str(loader.options["workers"]))
+
+
+def _measure(
+    contestants: dict[str, tuple[Callable[[], Any], float]], device: torch.device, rounds: int, seconds: float,
+    progress: Callable[[int], None],
+) -> tuple[dict[str, int], dict[str, list[float]]]:  # fmt: skip
+    """Calls of each contestant in a round, and what each did in a second, by round."""
+
+    def timed(name: str, calls: int) -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
+            contestants[name][0]()
+        wait_for(device)
+        return time.perf_counter() - began
+
+    calls, measured = {}, dict[str, list[float]]()
+    for name in contestants:
+        timed(name, 2)
+        calls[name], measured[name] = max(1, round(seconds / timed(name, 1))), []
+    for done in range(rounds):
+        progress(done)
+        for name in list(contestants)[:: -1 if done % 2 else 1]:  # there and back: none always follows the same one
+            measured[name].append(calls[name] * contestants[name][1] / timed(name, calls[name]))
+    return calls, measured
+
+
+def _conclusions(recipe: Recipe, measured: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, ratios, and the seconds of a run."""
+    flop, medians = training_flop(recipe), {name: float(np.median(values)) for name, values in measured.items()}
+    return {
         "training_flop_per_image": flop,
         "rounds": measured,
         "medians": medians,
@@ -138,11 +168,6 @@ def bench(
             "training": recipe.epochs * (1 + recipe.sam_share) * TRAIN_IMAGES / medians["tensor"],
             "evaluation": recipe.epochs * TEST_IMAGES / medians["evaluation"],
         },
-        "peak_memory": {
-            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-            "device": torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None,
-        },
-        "profile": operators,
     }
 
 
@@ -160,12 +185,16 @@ def ratio(above: list[float], below: list[float], factor: float = 1.0) -> dict[s
     return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
 
 
-def _operators(train: Callable[[], float], device: torch.device) -> list[dict[str, Any]]:
+def _operators(train: Callable[[], Any], steps: int, device: torch.device) -> list[dict[str, Any]]:
     """The 20 operators that themselves take most time, each with its share of the wall time in percent, and its calls."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells a user without a GPU that there is an error
     kinds = {"cpu": torch.profiler.ProfilerActivity.CPU, "cuda": torch.profiler.ProfilerActivity.CUDA}
     with torch.profiler.profile(activities={kinds["cpu"], kinds.get(device.type, kinds["cpu"])}) as profiler:
-        seconds = train()
+        began = time.perf_counter()
+        for _ in range(steps):
+            train()
+        wait_for(device)
+        seconds = time.perf_counter() - began
     kind = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
     events = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
     rows = [{"operator": e.key, "share": getattr(e, kind) / 1e4 / seconds, "calls": e.count} for e in events]
@@ -177,43 +206,40 @@ def _random_split(images: int) -> Split:
     return Split(rng.integers(0, 256, (images, 32, 32, 3), np.uint8), rng.integers(0, 10, images), np.arange(images))
 
 
-def _training(recipe, device, batches, compile, notify) -> Iterator[engine.Step | engine.Epoch]:
-    """The loop itself, over one epoch after another as one without end, so that no evaluation comes between; its plain steps."""
-    recipe = recipe.replace(sam_share=0.0)
+def _started(recipe: Recipe, device: torch.device, compile: str, notify: Callable[[str], None]) -> State:
+    """A run before its first step, compiled as asked."""
     state = engine.start(recipe, device)
-    forward = compiled(compile, recipe, state.model, device, [recipe.batch_size], notify)
-    endless = SimpleNamespace(
-        count=ENDLESS * recipe.batch_size, steps=ENDLESS, epoch=lambda *_: chain.from_iterable(map(batches.epoch, count()))
-    )
-    yield from engine.train(recipe, state, endless, lambda: (), device, forward)
+    state.forward = compiled(compile, recipe, state.model, device, [recipe.batch_size], notify)
+    state.model.train()
+    return state
 
 
-def _model_alone(recipe, device, compile, notify) -> Callable[[], None]:
-    """Forward, backward and optimizer step on one batch of noise."""
-    state, loss_of = engine.start(recipe, device), engine.make_loss(recipe)
-    forward = compiled(compile, recipe, state.model, device, [recipe.batch_size], notify)
+def _training(
+    recipe: Recipe, device: torch.device, loader: Loader, compile: str, notify: Callable[[str], None]
+) -> Iterator[torch.Tensor]:
+    """The plain steps of a run, over one epoch after another as one without end, so that no evaluation comes between."""
+    recipe = recipe.replace(sam_share=0.0)
+    state, total_steps = _started(recipe, device, compile, notify), recipe.epochs * loader.steps
+    for step, batch in enumerate(endless(loader)):
+        yield train_step(state, batch, rates_at(recipe, step % total_steps, total_steps))
+
+
+def _model_alone(recipe: Recipe, device: torch.device, compile: str, notify: Callable[[str], None]) -> Callable[[], Any]:
+    """The plain step on one batch of noise."""
+    state = _started(recipe, device, compile, notify)
     images = torch.randn(recipe.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    labels = torch.arange(recipe.batch_size, device=device) % 10
-    set_rates(state.optimizer, *rates(recipe, 0, ENDLESS))
-
-    def step() -> None:
-        with autocast(recipe, device):
-            output = forward(images)
-        loss_of(output, labels).backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-
-    return step
+    batch = Batch(images, torch.arange(recipe.batch_size, device=device) % 10)
+    return partial(train_step, state, batch, rates_at(recipe.replace(sam_share=0.0), 0, TRAIN_IMAGES))
 
 
-def _optimizer_alone(recipe, device) -> Callable[[], Any]:
+def _optimizer_alone(recipe: Recipe, device: torch.device) -> Callable[[], Any]:
     state = engine.start(recipe, device)
     for parameter in state.model.parameters():
         parameter.grad = torch.randn_like(parameter)
     return state.optimizer.step
 
 
-def _matrix_product(recipe, device) -> tuple[Callable[[], Any], float]:
+def _matrix_product(recipe: Recipe, device: torch.device) -> tuple[Callable[[], Any], float]:
     """A product of square matrices in the recipe's precision, and its FLOP.
 
     On a CPU as a convolution of kernel 1: torch gives float32 products to another library, which can be slower.
@@ -225,7 +251,7 @@ def _matrix_product(recipe, device) -> tuple[Callable[[], Any], float]:
 
 
 @contextmanager
-def _plain_process(*arguments) -> Iterator[Callable[[], None]]:
+def _plain_process(*arguments: Any) -> Iterator[Callable[[], None]]:
     """Gives what lets `_plain_loop`, in a process of its own, take one step."""
     context = multiprocessing.get_context("spawn")
     pipe, its_end = context.Pipe()
@@ -255,11 +281,11 @@ def _plain_loop(pipe: Any, recipe: Recipe, device: torch.device, images: int, wo
     `device.keep_large_blocks`, which cannot be undone and which a notebook has not got; between its steps it rests.
     """
     leave_signals(0)
-    winograd.MIN_TILES = ENDLESS
+    convolution.MIN_TILES = sys.maxsize
     recipe = recipe.replace(precision="float32", flip_order="random")
     model = build_model(recipe).to(device).to(memory_format=torch.contiguous_format)
-    optimizer, loss_of = make_optimizer(recipe, model), engine.make_loss(recipe)
-    set_rates(optimizer, *rates(recipe, 0, ENDLESS))
+    optimizer, first = make_optimizer(recipe, model), rates_at(recipe, 0, TRAIN_IMAGES)
+    set_rates(optimizer, first.lr, first.momentum)
     collate = partial(_collate, _random_split(images), train_transform(recipe))
     options: dict[str, Any] = dict(
         num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=leave_signals
@@ -271,7 +297,7 @@ def _plain_loop(pipe: Any, recipe: Recipe, device: torch.device, images: int, wo
             inputs, labels = (tensor.to(device) for tensor in next(batches))
             optimizer.zero_grad()
             output = model(inputs)
-            loss = loss_of(output, labels)
+            loss = engine.training_loss(recipe, output, labels)
             loss.backward()
             optimizer.step()
             running_loss += loss.item()

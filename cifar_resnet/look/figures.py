@@ -5,25 +5,22 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from . import schedule
+from ..errors import UsageError
+from ..recipe import Recipe
+from ..training import optim
+from ..training.lr_finder import History, Suggestions, Trial, smooth
 from .analysis import Mistake
-from .errors import UsageError
-from .lr_finder import History, Suggestions, Trial, smooth
-from .optimizer import rates
-from .recipe import Recipe
-from .run import write_whole
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 FORMATS = ("png", "svg", "pdf")
-BEST_REFERENCE = ("best of the five documented systems, 91.97 %", 91.97)
 
 
 def render(figure: Figure, format: str = "png") -> bytes:
@@ -43,18 +40,6 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Writes the figure whole, in the format of its suffix, and gives the path.
-
-    Raises:
-        UsageError: the suffix is none of .png, .svg and .pdf.
-    """
-    if path.suffix[1:] not in FORMATS:
-        raise UsageError(f"{path} must end in .png, .svg or .pdf")
-    write_whole(path, render(figure, path.suffix[1:]))
-    return path
-
-
 def _figure(columns: int = 1, size: tuple[float, float] = (7, 4.2), **options: Any) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(columns, squeeze=False, **options)[:, 0] if options else figure.subplots(1, columns, squeeze=False)[0]
@@ -64,8 +49,13 @@ def _figure(columns: int = 1, size: tuple[float, float] = (7, 4.2), **options: A
     return figure, axes
 
 
-def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test", stacked: bool = False) -> Figure:
-    """Loss and accuracy by epoch, on the training images and on those evaluated on; side by side, or stacked."""
+def curves(
+    history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test", target: float | None = None, *, stacked: bool = False
+) -> Figure:
+    """Loss and accuracy by epoch, on the training images and on those evaluated on; side by side, or stacked.
+
+    `target` is an accuracy in percent, drawn as a line.
+    """
     figure, (left, right) = _figure(2, (7, 7.6), sharex=True) if stacked else _figure(2, (11, 4.2))
     epochs = [row["epoch"] for row in history]
     objective = "train (augmented, label smoothing)" if recipe.label_smoothing else "train (augmented)"
@@ -74,14 +64,14 @@ def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test", 
         axis.plot(epochs, [row[f"test_{quantity}"] for row in history], color=RED, label=evaluated_on, marker=".")
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    if recipe.dataset == "cifar10" and evaluated_on == "test":
-        right.axhline(BEST_REFERENCE[1], color=GREY, linewidth=1, linestyle=":", label=BEST_REFERENCE[0])
+    if target is not None:
+        right.axhline(target, color=GREY, linewidth=1, linestyle=":", label=f"target, {target:g} %")
     last = history[-1]
     left.set(title="Loss", ylabel="mean over the images")
     right.set(title="Accuracy", ylabel="percent")
     for axis in (left, right):
         axis.legend(frameon=False)
-    figure.suptitle(f"{recipe.title}, seed {recipe.seed}: {last['test_accuracy']:.2f} % {evaluated_on} accuracy")
+    figure.suptitle(f"{_plain(recipe.title)}, seed {recipe.seed}: {last['test_accuracy']:.2f} % {evaluated_on} accuracy")
     return figure
 
 
@@ -89,7 +79,7 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int) -> Figure:
     """The learning rate at every step of a run, from the function that training uses."""
     figure, (axis,) = _figure()
     total = recipe.epochs * steps_per_epoch
-    lr = [rates(recipe, step, total)[0] for step in range(total)]
+    lr = [optim.learning_rate(recipe, step, total)[0] for step in range(total)]
     epochs = (np.arange(total) + 1) / steps_per_epoch
     axis.plot(epochs, lr, color=BLUE)
     peak = int(np.argmax(lr))
@@ -106,7 +96,7 @@ def triangular(min_lr: float, max_lr: float, step_size: int, cycles: int) -> Fig
     """The triangular cyclical learning rate between its two bounds, from the function that computes it."""
     figure, (axis,) = _figure()
     steps = range(2 * step_size * cycles + 1)
-    axis.plot(steps, [schedule.triangular(step, step_size, min_lr, max_lr) for step in steps], color=BLUE)
+    axis.plot(steps, [optim.triangular(step, step_size, min_lr, max_lr) for step in steps], color=BLUE)
     for value, name, up in ((min_lr, "min LR", -14), (max_lr, "max LR", 5)):
         axis.axhline(value, color=GREY, linestyle="--", linewidth=1)
         axis.annotate(f"{name} {value:g}", (0, value), (4, up), textcoords="offset points")
@@ -128,14 +118,26 @@ def lr_finder(
     Below it, where there was a sweep, the accuracies that its trainings reached.
     """
     figure, (axis, *below) = _figure(2, (8, 8.4), sharex=True, height_ratios=(5, 4)) if sweep else _figure(size=(8, 5.2))
+    _draw_range_test(axis, history, suggestions, trials)
+    if step_mode == "exp":
+        axis.set_xscale("log")
+    axis.set(xlabel="learning rate", ylabel="training loss", title=f"Learning-rate range test of {_plain(recipe.title)}")
+    axis.legend(frameon=False, fontsize=9)
+    for under in below:
+        axis.set_xlabel("")
+        _draw_sweep(under, sweep, suggestions)
+    return figure
+
+
+def _draw_range_test(axis: Axes, history: History, suggestions: Suggestions, trials: Sequence[Trial]) -> None:
     level = smooth(history.loss)
     axis.plot(history.lr, history.loss, color=GREY, alpha=0.5, linewidth=0.8, label="loss of each step")
     axis.plot(history.lr, level, color=BLUE, linewidth=2, label="smoothed, without lag")
     points = [(trial.max_lr, trial.loss) for trial in trials if np.isfinite(trial.loss)]
     if points:
         axis.plot(*zip(*points, strict=True), "o-", color=GREEN, label="where short trainings with this maximum ended")
+    _shade_recommended(axis, suggestions)
     if suggestions.max_lr is not None:
-        axis.axvspan(suggestions.min_lr, suggestions.max_lr, color=GREEN, alpha=0.12)
         axis.axvline(suggestions.max_lr, color=GREEN, label=f"recommended: {suggestions.min_lr:.3g} to {suggestions.max_lr:.3g}")
     for value, colour, dash, label in (
         (suggestions.steepest, RED, "--", "steepest"),
@@ -143,33 +145,43 @@ def lr_finder(
         (suggestions.minimum_tenth, PURPLE, ":", "a tenth of the minimum"),
     ):
         axis.axvline(value, color=colour, linestyle=dash, label=f"{label}: {value:.3g}")
-    if step_mode == "exp":
-        axis.set_xscale("log")
     low, high = min([level.min(), *(loss for _, loss in points)]), max(level[: max(len(level) // 2, 1)].max(), level[0])
     axis.set_ylim(low - 0.15 * (high - low), high + 0.35 * (high - low))
-    axis.set(
-        xlabel="learning rate",
-        ylabel="training loss",
-        title=f"Learning-rate range test of {recipe.title}",
-    )
+
+
+def _shade_recommended(axis: Axes, suggestions: Suggestions) -> None:
+    if suggestions.max_lr is not None and suggestions.min_lr is not None:
+        axis.axvspan(suggestions.min_lr, suggestions.max_lr, color=GREEN, alpha=0.12)
+
+
+def _draw_sweep(axis: Axes, sweep: Sequence[dict[str, Any]], suggestions: Suggestions) -> None:
+    """The accuracies of the short trainings, by the rule that chose their maximum."""
+    ended = [row for row in sweep if row["accuracy"] is not None]
+    for rule, style, colour, label in (
+        ("grid", "o-", BLUE, "factors of 2 around the recommended one"),
+        ("steepest", "s", RED, "steepest"),
+        ("recommended", "D", GREEN, "recommended at this length"),
+    ):
+        rows = [row for row in ended if row["rule"] == rule]
+        axis.plot([row["max_lr"] for row in rows], [row["accuracy"] for row in rows], style, color=colour, label=label)
+    _shade_recommended(axis, suggestions)
+    if ended:  # what collapsed may leave the picture
+        axis.set_ylim(max(axis.get_ylim()[0], max(row["accuracy"] for row in ended) - 20), None)
+    title = f"Holdout accuracy after {sweep[0]['epochs']} epochs with this maximum"
+    axis.set(xlabel="learning rate", ylabel="percent", title=title)
     axis.legend(frameon=False, fontsize=9)
-    for under in below:
-        axis.set_xlabel("")
-        epochs, ended = sweep[0]["epochs"], [row for row in sweep if row["accuracy"] is not None]
-        for rule, style in (("grid", "o-"), ("steepest", "s"), ("recommended", "D")):
-            rows = [row for row in ended if row["rule"] == rule]
-            colour = {"grid": BLUE, "steepest": RED, "recommended": GREEN}[rule]
-            label = {"grid": "factors of 2 around the recommended one", "recommended": "recommended at this length"}.get(
-                rule, rule
-            )
-            under.plot([row["max_lr"] for row in rows], [row["accuracy"] for row in rows], style, color=colour, label=label)
-        if suggestions.max_lr is not None:
-            under.axvspan(suggestions.min_lr, suggestions.max_lr, color=GREEN, alpha=0.12)
-        if ended:  # what collapsed may leave the picture
-            under.set_ylim(max(under.get_ylim()[0], max(row["accuracy"] for row in ended) - 20), None)
-        under.set(xlabel="learning rate", ylabel="percent", title=f"Holdout accuracy after {epochs} epochs with this maximum")
-        under.legend(frameon=False, fontsize=9)
-    return figure
+
+
+def evaluation(content: dict[str, Any]) -> dict[str, Figure]:
+    """The pictures of what `evaluation.json` holds, by the name of their file."""
+    what = f"{content['recipe']}, {content['images']:,} {content['evaluated_on']} images"
+    right = f"{what}: {content['accuracy']:.2f} % right"
+    bins, error, loss = (content[key] for key in ("reliability", "calibration_error", "loss"))
+    return {
+        "confusion_matrix": confusion_matrix(content["confusion_matrix"], list(content["classes"]), right),
+        "class_accuracy": class_accuracy(content["classes"], right),
+        "reliability": reliability(bins, error, loss, f"How far confidence can be believed: {what}"),
+    }
 
 
 def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> Figure:
@@ -219,7 +231,7 @@ def reliability(bins: Sequence[dict[str, Any]], calibration_error: float, loss: 
     return figure
 
 
-def _cells(count: int, columns: int, width: float, title: str) -> tuple[Figure, list]:
+def _cells(count: int, columns: int, width: float, title: str) -> tuple[Figure, list[Axes]]:
     """Axes without frames in rows, for `count` images of that width in inches, each with two lines of text above."""
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -250,16 +262,16 @@ def grad_cam(images: np.ndarray, predicted: np.ndarray, true: np.ndarray, shown:
     """
     figure, axes = _cells(len(shown), 2, 4.6, title)
     for axis, image, mistake, *maps in zip(axes, images, shown, predicted, true, strict=False):
-        for place, heat in enumerate([None, *maps]):
-            extent = (34 * place, 34 * place + 32, 32, 0)
+        for column, heat in enumerate([None, *maps]):
+            extent = (34 * column, 34 * column + 32, 32, 0)
             axis.imshow(image, interpolation="nearest", extent=extent)
             if heat is not None:
                 options = dict(alpha=0.25 + 0.4 * heat, vmin=0, vmax=1, interpolation="bilinear")
                 axis.imshow(heat, cmap="inferno", extent=extent, **options)
         axis.set(xlim=(-5, 105), ylim=(32, 0))
-        for place, name in enumerate((mistake.predicted, mistake.true)):
-            text = f"{('predicted', 'true')[place]}: {_plain(name)}\n{100 * mistake.probabilities[name]:.1f} %"
-            axis.text(34 * place + 50, -1, text, ha="center", va="bottom", fontsize=9)
+        for left, kind, name in ((34, "predicted", mistake.predicted), (68, "true", mistake.true)):
+            text = f"{kind}: {_plain(name)}\n{100 * mistake.probabilities[name]:.1f} %"
+            axis.text(left + 16, -1, text, ha="center", va="bottom", fontsize=9)
     return figure
 
 
@@ -288,7 +300,7 @@ def comparison(groups: Sequence[dict[str, Any]], evaluated_on: str) -> Figure:
         by_run = np.array([run["test_accuracy"] for run in group["runs"]])
         epochs = np.arange(by_run.shape[1]) + 1
         spread = f" ± {group['std']:.2f}" if group["std"] is not None else ""
-        label = f"{group['label']}: {group['mean']:.2f}{spread} %, n = {group['n']}"
+        label = f"{_plain(group['label'])}: {group['mean']:.2f}{spread} %, n = {group['n']}"
         axis.plot(epochs, by_run.mean(0), color=colour, linestyle=line, label=label, marker=".")
         axis.fill_between(epochs, by_run.min(0), by_run.max(0), color=colour, alpha=0.15, linewidth=0)
     axis.set(xlabel="epoch", ylabel="percent", title=f"{evaluated_on.capitalize()} accuracy by epoch")

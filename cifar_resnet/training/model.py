@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .recipe import Recipe
-from .winograd import Conv3x3
+from ..recipe import Recipe
+from .convolution import Conv3x3
 
 
 class ResBlock(nn.Module):
@@ -24,25 +24,27 @@ class ResBlock(nn.Module):
 class ResNet(nn.Module):
     """prep 3>64, layer1 64>128 with a residual block, layer2 128>256, layer3 256>512 with a residual block, FC.
 
-    The variants are the `Recipe` fields of the panel Model.
+    The variants are the `Recipe` fields of the panel Model; the channels are those of the width 64.
     """
 
     def __init__(self, recipe: Recipe, classes: int = 10) -> None:
         super().__init__()
-        bias = recipe.conv_bias
-        after_prep = [nn.BatchNorm2d(64), nn.ReLU()]
-        self.prep = nn.Sequential(Conv3x3(3, 64, bias), *(after_prep if recipe.prep_order == "bn-relu" else reversed(after_prep)))
+        bias, width = recipe.conv_bias, recipe.width
+        after_prep = [nn.BatchNorm2d(width), nn.ReLU()]
+        self.prep = nn.Sequential(
+            Conv3x3(3, width, bias), *(after_prep if recipe.prep_order == "bn-relu" else reversed(after_prep))
+        )
 
         def layer(inputs: int, outputs: int, *then: nn.Module) -> nn.Sequential:
             pool, rest = nn.MaxPool2d(2), [nn.BatchNorm2d(outputs), nn.ReLU()]
             after_conv = [pool, *rest] if recipe.pool_position == "before-bn" else [*rest, pool]
             return nn.Sequential(Conv3x3(inputs, outputs, bias), *after_conv, *then)
 
-        self.layer1 = layer(64, 128, ResBlock(128))
-        self.layer2 = layer(128, 256)
-        self.layer3 = layer(256, 512, ResBlock(512))
+        self.layer1 = layer(width, 2 * width, ResBlock(2 * width))
+        self.layer2 = layer(2 * width, 4 * width)
+        self.layer3 = layer(4 * width, 8 * width, ResBlock(8 * width))
         self.pool = nn.MaxPool2d(4)
-        self.fc = nn.Linear(512, classes, bias=recipe.fc_bias)
+        self.fc = nn.Linear(8 * width, classes, bias=recipe.fc_bias)
         self.logit_scale = recipe.logit_scale
         self.output = recipe.output
 

@@ -1,0 +1,155 @@
+"""Augmentation, twice: a batch at a time on the device, and image by image in Albumentations.
+
+What happens to an image depends on (seed, epoch, step) and its place in the batch, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..recipe import Recipe
+
+AUGMENT, FIRST_FLIP = 1, 2  # purposes of a random stream
+
+
+def stream(recipe: Recipe, epoch: int, step: int, purpose: int) -> np.random.Generator:
+    """The random numbers for one purpose at one step of a run."""
+    return np.random.default_rng(np.random.SeedSequence((recipe.seed, epoch, step, purpose)))
+
+
+class Choices(NamedTuple):
+    """What augmentation does to each image of a batch of B."""
+
+    offsets: Tensor  # int64 (B, 2): top and left of the crop in the padded image
+    flips: Tensor  # bool (B,)
+    holes: Tensor  # int64 (B, holes, 2): top and left in the cropped image; -32, -32 for none
+
+
+def draw(recipe: Recipe, epoch: int, step: int, count: int) -> Choices:
+    """The augmentations of a batch of `count` images, each image's independent of the others'."""
+    rng = stream(recipe, epoch, step, AUGMENT)
+    offsets = rng.integers(0, 2 * recipe.pad + 1, (count, 2))
+    flips = rng.random(count) < recipe.flip_probability
+    holes = rng.integers(0, 32 - recipe.cutout_size + 1, (count, recipe.cutout_count, 2))
+    holes[rng.random(count) >= recipe.cutout_probability] = -32
+    return Choices(*(torch.from_numpy(array) for array in (offsets, flips, holes)))
+
+
+def alternating_flips(recipe: Recipe, epoch: int, count: int) -> np.ndarray:
+    """Which of a split's `count` images are shown mirrored: a random half in even epochs, the other half in odd ones.
+
+    Two epochs in a row so show both views of every image (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6).
+    """
+    return (stream(recipe, 0, 0, FIRST_FLIP).random(count) < 0.5) ^ bool(epoch % 2)
+
+
+def hole_pixel(recipe: Recipe) -> tuple[int, ...]:
+    """The uint8 value by channel that fills the cutout."""
+    level = recipe.mean if recipe.cutout_fill is None else (recipe.cutout_fill,) * 3
+    return tuple(round(255 * value) for value in level or ())
+
+
+def pad_pixel(recipe: Recipe) -> tuple[int, ...]:
+    """The uint8 value by channel of padding, for the pad modes that are one colour."""
+    return tuple(round(255 * value) for value in recipe.mean or ()) if recipe.pad_mode == "mean" else (0, 0, 0)
+
+
+class TensorAugmentation:
+    """Pad, crop, flip, cutout and normalise for a whole batch of uint8 images on the device."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe = recipe
+        # As albumentations.Normalize does it, so that both loaders give the same bits.
+        self.mean = torch.tensor(recipe.mean, device=device) * 255
+        self.scale = 1 / (torch.tensor(recipe.std, device=device) * 255)
+        self.hole = torch.tensor(hole_pixel(recipe), dtype=torch.uint8, device=device)
+        self.fill = torch.tensor(pad_pixel(recipe), dtype=torch.uint8, device=device)
+        self.range = torch.arange(32, device=device)
+
+    def __call__(self, images: Tensor, index: Tensor, choices: Choices) -> Tensor:
+        """Augmented and normalised, float32 (B, 3, 32, 32): those of the `images`, uint8 (N, 32, 32, 3), at `index`, int64 (B,).
+
+        Pad, crop and flip are one gather by rows and columns.
+        """
+        rows, columns = (self.range + choices.offsets[:, axis, None] - self.recipe.pad for axis in (0, 1))  # (B, 32)
+        columns = torch.where(choices.flips[:, None], columns.flip(1), columns)
+        if self.recipe.pad_mode == "reflect":
+            images = images[index[:, None, None], _reflect(rows)[:, :, None], _reflect(columns)[:, None, :]]
+        else:
+            inside = (rows == rows.clamp(0, 31))[:, :, None] & (columns == columns.clamp(0, 31))[:, None, :]
+            images = images[index[:, None, None], rows.clamp(0, 31)[:, :, None], columns.clamp(0, 31)[:, None, :]]
+            images = torch.where(inside[..., None], images, self.fill)
+        for top, left in (hole.unbind(1) for hole in choices.holes.unbind(1)):
+            in_rows, in_columns = (
+                (self.range >= start[:, None]) & (self.range < start[:, None] + self.recipe.cutout_size) for start in (top, left)
+            )
+            images = torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], self.hole, images)
+        return self.normalise(images)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 32, 32, 3) to float32 (B, 3, 32, 32), channels last in memory as they were."""
+        return ((images.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
+
+
+def _reflect(position: Tensor) -> Tensor:
+    """Positions outside 0 to 31 mirrored at the edge pixels, which are not repeated."""
+    position = position.abs()
+    return torch.where(position > 31, 62 - position, position)
+
+
+def albumentations() -> ModuleType:
+    """The library, kept from asking the network for a newer one, as its import does."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations
+
+    return albumentations
+
+
+def train_transform(recipe: Recipe, **compose: Any) -> Any:
+    """Pad, random crop 32, flip, cutout, normalise, to tensor. Takes image=uint8 (32, 32, 3), gives float32 (3, 32, 32)."""
+    import cv2
+
+    A = albumentations()
+    steps = []
+    if recipe.pad:
+        side = 32 + 2 * recipe.pad
+        border = cv2.BORDER_REFLECT_101 if recipe.pad_mode == "reflect" else cv2.BORDER_CONSTANT
+        steps += [A.PadIfNeeded(side, side, border_mode=border, fill=pad_pixel(recipe)), A.RandomCrop(32, 32)]
+    if recipe.flip_probability and not recipe.alternates:  # else the loader does it
+        steps.append(A.HorizontalFlip(p=recipe.flip_probability))
+    if recipe.cutout_count and recipe.cutout_probability:
+        count, size = (recipe.cutout_count,) * 2, (recipe.cutout_size,) * 2
+        steps.append(A.CoarseDropout(count, size, size, fill=hole_pixel(recipe), p=recipe.cutout_probability))
+    return A.Compose([*steps, *_to_tensor(recipe)], **compose)
+
+
+def test_transform(recipe: Recipe) -> Any:
+    """Normalise, to tensor."""
+    return albumentations().Compose(_to_tensor(recipe))
+
+
+def _to_tensor(recipe: Recipe) -> list[Any]:
+    A = albumentations()
+    return [A.Normalize(recipe.mean, recipe.std), A.ToTensorV2()]
+
+
+def image_seeds(recipe: Recipe, epoch: int, step: int, count: int) -> list[int]:
+    """A seed for each image of a batch of `count`."""
+    return stream(recipe, epoch, step, AUGMENT).integers(2**63, size=count).tolist()
+
+
+def augmented(pipeline: Any, image: np.ndarray, seed: int) -> dict[str, Any]:
+    """What an Albumentations pipeline makes of an image, its transforms taking turns at one stream from this seed.
+
+    `Compose.set_random_seed` would start a stream for each at the same place: a flip and a hole of equal probability
+    would then always come together.
+    """
+    pipeline.set_random_state(np.random.Generator(np.random.PCG64(seed)), random.Random(seed))
+    return pipeline(image=image)

@@ -1,0 +1,256 @@
+"""Batches for the loop: whole-split tensors on the device, or Albumentations behind a DataLoader.
+
+What a batch holds depends on (seed, epoch, step) and nothing else, so a run can be resumed in the middle of an
+epoch, and any number of workers gives the same batches. Of several ranks each gets its share of every training batch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import signal
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..recipe import Recipe
+from .augment import (
+    Choices,
+    TensorAugmentation,
+    alternating_flips,
+    augmented,
+    draw,
+    image_seeds,
+    stream,
+    test_transform,
+    train_transform,
+)
+from .datasets import Split
+
+ORDER = 0  # purpose of a random stream
+
+
+class Batch(NamedTuple):
+    """A rank's share of a training batch, or evaluation images."""
+
+    images: Tensor  # float32 (B, 3, 32, 32) in channels-last layout
+    labels: Tensor  # int64 (B,)
+    weight: float = 1.0  # of this share's mean loss; over the ranks the weights have the mean 1
+
+
+class Share(NamedTuple):
+    """Which part of every batch this process trains on: part `rank` of `ranks`."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, count: int) -> slice:
+        """This rank's of `count` images: consecutive ones, as many as any other rank's or one more."""
+        return slice(count * self.rank // self.ranks, count * (self.rank + 1) // self.ranks)
+
+    def weight(self, count: int) -> float:
+        """Of the mean loss over this rank's of `count` images: with it the ranks' mean gradient is the whole batch's."""
+        mine = self.of(count)
+        return (mine.stop - mine.start) * self.ranks / count
+
+
+WHOLE = Share()
+
+
+def epoch_order(recipe: Recipe, epoch: int, count: int) -> np.ndarray:
+    """The order in which an epoch shows its `count` images."""
+    return stream(recipe, epoch, 0, ORDER).permutation(count)
+
+
+class Loader(Protocol):
+    """Training batches, epoch by epoch, and evaluation batches of the same images."""
+
+    count: int  # images
+    steps: int  # an epoch has
+    options: dict[str, object]  # the run options that they came from
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]: ...
+
+    def plain(self, batch_size: int) -> Iterator[Batch]:
+        """Every image once, in order, normalised only."""
+        ...
+
+    def close(self) -> None:
+        """Ends what loads, inside an epoch too. To be called: what an exception holds on to is not ended with it."""
+
+
+class TensorLoader:
+    """The whole split once on the device as uint8, augmented a batch at a time."""
+
+    def __init__(self, split: Split, recipe: Recipe, device: torch.device, share: Share = WHOLE) -> None:
+        self.recipe, self.device, self.share = recipe, device, share
+        self.options: dict[str, object] = {"loader": "tensor"}
+        self.images = torch.from_numpy(split.images).to(device)  # (N, 32, 32, 3)
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self.count, self.steps = len(split), math.ceil(len(split) / recipe.batch_size)
+        self.augment = TensorAugmentation(recipe, device)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        table = self.send(self.draw(epoch))
+        return (self.batch(table, step, self.size(step)) for step in range(first_step, self.steps))
+
+    def size(self, step: int) -> int:
+        """Images in the batch of a step of an epoch, over all ranks."""
+        return min(self.recipe.batch_size, self.count - step * self.recipe.batch_size)
+
+    def draw(self, epoch: int) -> Tensor:
+        """All that an epoch chooses at random, int32 (N, 4 + 2 * holes) on the CPU, a row an image in the epoch's order.
+
+        A row holds the image's index, top and left of its crop, whether it is flipped, and top and left of each hole.
+        """
+        recipe, order = self.recipe, torch.from_numpy(epoch_order(self.recipe, epoch, self.count))
+        drawn = [draw(recipe, epoch, step, self.size(step)) for step in range(self.steps)]
+        offsets, flips, holes = (torch.cat(each) for each in zip(*drawn, strict=True))
+        if recipe.alternates:
+            flips = torch.from_numpy(alternating_flips(recipe, epoch, self.count))[order]
+        return torch.cat([order[:, None], offsets, flips[:, None], holes.flatten(1)], dim=1).int()
+
+    def send(self, table: Tensor) -> Tensor:
+        """To the device; from pinned memory, as a GPU would otherwise be waited for."""
+        return table.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else table.to(self.device)
+
+    def batch(self, table: Tensor, step: int | Tensor, size: int) -> Batch:
+        """This rank's share of the batch of a step, of `size` images; `table` is `draw`'s, on the device.
+
+        The step may be an int64 tensor () on the device: then nothing here depends on its value but what is computed there.
+        """
+        mine = self.share.of(size)
+        rows = torch.arange(mine.start, mine.stop, device=self.device) + step * self.recipe.batch_size
+        row = table[rows].long()
+        choices = Choices(row[:, 1:3], row[:, 3].bool(), row[:, 4:].unflatten(1, (self.recipe.cutout_count, 2)))
+        return Batch(self.augment(self.images, row[:, 0], choices), self.labels[row[:, 0]], self.share.weight(size))
+
+    def plain(self, batch_size: int) -> Iterator[Batch]:
+        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
+            yield Batch(self.augment.normalise(images), labels)
+
+    def close(self) -> None:
+        pass
+
+
+class AlbumentationsLoader:
+    """Albumentations, image by image, in a DataLoader with `workers` processes (0: in this one)."""
+
+    def __init__(self, split: Split, recipe: Recipe, device: torch.device, workers: int, share: Share = WHOLE) -> None:
+        self.recipe, self.device, self.share = recipe, device, share
+        self.options: dict[str, object] = {"loader": "albumentations", "workers": workers}
+        self.count, self.steps = len(split), math.ceil(len(split) / recipe.batch_size)
+        self.order = _Order()
+        self.loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+            _Augmented(split, recipe, shared=workers > 0),
+            sampler=self.order,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=give_way if device.type == "cpu" else leave_signals,
+            pin_memory=device.type == "cuda",
+        )
+        atexit.register(_close, weakref.ref(self))
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        order, size = epoch_order(self.recipe, epoch, self.count), self.recipe.batch_size
+        rows = np.split(order, range(size, self.count, size))
+        keys = [(epoch, k, rows[k], self.share.of(len(rows[k]))) for k in range(first_step, self.steps)]
+        return self._batches(keys, [self.share.weight(len(rows[k])) for k in range(first_step, self.steps)])
+
+    def plain(self, batch_size: int) -> Iterator[Batch]:
+        starts = range(0, self.count, batch_size)
+        keys = [(None, 0, np.arange(self.count)[start : start + batch_size], slice(None)) for start in starts]
+        return self._batches(keys, [1.0] * len(keys))
+
+    def _batches(self, keys: list[tuple], weights: list[float]) -> Iterator[Batch]:
+        self.order.keys = keys
+        for (images, labels), weight in zip(self.loader, weights, strict=True):
+            images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            yield Batch(images, labels.to(self.device, non_blocking=True), weight)
+
+    def close(self) -> None:
+        if stop := getattr(self.loader._iterator, "_shutdown_workers", None):  # torch has no public way
+            stop()
+        self.loader._iterator = None
+
+
+def _close(reference: weakref.ref) -> None:
+    if loader := reference():
+        loader.close()
+
+
+def leave_signals(_worker: int) -> None:
+    """Ctrl-C, or a SIGTERM to the whole group, reaches the workers too: the training process, whose step needs them, ends
+    them. Of a SIGTERM they die half a minute later, so that nobody who waits for them waits for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+def give_way(worker: int) -> None:
+    """Works while the training process leaves a core free: a convolution is as slow as its slowest thread."""
+    leave_signals(worker)
+    os.nice(19)
+
+
+class _Order(torch.utils.data.Sampler):
+    """Hands the workers (epoch, step, indices, slice of them to load), a batch each."""
+
+    keys: list[tuple] = []
+
+    def __iter__(self) -> Iterator[tuple]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class _Augmented(torch.utils.data.Dataset):
+    def __init__(self, split: Split, recipe: Recipe, shared: bool) -> None:
+        self.images = torch.from_numpy(split.images)
+        if shared:  # kept once, however many workers there are and however they are started
+            self.images = self.images.share_memory_()
+        self.labels = torch.from_numpy(split.labels)
+        self.recipe, self.train, self.test = recipe, train_transform(recipe), test_transform(recipe)
+
+    def __getitem__(self, key: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        epoch, step, batch, mine = key
+        images, labels = self.images.numpy()[batch[mine]], self.labels[batch[mine]]
+        if epoch is None:
+            return torch.stack([self.test(image=image)["image"] for image in images]), labels
+        if self.recipe.alternates:
+            turned = alternating_flips(self.recipe, epoch, len(self.labels))[batch[mine]]
+            images[turned] = images[turned, :, ::-1]
+        seeds = image_seeds(self.recipe, epoch, step, len(batch))[mine]
+        return torch.stack([augmented(self.train, *each)["image"] for each in zip(images, seeds, strict=True)]), labels
+
+
+def make_loader(
+    split: Split,
+    recipe: Recipe,
+    device: torch.device,
+    loader: str = "auto",
+    workers: int | None = None,
+    share: Share = WHOLE,
+) -> Loader:
+    """`loader`: "tensor", "albumentations", or "auto" (tensor). `workers`: None for one on a CPU, four beside a GPU.
+
+    Raises:
+        UsageError: there is no such loader, or workers are below 0.
+    """
+    if loader not in ("auto", "tensor", "albumentations"):
+        raise UsageError(f"--loader {loader}: it is auto, tensor or albumentations")
+    if workers is not None and workers < 0:
+        raise UsageError(f"--workers {workers} must be at least 0")
+    if workers is not None and loader != "albumentations":
+        raise UsageError(f"--workers {workers} needs --loader albumentations: the tensor loader has no workers")
+    if loader == "albumentations":
+        workers = (1 if device.type == "cpu" else 4) if workers is None else workers
+        return AlbumentationsLoader(split, recipe, device, workers, share)
+    return TensorLoader(split, recipe, device, share)

@@ -1,0 +1,162 @@
+"""What several jobs begin with, and end with."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..data import datasets
+from ..data.loaders import Loader, make_loader
+from ..errors import CifarResnetError, UsageError
+from ..look import analysis, figures
+from ..presets import PRESETS
+from ..recipe import DATASETS, Recipe
+from ..run_dir import SCHEMA, Checkpoint, load_checkpoint, write_whole
+from ..training.engine import EVALUATION_BATCH, predict_logits, scores
+from ..training.model import ResNet
+from ..training.runtime import environment, resolve_device, resolve_precision, set_tf32, without_emulation
+
+
+class Prediction(NamedTuple):
+    """A checkpoint's logits, float32 (N, classes), on the images that it is judged by."""
+
+    checkpoint: Checkpoint
+    model: ResNet
+    data: datasets.Data
+    images: Loader
+    logits: Tensor
+    labels: Tensor
+    device: torch.device
+
+
+def prepare(
+    recipe: Recipe | None, device: str, data_dir: Path | str | None, notify: Callable[[str], None]
+) -> tuple[Recipe, torch.device, datasets.Data]:
+    """The recipe with what depends on device and images resolved, the device, and the images."""
+    resolved = resolve_device(device)
+    recipe = resolve_precision(recipe or Recipe(), resolved)
+    data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify)
+    return datasets.with_statistics(recipe, data.train), resolved, data
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes the figure whole, in the format of its suffix, and gives the path.
+
+    Raises:
+        UsageError: the suffix is none of .png, .svg and .pdf.
+        RunDirectoryError: the file cannot be written.
+    """
+    if path.suffix[1:] not in figures.FORMATS:
+        raise UsageError(f"{path} must end in .png, .svg or .pdf")
+    write_whole(path, figures.render(figure, path.suffix[1:]))
+    return path
+
+
+def finished(path: Path | str) -> Checkpoint:
+    """The last checkpoint of a run.
+
+    Raises:
+        CifarResnetError: it cannot be read, or the run has not ended.
+    """
+    checkpoint = load_checkpoint(path)
+    if not checkpoint.finished:
+        where = f"stands at epoch {checkpoint.content['epoch']} of {checkpoint.recipe.epochs}"
+        raise CifarResnetError(f"{checkpoint.path} {where}; finish it: cifar-resnet train --resume {checkpoint.path.parent}")
+    return checkpoint
+
+
+def opened(
+    checkpoint: Path | str, device: str, notify: Callable[[str], None] = lambda message: None
+) -> tuple[Checkpoint, torch.device]:
+    """A checkpoint to evaluate in the arithmetic of its run, and the device.
+
+    A CPU that only emulates bfloat16 evaluates in float32, and says so.
+    """
+    resolved, loaded = resolve_device(device), load_checkpoint(checkpoint)
+    set_tf32(bool(loaded.environment.get("tf32")))
+    recipe = without_emulation(loaded.recipe, resolved)
+    if recipe != loaded.recipe:
+        notify("this run was in bfloat16, which this CPU only emulates: evaluated in float32, so the last digits may differ")
+    return replace(loaded, recipe=recipe), resolved
+
+
+def logits_of(checkpoint: Path | str, data_dir: Path | str | None, device: str, notify: Callable[[str], None]) -> Prediction:
+    """Dataset, recipe and precision are the checkpoint's, so that the figures are those that `train` reported."""
+    loaded, resolved = opened(checkpoint, device, notify)
+    data = datasets.load(loaded.recipe, Path(data_dir) if data_dir else None, notify)
+    if data.classes != loaded.classes:
+        raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")
+    if not loaded.finished:
+        notify(f"the run stands at epoch {loaded.content['epoch']} of {loaded.recipe.epochs}: what follows is not its end")
+    model, images = loaded.model(resolved), make_loader(data.evaluation, loaded.recipe, resolved)
+    logits, labels = predict_logits(loaded.recipe, model, images.plain(EVALUATION_BATCH), resolved)
+    return Prediction(loaded, model, data, images, logits, labels, resolved)
+
+
+def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
+    """What `evaluation.json` holds."""
+    loaded = found.checkpoint
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "checkpoint": str(loaded.path),
+        "recipe": loaded.recipe.recipe,
+        "epoch": loaded.content["epoch"],
+        "evaluated_on": found.data.evaluated_on,
+        "precision": loaded.recipe.precision,
+        "environment": environment(found.device),
+        **analysis.report(found.logits, found.labels, found.data.classes),
+        "tta": None,
+    }
+    if tta != "none":
+        logits = analysis.mean_logits(loaded.recipe, found.model, found.images, found.device, tta)
+        score = scores(logits, found.labels)
+        content["tta"] = {tta: {"loss": score["test_loss"], "accuracy": score["test_accuracy"]}}
+    return content
+
+
+def grad_cams(found: Prediction, shown: Sequence[analysis.Mistake], layer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The images of these mistakes, uint8 (N, 32, 32, 3), and the Grad-CAM maps of the class predicted and of the true one.
+
+    Maps are float32 (N, 32, 32); see `analysis.grad_cam`.
+    """
+    chosen, classes = found.data.evaluation.take(np.array([mistake.position for mistake in shown])), found.data.classes
+    images = next(make_loader(chosen, found.checkpoint.recipe, found.device).plain(len(chosen))).images
+    predicted, true = (
+        analysis.grad_cam(found.model, images, torch.tensor([classes.index(name) for name in names], device=found.device), layer)
+        for names in ([mistake.predicted for mistake in shown], [mistake.true for mistake in shown])
+    )
+    return chosen.images, predicted, true
+
+
+def command_line(recipe: Recipe, rounded: Collection[str] = ()) -> str:
+    """The command that repeats a run: its preset, and every option that differs from it.
+
+    The fields `rounded` are given in three digits.
+    """
+    recipe = recipe.replace(**{name: float(f"{getattr(recipe, name):.3g}") for name in rounded})
+    preset = recipe.recipe if recipe.recipe in PRESETS else "default"
+    before = Recipe.build(preset)
+    if recipe.dataset in DATASETS:  # which fill in what the preset leaves to them
+        recipe, filled = datasets.with_statistics(recipe), datasets.with_statistics(before.replace(dataset=recipe.dataset))
+        before = before.replace(mean=filled.mean, std=filled.std)
+    words = ["cifar-resnet", "train", "--recipe", preset]
+    for name, value in recipe:
+        moved = name == "peak_epoch" and recipe.epochs != before.epochs  # it would move in proportion
+        if name == "recipe" or (value == getattr(before, name) and not moved):
+            continue
+        if value is None:  # which no option can say
+            return "cifar-resnet train --recipe-file recipe.json"
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)

@@ -1,0 +1,96 @@
+"""Finished runs side by side."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..look import figures
+from ..recipe import Recipe
+from ..run_dir import SCHEMA, Checkpoint
+from .common import finished, save_figure
+
+
+def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[str, Any]:
+    """Finished runs side by side; those that train alike but for the seed are one group, with mean and standard deviation.
+
+    Two recipes train alike where they differ only in fields that change nothing under them; see `Recipe.canonical`.
+
+    Args:
+        runs: checkpoint files or run directories.
+        path: where the picture goes (.png, .svg or .pdf), if anywhere.
+
+    Returns:
+        `evaluated_on` and `groups`, each with its `label` (recipe and what tells it from the others), `n`, `mean` and `std`
+        of the last accuracy in percent (`std` over n - 1; None for one run), mean `seconds`, `differs` and `runs`.
+
+    Raises:
+        CifarResnetError: a run cannot be read or has not ended.
+        UsageError: a run is given twice, or two of them are of one recipe and seed, or holdout and test figures would mix.
+    """
+    loaded = [finished(run) for run in runs]
+    _check_evaluated_alike(loaded)
+    together: dict[Recipe, list[Checkpoint]] = {}
+    for checkpoint in loaded:
+        together.setdefault(checkpoint.recipe.canonical().replace(seed=0), []).append(checkpoint)
+    for members in together.values():
+        _check_seeds(members)
+    evaluated_on, groups = loaded[0].evaluated_on, _groups(together)
+    if path is not None:
+        save_figure(figures.comparison(groups, evaluated_on), Path(path))
+    return {"schema": SCHEMA, "evaluated_on": evaluated_on, "groups": groups}
+
+
+def _check_evaluated_alike(runs: list[Checkpoint]) -> None:
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise UsageError("a run is given twice")
+    first = runs[0]
+    for run in runs[1:]:
+        if run.evaluated_on != first.evaluated_on:
+            raise UsageError(
+                f"{run.path} was evaluated on the {run.evaluated_on} images, {first.path} on the {first.evaluated_on} "
+                "images; they cannot be compared"
+            )
+
+
+def _check_seeds(members: list[Checkpoint]) -> None:
+    by_seed: dict[int, Checkpoint] = {}
+    for run in members:
+        first = by_seed.setdefault(run.recipe.seed, run)
+        if first is not run:
+            raise UsageError(f"{first.path} and {run.path} are of one recipe and one seed, so no two samples; leave one out")
+
+
+def _groups(together: dict[Recipe, list[Checkpoint]]) -> list[dict[str, Any]]:
+    """What `compare` gives as `groups`, of the runs by their recipe."""
+    fields = [name for name in Recipe.model_fields if name != "recipe" and len({getattr(each, name) for each in together}) > 1]
+    names = [recipe.recipe for recipe in together]
+    groups = []
+    for recipe, members in together.items():
+        differs = {name: getattr(recipe, name) for name in fields}
+        label = recipe.recipe
+        if names.count(label) > 1:
+            label += ": " + ", ".join(f"{name} {value}" for name, value in differs.items())
+        last = [run.history[-1]["test_accuracy"] for run in members]
+        groups.append(
+            {
+                "label": label,
+                "n": len(last),
+                "mean": statistics.fmean(last),
+                "std": statistics.stdev(last) if len(last) > 1 else None,
+                "seconds": statistics.fmean(sum(row["seconds"] for row in run.history) for run in members),
+                "differs": differs,
+                "runs": [
+                    {
+                        "path": str(run.path),
+                        "seed": run.recipe.seed,
+                        "test_accuracy": [row["test_accuracy"] for row in run.history],
+                    }
+                    for run in members
+                ],
+            }
+        )
+    return groups

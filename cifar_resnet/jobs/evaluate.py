@@ -1,0 +1,43 @@
+"""What a checkpoint gets right, with the files that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..look import analysis, figures
+from ..run_dir import writable, write_json
+from .common import content_of, logits_of, save_figure
+
+
+def evaluate(
+    checkpoint: Path | str,
+    run_dir: Path | str | None = None,
+    *,
+    data_dir: Path | str | None = None,
+    device: str = "auto",
+    tta: str = "none",
+    format: str = "png",
+    notify: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """What `evaluation.json` holds: loss, accuracy, calibration and the report by class, of the single view.
+
+    Args:
+        checkpoint: a checkpoint file, or a run directory.
+        run_dir: where `evaluation.json` and the pictures go; beside the checkpoint if not given.
+        tta: "flip" or "flip-shift" add loss and accuracy of the mean logits of several views; see `analysis.views`.
+        format: of the pictures: "png", "svg" or "pdf".
+
+    Raises:
+        CifarResnetError: one line that says what was wrong.
+    """
+    figures.check_format(format)
+    analysis.views(tta)
+    found = logits_of(checkpoint, data_dir, device, notify)
+    content = content_of(found, tta)
+    folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
+    write_json(folder / "evaluation.json", content)
+    for name, figure in figures.evaluation(content).items():
+        save_figure(figure, folder / f"{name}.{format}")
+    return content

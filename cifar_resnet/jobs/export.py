@@ -1,0 +1,80 @@
+"""A trained model for other programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CifarResnetError, UsageError
+from ..run_dir import Checkpoint, load_checkpoint, write_whole
+from ..training.model import ResNet
+
+
+class _Exported(nn.Module):
+    """Logits of normalised images, float32 (N, 3, 32, 32); or of pixels, uint8 (N, 32, 32, 3), where it normalises itself."""
+
+    def __init__(self, model: ResNet, mean: Any, std: Any, with_preprocessing: bool) -> None:
+        super().__init__()
+        self.model, self.with_preprocessing = model, with_preprocessing
+        self.mean, self.std = nn.Buffer(torch.tensor(mean).view(3, 1, 1)), nn.Buffer(torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.with_preprocessing:
+            images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        return self.model.logits(images)
+
+
+def export(
+    checkpoint: Path | str, path: Path | str | None = None, *, format: str = "onnx", with_preprocessing: bool = False
+) -> Path:
+    """Writes the model that is evaluated in float32 for other programs, and gives the path.
+
+    onnx: input `images`, float32 (N, 3, 32, 32), normalised; with `with_preprocessing` uint8 (N, 32, 32, 3) as image
+    libraries give them. Output `logits`, float32 (N, classes). safetensors: the state dict. Both hold the recipe and the
+    classes as metadata.
+
+    Args:
+        checkpoint: a checkpoint file, or a run directory.
+        path: the file; `model.onnx` or `model.safetensors` beside the checkpoint if not given.
+
+    Raises:
+        CifarResnetError: one line that says what was wrong; a package of the extra `export` that is not installed, too.
+    """
+    if format not in ("onnx", "safetensors"):
+        raise UsageError(f"--format {format}: it is onnx or safetensors")
+    if with_preprocessing and format != "onnx":
+        raise UsageError("--with-preprocessing goes with --format onnx: safetensors holds weights, and no computation")
+    loaded = load_checkpoint(checkpoint)
+    metadata = {"recipe": json.dumps(loaded.recipe.to_dict()), "classes": json.dumps(loaded.classes)}
+    try:
+        content = _onnx(loaded, metadata, with_preprocessing) if format == "onnx" else _safetensors(loaded, metadata)
+    except ImportError as error:
+        raise CifarResnetError(f"export needs the package {error.name}: pip install 'cifar-resnet[export]'") from None
+    path = Path(path) if path else loaded.path.parent / f"model.{format}"
+    write_whole(path, content)
+    return path
+
+
+def _safetensors(loaded: Checkpoint, metadata: dict[str, str]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: value.contiguous() for name, value in loaded.model().state_dict().items()}, metadata)
+
+
+def _onnx(loaded: Checkpoint, metadata: dict[str, str], with_preprocessing: bool) -> bytes:
+    import onnx  # noqa: F401
+    import onnxscript  # noqa: F401
+
+    exported = _Exported(loaded.model(), loaded.recipe.mean, loaded.recipe.std, with_preprocessing).eval()
+    example = torch.zeros(2, 32, 32, 3, dtype=torch.uint8) if with_preprocessing else torch.zeros(2, 3, 32, 32)
+    names: dict[str, Any] = dict(
+        input_names=["images"], output_names=["logits"], dynamic_shapes={"images": {0: torch.export.Dim("N")}}
+    )
+    program = torch.onnx.export(exported, (example,), dynamo=True, verbose=False, **names)
+    assert program is not None  # as with dynamo
+    program.model.metadata_props.update(metadata)
+    return program.model_proto.SerializeToString()

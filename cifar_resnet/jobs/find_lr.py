@@ -1,0 +1,177 @@
+"""The search for a learning rate: the range test, its trials, and the sweep that they can be held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..data.datasets import Data, load
+from ..data.loaders import Loader, make_loader
+from ..errors import CifarResnetError, NonFiniteLossError, UsageError
+from ..look import figures
+from ..recipe import Recipe
+from ..run_dir import SCHEMA, check_writable, writable, write_json
+from ..training import engine
+from ..training.engine import Epoch
+from ..training.lr_finder import MIN_POINTS, FoundLR, Suggestions, range_test, run_trials, suggest, usual_steps
+from ..training.runtime import environment
+from .common import prepare, save_figure
+
+SWEPT = 9  # short trainings of a sweep at most
+
+Progress = Callable[[int, int], None]
+
+
+def find_lr(
+    recipe: Recipe | None = None,
+    run_dir: Path | str | None = None,
+    *,
+    data_dir: Path | str | None = None,
+    device: str = "auto",
+    loader: str = "auto",
+    workers: int | None = None,
+    start_lr: float = 1e-4,
+    end_lr: float = 10.0,
+    num_iter: int = 100,
+    step_mode: str = "exp",
+    trial_steps: int | None = None,
+    sweep: int | None = None,
+    format: str = "png",
+    progress: Progress = lambda done, total: None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> FoundLR:
+    """Runs the learning-rate range test and its trials; with `run_dir`, writes `lr_finder.json` and its picture there.
+
+    Args:
+        trial_steps: steps of each of the short trainings, three to six, that find the recommended maximum; see `usual_steps` if not
+            given; 0 for no such trainings: it is then read off the range test, and lower than what trains best.
+        sweep: epochs of short trainings to hold the test against: one from the recommended minimum to the maximum that the rule gives
+            for as many epochs, one at the steepest point, and seven at maxima a factor of 2 apart around that one, or the recipe's
+            where nothing is recommended. A tenth of the training images, on which none trains, judges them.
+        progress: called with the steps done and those planned.
+
+    Raises:
+        CifarResnetError: one line that says what was wrong.
+    """
+    settings: dict[str, Any] = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
+    _check(**settings, trial_steps=trial_steps, sweep=sweep, format=format)
+    if run_dir is not None:
+        check_writable(Path(run_dir))
+    recipe, place, data = prepare(recipe, device, data_dir, notify)
+    if sweep:
+        recipe = recipe.replace(holdout=recipe.holdout or max(len(data.train) // 10, len(data.classes)))
+        data = load(recipe, Path(data_dir) if data_dir else None, notify)
+    with closing(make_loader(data.train, recipe, place, loader, workers)) as batches:
+        search = _Search(recipe, data, batches, place, sweep or 0, progress)
+        found = search.run(usual_steps(recipe, batches) if trial_steps is None else trial_steps, settings)
+    if run_dir is not None:
+        folder = writable(Path(run_dir))
+        write_json(folder / "lr_finder.json", search.content(found, settings))
+        save_figure(
+            figures.lr_finder(found.history, found.suggestions, recipe, step_mode, found.trials, found.sweep),
+            folder / f"lr_finder.{format}",
+        )
+    return found
+
+
+def _check(
+    start_lr: float, end_lr: float, num_iter: int, step_mode: str, trial_steps: int | None, sweep: int | None, format: str
+) -> None:
+    if not 0 < start_lr < end_lr:
+        raise UsageError(f"--start-lr {start_lr:g} must be above 0 and below --end-lr {end_lr:g}")
+    if step_mode not in ("exp", "linear"):
+        raise UsageError(f"--step-mode {step_mode}: it is exp or linear")
+    figures.check_format(format)
+    if num_iter < MIN_POINTS:
+        raise UsageError(f"--num-iter {num_iter} must be at least {MIN_POINTS}")
+    if trial_steps and trial_steps < MIN_POINTS:
+        raise UsageError(f"--trial-steps {trial_steps} must be 0 or at least {MIN_POINTS}")
+    if sweep is not None and sweep < 1:
+        raise UsageError(f"--sweep {sweep} must be at least 1 epoch")
+
+
+class _Search(NamedTuple):
+    recipe: Recipe
+    data: Data
+    loader: Loader
+    device: torch.device
+    sweep: int  # epochs; 0 for none
+    progress: Progress
+
+    def run(self, trial_steps: int, settings: dict[str, Any]) -> FoundLR:
+        """Range test, trials and sweep."""
+        recipe, loader, classes, trials, swept = self.recipe, self.loader, len(self.data.classes), [], []
+        planned, num_iter = self.sweep * SWEPT * loader.steps, settings["num_iter"]
+        tested = range_test(
+            recipe, loader, self.device, classes, **settings,
+            progress=lambda done, total: self.progress(done, total + 4 * trial_steps + planned),
+        )  # fmt: skip
+        if trial_steps:
+            trials = run_trials(
+                recipe, loader, self.device, tested, classes, steps=trial_steps,
+                progress=lambda done, total: self.progress(num_iter + done, num_iter + total + planned),
+            )  # fmt: skip
+
+        def suggest_for(steps: int) -> Suggestions:
+            return suggest(tested, trials, steps / (trial_steps or steps))
+
+        before = num_iter + len(trials) * trial_steps
+        self.progress(before, before + planned)
+        if self.sweep:
+            swept = self._sweep(suggest_for(self.sweep * loader.steps), before)
+        return FoundLR(tested, suggest_for(recipe.epochs * loader.steps), trials, swept, trial_steps)
+
+    def _sweep(self, found: Suggestions, before: int) -> list[dict[str, Any]]:
+        """Short trainings at several learning rates, each with its last accuracy and loss; None for both where it diverged."""
+        recipe, epochs, steps = self.recipe, self.sweep, self.loader.steps
+        short = recipe.replace(epochs=epochs, peak_epoch=recipe.peak_epoch * epochs / recipe.epochs, sam_share=0.0)
+        middle = found.max_lr or recipe.max_lr
+        planned = [("grid", short.replace(max_lr=middle * 2.0**power)) for power in range(-3, 4)]
+        planned.append(("steepest", short.replace(max_lr=found.steepest)))
+        if found.max_lr is not None:
+            planned.append(("recommended", with_found_lr(short, found)))
+        evaluation, rows = make_loader(self.data.evaluation, recipe, self.device), list[dict[str, Any]]()
+        for rule, trained in planned:
+            state, score = engine.start(trained, self.device, len(self.data.classes)), {}
+            with suppress(NonFiniteLossError):
+                for record in engine.train(state, self.loader, lambda: evaluation.plain(engine.EVALUATION_BATCH)):
+                    done = (len(rows) * epochs + state.epoch) * steps + state.step
+                    self.progress(before + done, before + len(planned) * epochs * steps)
+                    score = record.metrics if isinstance(record, Epoch) else {}
+            lrs = dict(max_lr=trained.max_lr, min_lr=trained.max_lr / trained.div_factor)
+            rows.append(dict(rule=rule, **lrs, epochs=epochs, accuracy=score.get("test_accuracy"), loss=score.get("test_loss")))
+        return rows
+
+    def content(self, found: FoundLR, settings: dict[str, Any]) -> dict[str, Any]:
+        """What `lr_finder.json` holds."""
+        trials = [trial._asdict() | {"loss": trial.loss if math.isfinite(trial.loss) else None} for trial in found.trials]
+        return {
+            "schema": SCHEMA,
+            "environment": environment(self.device),
+            "recipe": self.recipe.to_dict(),
+            **settings,
+            "trial_steps": found.trial_steps,
+            "run_steps": self.recipe.epochs * self.loader.steps,
+            "suggestions": found.suggestions._asdict(),
+            "history": {"lr": found.history.lr.tolist(), "loss": found.history.loss.tolist()},
+            "trials": trials,
+            "sweep": found.sweep,
+        }
+
+
+def with_found_lr(recipe: Recipe, suggestions: Suggestions, rule: str = "recommended") -> Recipe:
+    """The recipe at the maximum that a rule gives; the recommended one starts from the recommended minimum.
+
+    Raises:
+        CifarResnetError: the range test recommends nothing.
+    """
+    if rule != "recommended":
+        return recipe.replace(max_lr=suggestions.by(rule))
+    if suggestions.max_lr is None or suggestions.min_lr is None:
+        raise CifarResnetError(f"no LR is recommended: {suggestions.why_not} (of find-lr), or give --max-lr a number")
+    return recipe.replace(max_lr=suggestions.max_lr, div_factor=suggestions.max_lr / suggestions.min_lr)

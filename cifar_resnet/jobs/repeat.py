@@ -1,0 +1,106 @@
+"""Trains several seeds of a recipe in a row, and sums them up."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from ..errors import UsageError
+from ..recipe import Recipe, read_json
+from ..run_dir import SCHEMA, check_free, check_match, default_directory, writable, write_json
+from ..training import distributed
+from ..training.capture import CapturedEpoch
+from ..training.runtime import resolve_device, resolve_precision
+from .interrupt import Interrupted, signals
+from .train import Watcher, train
+
+REPEAT = "repeat.json"
+
+
+def repeat(
+    recipe: Recipe | None = None,
+    count: int | None = None,
+    run_dir: Path | str | None = None,
+    *,
+    resume: Path | str | None = None,
+    must_match: dict[str, Any] | None = None,
+    watch: Callable[[], AbstractContextManager[Watcher]] = lambda: nullcontext(Watcher()),
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains `count` seeds in a row, from the recipe's own upward, each into `s<seed>` of one folder, and sums them up.
+
+    The precision is resolved once, so that a repetition resumed on another machine does not mix two.
+
+    Args:
+        recipe, run_dir, must_match, options: as `train` takes them.
+        resume: the folder of a repetition to go on with, which knows recipe and count.
+        watch: gives a context with a watcher for each run.
+
+    Returns:
+        What `repeat.json` holds: `recipe`, `count`, `evaluated_on`, and of the last accuracies, in percent: `accuracies`,
+        `mean`, `std` (over n - 1) and `interval`, the 95 % interval of the mean by Student's t.
+
+    Raises:
+        CifarResnetError: one line that says what was wrong.
+    """
+    if distributed.started() > 1:
+        raise UsageError("--repeat does not go with torchrun: train one seed after the other")
+    if resume is None:
+        folder, recipe, count = _begin(recipe or Recipe(), count or 1, run_dir, options.get("device", "auto"))
+    else:
+        folder, recipe, count = _standing(Path(resume), must_match or {}, options.get("device", "auto"))
+    done, captured = [], dict[Recipe, CapturedEpoch]()
+    with signals() as received:
+        for seed in range(recipe.seed, recipe.seed + count):
+            one = folder / f"s{seed}"
+            how = dict(resume=one) if (one / "recipe.json").exists() else dict(recipe=recipe.replace(seed=seed), run_dir=one)
+            with suppress(Interrupted), watch() as watcher:
+                done.append(train(**how, watcher=watcher, captured=captured, **options))  # type: ignore[arg-type]
+            if received and len(done) < count:
+                raise Interrupted(received[0], folder)
+    content = _content(recipe, count) | _summary([checkpoint.history[-1]["test_accuracy"] for checkpoint in done])
+    content["evaluated_on"] = done[0].evaluated_on
+    write_json(folder / REPEAT, content)
+    return content
+
+
+def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) -> tuple[Path, Recipe, int]:
+    if count < 2:
+        raise UsageError(f"--repeat {count} must be at least 2")
+    folder = Path(run_dir or default_directory(recipe, "repeat-"))
+    recipe = resolve_precision(recipe, resolve_device(device))
+    check_free(folder)
+    write_json(writable(folder) / REPEAT, _content(recipe, count))
+    return folder, recipe, count
+
+
+def _standing(folder: Path, must_match: dict[str, Any], device: str) -> tuple[Path, Recipe, int]:
+    """What a repetition that was begun is of."""
+    path = folder / REPEAT
+    written = read_json(path, "repetition")
+    recipe, count = Recipe.load(written.get("recipe"), f"{path}: "), written.get("count")
+    if not isinstance(count, int) or count < 2:
+        raise UsageError(f"{path} has the count {count!r}, not a number of runs")
+    check_match(recipe, must_match, folder)
+    if recipe.precision == "auto":  # begun by a version that left it to each run: the first one's holds
+        files = [folder / f"s{seed}" / "recipe.json" for seed in range(recipe.seed, recipe.seed + count)]
+        first = next((Recipe.load(read_json(file, "recipe file")).precision for file in files if file.exists()), "auto")
+        recipe = resolve_precision(recipe.replace(precision=first), resolve_device(device))
+    write_json(path, {**written, **_content(recipe, count)})
+    return folder, recipe, count
+
+
+def _content(recipe: Recipe, count: int) -> dict[str, Any]:
+    return {"schema": SCHEMA, "recipe": recipe.to_dict(), "count": count}
+
+
+def _summary(accuracies: list[float]) -> dict[str, Any]:
+    mean, std, count = statistics.fmean(accuracies), statistics.stdev(accuracies), len(accuracies)
+    half = float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
+    return {"accuracies": accuracies, "mean": mean, "std": std, "interval": [mean - half, mean + half]}

@@ -1,0 +1,51 @@
+"""What the augmentation of a recipe makes of the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..data.loaders import epoch_order, make_loader
+from ..errors import UsageError
+from ..look import analysis, figures
+from ..recipe import Recipe
+from .common import prepare, save_figure
+
+
+def samples(
+    recipe: Recipe | None = None,
+    path: Path | str | None = None,
+    *,
+    views: int = 8,
+    data_dir: Path | str | None = None,
+    loader: str = "auto",
+    workers: int | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Figure:
+    """One training image of each class, drawn by the seed, beside the views that the recipe's own loader makes of it.
+
+    Args:
+        path: where the picture goes (.png, .svg or .pdf), if anywhere.
+        views: how many, each from an epoch of its own.
+
+    Raises:
+        CifarResnetError: one line that says what was wrong.
+    """
+    if not 1 <= views <= 20:
+        raise UsageError(f"--views {views} must be 1 to 20")
+    recipe, device, data = prepare((recipe or Recipe()).replace(batch_size=1), "cpu", data_dir, notify)
+    rng = np.random.default_rng(recipe.seed)
+    positions = [rng.choice(np.flatnonzero(data.train.labels == label)) for label in range(len(data.classes))]
+    chosen = data.train.take(np.array(positions))
+    batches = make_loader(chosen, recipe.replace(batch_size=len(chosen)), device, loader, workers)
+    seen = np.empty((len(chosen), views, 32, 32, 3), np.uint8)
+    for view in range(views):
+        images = next(iter(batches.epoch(view))).images
+        seen[epoch_order(recipe, view, len(chosen)), view] = analysis.pixels(images, recipe)
+    figure = figures.samples(chosen.images, seen, data.classes, f"Training images under the augmentation of {recipe.recipe}")
+    if path is not None:
+        save_figure(figure, Path(path))
+    return figure

@@ -1,0 +1,297 @@
+"""Trains a recipe, or a run on from its checkpoint, and keeps it in a run directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.datasets import Data, load, with_statistics
+from ..data.loaders import Loader, TensorLoader, make_loader
+from ..errors import CifarResnetError, RunDirectoryError, UsageError
+from ..look import figures
+from ..presets import PRESETS
+from ..recipe import Recipe
+from ..run_dir import Checkpoint, RunDir, SavePolicy, default_directory
+from ..training import distributed, engine
+from ..training.capture import CapturedEpoch, capturable
+from ..training.engine import Epoch, State, Step
+from ..training.runtime import check_compile_mode, compiled, environment, resolve_device, resolve_precision
+from .common import prepare
+from .interrupt import Interrupted, signals
+
+RunEpoch = Callable[[State, Loader], Iterator[Tensor]]
+
+
+class Watcher:
+    """What `train` tells of its course, on rank 0; each method may be overridden. This one is silent."""
+
+    def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: Data, state: State) -> None: ...
+    def step(self, step: Step, state: State) -> None: ...
+    def epoch(self, epoch: Epoch) -> None: ...
+    def warn(self, message: str) -> None: ...
+
+
+def train(
+    recipe: Recipe | None = None,
+    run_dir: Path | str | None = None,
+    *,
+    resume: Path | str | None = None,
+    must_match: dict[str, Any] | None = None,
+    data_dir: Path | str | None = None,
+    device: str = "auto",
+    loader: str = "auto",
+    workers: int | None = None,
+    save_every_minutes: float = 5.0,
+    compile: str = "auto",
+    tf32: bool = False,
+    target: float | None = None,
+    format: str = "png",
+    watcher: Watcher | None = None,
+    captured: dict[Recipe, CapturedEpoch] | None = None,
+) -> Checkpoint:
+    """Trains a recipe to its end, or a run on from its checkpoint, and keeps it in a run directory.
+
+    The processes that `torchrun` started share every batch; rank 0 alone reads and writes the run directory.
+
+    Args:
+        recipe: what to train; `Recipe()` if not given. Left out where `resume` is given.
+        run_dir: an empty or new folder; `runs/<recipe>-<dataset>-s<seed>-<UTC time>` if not given.
+        resume: the folder of a run to go on with; a run that is finished is returned as it is.
+        must_match: recipe fields that the resumed run must have.
+        loader: "auto", "tensor" or "albumentations".
+        workers: processes of the albumentations loader.
+        save_every_minutes: how long inside an epoch until a checkpoint is saved.
+        compile: "auto", "on" or "off"; see `runtime.compiled`. Several processes train without.
+        tf32: whether an NVIDIA GPU may round the factors of float32 products to TF32.
+        target: accuracy in percent, drawn as a line into the accuracy curve.
+        format: of the pictures: "png", "svg" or "pdf".
+        captured: steps that earlier calls captured on a GPU, by recipe with seed 0; this call uses and adds to it.
+
+    Returns:
+        The final checkpoint, whose history holds the metrics of every epoch.
+
+    Raises:
+        CifarResnetError: one line that says what was wrong. A run that had begun can be resumed.
+    """
+    asked = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, compile=compile, tf32=tf32)
+    _check(recipe, run_dir, resume, save_every_minutes, compile, format)
+    with distributed.joined(), ExitStack() as held:
+        run = _Run(recipe, run_dir, resume, must_match or {}, asked, watcher)
+        if run.is_finished():
+            return run.finished_checkpoint()
+        run.load_images(held)
+        run.claim_folder(held)
+        run.make_state()
+        run.make_steps({} if captured is None else captured)
+        run.begin()
+        run.steps_to_the_end(SavePolicy(save_every_minutes))
+        return distributed.on_first(partial(run.finish, format, target))
+
+
+def _check(
+    recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, save_every_minutes: float, compile: str, format: str
+) -> None:  # fmt: skip
+    if not save_every_minutes > 0:
+        raise UsageError(f"--save-every-minutes {save_every_minutes:g} must be above 0")
+    if resume is not None and (recipe is not None or run_dir is not None):
+        raise UsageError("a resumed run takes recipe and folder from itself; give neither")
+    check_compile_mode(compile)
+    figures.check_format(format)
+
+
+class _Run:
+    """One call of `train`, stage by stage. Every rank has one."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint | None
+    data: Data
+    loader: Loader
+    evaluation: Loader
+    state: State
+    folder: RunDir
+    environment: dict[str, Any]
+    run_epoch: RunEpoch
+
+    def __init__(
+        self, recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, must_match: dict[str, Any],
+        asked: dict[str, Any], watcher: Watcher | None,
+    ) -> None:  # fmt: skip
+        self.asked_recipe, self.run_dir, self.must_match, self.asked = recipe, run_dir, must_match, asked
+        self.resume = RunDir(resume) if resume is not None else None
+        self.watcher = watcher if watcher and distributed.rank() == 0 else Watcher()
+        self.began, self.seconds = time.perf_counter(), dict[str, float]()
+        self.read_data: Data | None = None  # on rank 0, before the others have the recipe
+
+    def is_finished(self) -> bool:
+        """Reads what is to be trained. True where that is a run that has ended."""
+        self.recipe, self.checkpoint, finished = distributed.on_first(self._read)
+        return finished
+
+    def _read(self) -> tuple[Recipe, Checkpoint | None, bool]:
+        planned, checkpoint = self.asked_recipe, None
+        if self.resume is not None:
+            planned, checkpoint = self.resume.open(self.must_match)
+            if checkpoint and checkpoint.finished and self.resume.finished():
+                return planned, checkpoint, True
+        planned, _, self.read_data = prepare(planned, self.asked["device"], self.asked["data_dir"], self.watcher.warn)
+        fewest, ranks = (len(self.read_data.train) - 1) % planned.batch_size + 1, distributed.ranks()
+        if fewest < ranks:
+            raise UsageError(f"--batch-size {planned.batch_size}: a step of {fewest} images is too few for {ranks} processes")
+        return planned, checkpoint, False
+
+    def finished_checkpoint(self) -> Checkpoint:
+        assert self.checkpoint is not None
+        assert self.resume is not None
+        if distributed.rank() == 0:
+            with suppress(RunDirectoryError), self.resume.lock():  # it may have been killed right after its last file
+                self.resume.remove_parts()
+        return self.checkpoint
+
+    def load_images(self, held: ExitStack) -> None:
+        images_in, share = self.asked["data_dir"], distributed.share()
+        self.data = self.read_data or load(self.recipe, Path(images_in) if images_in else None, self.watcher.warn)
+        self.device = resolve_device(self.asked["device"], self.asked["tf32"])
+        self.loader = make_loader(self.data.train, self.recipe, self.device, self.asked["loader"], self.asked["workers"], share)
+        held.callback(self.loader.close)
+        mine = self.data.evaluation.take(share.of(len(self.data.evaluation)))
+        self.evaluation = make_loader(mine, self.recipe, self.device)
+        self._stage("data")
+
+    def claim_folder(self, held: ExitStack) -> None:
+        """Locks the run directory. What it says once nobody else can write it is what is trained."""
+        self.folder = self.resume or RunDir(self.run_dir or default_directory(self.recipe))
+        self.recipe, self.checkpoint = distributed.on_first(partial(self._claim, held))
+        if self.checkpoint and self.checkpoint.classes != self.data.classes:
+            trained, found = (", ".join(classes) for classes in (self.checkpoint.classes, self.data.classes))
+            raise CifarResnetError(f"{self.folder.path} was trained on the classes {trained}, not {found}")
+
+    def _claim(self, held: ExitStack) -> tuple[Recipe, Checkpoint | None]:
+        planned, checkpoint = self.recipe, None
+        if self.resume is None:
+            taken_over = held.enter_context(self.folder.create(planned))
+        else:
+            planned, checkpoint, taken_over = held.enter_context(self.folder.resume(self.must_match))
+            planned = with_statistics(resolve_precision(planned, self.device), self.data.train)
+            self.folder.begin(planned)
+        if taken_over:
+            self.watcher.warn(taken_over)
+        return planned, checkpoint
+
+    def make_state(self) -> None:
+        classes = len(self.data.classes)
+        self.state = self.checkpoint.state(self.device) if self.checkpoint else engine.start(self.recipe, self.device, classes)
+        self.state.totals *= distributed.rank() == 0  # each rank adds its own
+        self._stage("model")
+
+    def make_steps(self, captured: dict[Recipe, CapturedEpoch]) -> None:
+        """Compiles and captures where that is asked for, or is sooner done."""
+        self.run_epoch = engine.plain_epoch
+        if distributed.ranks() > 1 and self.asked["compile"] == "on":
+            raise UsageError("--compile on: several processes train without compiling; leave it out")
+        if distributed.ranks() == 1:
+            loader = self.loader if isinstance(self.loader, TensorLoader) else None
+            earlier = captured.get(self.recipe.replace(seed=0))
+            if loader and earlier:
+                self.state = earlier.adopt(self.state, loader)
+            else:
+                self._compile()
+            if loader and capturable(self.state):
+                self._capture(earlier or CapturedEpoch(self.state, loader), captured)
+        self._stage("compile")
+
+    def _compile(self) -> None:
+        size, rest = self.recipe.batch_size, self.loader.count % self.recipe.batch_size
+        sizes = [size, *([rest] if rest else [])]
+        self.state.forward = compiled(self.asked["compile"], self.recipe, self.state.model, self.device, sizes, self.watcher.warn)
+
+    def _capture(self, steps: CapturedEpoch, captured: dict[Recipe, CapturedEpoch]) -> None:
+        try:
+            steps.capture()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # an old driver, or an operation that cannot be captured
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.watcher.warn(f"the step cannot be captured as a graph: {reason}; it trains without")
+            return
+        self.run_epoch = captured[self.recipe.replace(seed=0)] = steps
+
+    def begin(self) -> None:
+        self.environment = {
+            **environment(self.device),
+            "processes": distributed.ranks(),
+            **self.loader.options,
+            "compiled": self.state.forward is not self.state.model,
+            "captured": self.run_epoch is not engine.plain_epoch,
+            "startup_seconds": self.seconds,
+        }
+        self._warn_of_idle_options()
+        self.watcher.begin(self.recipe, self.folder.path, self.environment, self.data, self.state)
+        if self.checkpoint:  # the truth: metrics.json may be an epoch ahead of it
+            distributed.on_first(partial(self.folder.write_metrics, self.state, self.data, self.environment))
+
+    def _warn_of_idle_options(self) -> None:
+        """Says which settings, other than the preset's, change nothing."""
+        preset = PRESETS.get(self.recipe.recipe)
+        usual = {**Recipe().model_dump(), **(preset.fields if preset else {})}
+        for name, reason in self.recipe.idle().items():
+            if getattr(self.recipe, name) != usual[name]:
+                option = "--" + name.replace("_", "-")
+                self.watcher.warn(f"{option} {getattr(self.recipe, name)} changes nothing: {reason}")
+
+    def steps_to_the_end(self, policy: SavePolicy) -> None:
+        checked = time.monotonic()
+        with signals() as received:
+            for record in engine.train(self.state, self.loader, self._evaluated, self.run_epoch):
+                epoch_done, run_done = isinstance(record, Epoch), self.state.epoch == self.recipe.epochs
+                self._tell(record)
+                due, check, stop = distributed.max_over_ranks(
+                    policy.due(epoch_done, run_done), time.monotonic() - checked >= 10, received[0] if received else 0
+                )
+                if due or stop or check or epoch_done:
+                    self.state.check_finite(self.loader.steps)
+                    checked = time.monotonic()
+                if due or stop or epoch_done:
+                    self._save(bool(due or stop), must_succeed=bool(run_done or stop))
+                    if due:
+                        policy.saved()
+                if stop and not run_done:
+                    raise Interrupted(stop, self.folder.path)
+
+    def _evaluated(self) -> Iterator[Any]:
+        return self.evaluation.plain(engine.EVALUATION_BATCH)
+
+    def _tell(self, record: Step | Epoch) -> None:
+        if isinstance(record, Epoch):
+            self.watcher.epoch(record)
+        else:
+            self.watcher.step(record, self.state)
+
+    def _save(self, checkpoint: bool, must_succeed: bool) -> None:
+        with self.state.clock.paused():
+            distributed.merge([self.state.model, self.state.tested], self.state.totals)
+            trouble = distributed.on_first(partial(self.folder.save, self.state, self.data, self.environment, checkpoint))
+            self.state.totals *= distributed.rank() == 0
+        if trouble and must_succeed:
+            raise RunDirectoryError(trouble)
+        if trouble:
+            self.watcher.warn(f"{trouble}; the run goes on, unsaved")
+
+    def finish(self, format: str, target: float | None) -> Checkpoint:
+        """Draws the run, and gives its checkpoint."""
+        pictures = {
+            "curves": figures.curves(self.state.history, self.recipe, self.data.evaluated_on, target),
+            "learning_rate": figures.learning_rate(self.recipe, self.loader.steps),
+        }
+        return self.folder.finish({f"{name}.{format}": figures.render(each, format) for name, each in pictures.items()})
+
+    def _stage(self, name: str) -> None:
+        """Ends a stage of the start, whose seconds `metrics.json` keeps."""
+        now = time.perf_counter()
+        self.began, self.seconds[name] = now, now - self.began

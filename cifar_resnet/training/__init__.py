@@ -1,0 +1,1 @@
+"""The path that the product exists for: model, optimizer, step, loop, and where these run."""

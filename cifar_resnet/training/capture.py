@@ -1,0 +1,168 @@
+"""Training steps that wait for nothing but the GPU: each kind of step of a run is captured once as a CUDA graph, then replayed.
+
+All that a step reads lies on the device before the epoch starts: the images, what the epoch chooses at random, and the rates of
+the run, which the step finds by a counter there. So a step is one launch, whatever it computes. Without a GPU the same buffers
+serve uncaptured, with the bits of the plain loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.loaders import Loader, TensorLoader
+from .engine import Rates, State, rates_at, train_step
+from .optim import set_rates
+
+WARM_UP = 3  # steps of each kind before its capture: libraries choose their algorithms, and the optimizer makes its buffers
+
+
+class Kind(NamedTuple):
+    """Steps of one kind are one graph."""
+
+    size: int  # images
+    sam: bool
+    averages: bool
+
+
+def capturable(state: State) -> bool:
+    """Whether a graph can hold the steps of this run: on CUDA, at one momentum."""
+    return state.device.type == "cuda" and state.recipe.base_momentum is None
+
+
+class CapturedEpoch:
+    """Takes the steps of an epoch, as `engine.plain_epoch` does, from buffers that stay where they are.
+
+    Args:
+        state: of the run; later calls must pass it again, or what `adopt` gave.
+        loader: of the run.
+    """
+
+    def __init__(self, state: State, loader: TensorLoader) -> None:
+        self.state, self.loader, self.device = state, loader, state.device
+        recipe, self.total_steps = state.recipe, state.recipe.epochs * loader.steps
+        self.rates = [rates_at(recipe, step, self.total_steps) for step in range(self.total_steps)]
+        dtype = torch.float64 if self.device.type == "cpu" else torch.float32  # as torch's optimizers take a rate there
+        self.lr = torch.tensor([each.lr for each in self.rates], dtype=dtype, device=self.device)
+        self.average = torch.tensor([each.average or 0.0 for each in self.rates], device=self.device)
+        self.table = loader.send(loader.draw(state.epoch))
+        self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps of the run
+        self.losses = torch.zeros(self.total_steps, device=self.device)
+        self.graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
+        if self.device.type == "cuda":
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def kind(self, step: int) -> Kind:
+        """Of a step of the run."""
+        return Kind(self.loader.size(step % self.loader.steps), self.rates[step].sam, self.rates[step].average is not None)
+
+    def __call__(self, state: State, loader: Loader) -> Iterator[Tensor]:
+        """Takes the steps that are left of the epoch in which `state` stands; yields the loss of each."""
+        assert state is self.state
+        first = state.epoch * self.loader.steps
+        self.table.copy_(self.loader.send(self.loader.draw(state.epoch)))
+        self.done.fill_(first + state.step)
+        for step in range(first + state.step, first + self.loader.steps):
+            kind = self.kind(step)
+            if kind in self.graphs:
+                self.graphs[kind].replay()
+            else:
+                self._step(kind, self.rates[step].momentum)
+            set_rates(state.optimizer, self.rates[step].lr, self.rates[step].momentum)  # numbers again, for who saves
+            yield self.losses[step]
+
+    def _step(self, kind: Kind, momentum: float) -> None:
+        """The next step, which must be of this kind. Nothing here depends on a value of the device but what is computed there."""
+        batch = self.loader.batch(self.table, self.done % self.loader.steps, kind.size)
+        average = torch.take(self.average, self.done) if kind.averages else None
+        rates = Rates(self.done, torch.take(self.lr, self.done), momentum, kind.sam, average)
+        loss = train_step(self.state, batch, rates)
+        self.losses.index_copy_(0, self.done.view(1), loss.view(1))
+        self.done += 1
+
+    def capture(self) -> None:
+        """Captures every kind of step that is left of the run, and leaves weights, optimizer and totals as they were."""
+        first = self.state.epoch * self.loader.steps + self.state.step
+        kinds = dict.fromkeys(self.kind(step) for step in range(first, self.total_steps))
+        missing = [kind for kind in kinds if kind not in self.graphs]
+        groups = [group for group in self.state.optimizer.param_groups if "capturable" in group]
+        self.state.model.train()
+        restore = snapshot(self.state)
+        try:
+            for group in groups:
+                group["capturable"] = True  # Adam asks for it inside a capture alone, and a checkpoint would keep it
+            for kind in missing:
+                self.graphs[kind] = self._captured(kind)
+        finally:
+            for group in groups:
+                group["capturable"] = False
+            restore()
+
+    def _captured(self, kind: Kind) -> torch.cuda.CUDAGraph:
+        momentum = self.state.recipe.momentum
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UP):
+                self.done.zero_()
+                self._step(kind, momentum)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):  # the graphs never run at once: one memory serves all
+            self._step(kind, momentum)
+        return graph
+
+    def adopt(self, state: State, loader: TensorLoader) -> State:
+        """Goes on with another run of the same recipe but for its seed: its values move into the buffers of this one's.
+
+        Returns:
+            The state to go on with, in place of `state`.
+        """
+        with torch.no_grad():
+            for mine, its in zip(_tensors(self.state), _tensors(state), strict=True):
+                mine.copy_(its)
+            for slot in _slots(self.state):
+                slot.zero_()
+            for mine, its in zip(self.state.model.parameters(), state.model.parameters(), strict=True):
+                for name, value in state.optimizer.state.get(its, {}).items():
+                    self.state.optimizer.state[mine][name].copy_(value)
+        kept = (
+            self.state.model,
+            self.state.forward,
+            self.state.optimizer,
+            self.state.averaged,
+            self.state.totals,
+            self.state.bad_step,
+        )
+        state.model, state.forward, state.optimizer, state.averaged, state.totals, state.bad_step = kept
+        self.state, self.loader.recipe = state, loader.recipe
+        return state
+
+
+def _tensors(state: State) -> list[Tensor]:
+    """What a step changes, the optimizer's buffers aside."""
+    models = [state.model, *([state.averaged] if state.averaged is not None else [])]
+    weights = [tensor for model in models for tensor in model.state_dict().values()]
+    return [*weights, state.totals, state.bad_step]
+
+
+def _slots(state: State) -> list[Tensor]:
+    return [value for slot in state.optimizer.state.values() for value in slot.values() if torch.is_tensor(value)]
+
+
+def snapshot(state: State) -> Callable[[], None]:
+    """Keeps all that a step changes; gives what puts it back. Buffers that the optimizer makes in between become zero."""
+    kept, slots = [tensor.clone() for tensor in _tensors(state)], [(slot, slot.clone()) for slot in _slots(state)]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor, before in zip(_tensors(state), kept, strict=True):
+            tensor.copy_(before)
+        for slot in _slots(state):
+            slot.zero_()
+        for slot, before in slots:
+            slot.copy_(before)
+
+    return restore

@@ -1,0 +1,209 @@
+"""What moves the weights: SGD, Adam, AdamW or Muon, sharpness-aware minimisation, averaging; and the schedule of their rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
+
+from ..recipe import Recipe
+from .model import ResNet
+
+
+class Muon(torch.optim.Optimizer):
+    """Groups with a `muon_momentum` hold kernels, each moved by its orthogonalised Nesterov momentum; the others move by SGD.
+
+    A kernel moves by `lr_factor` times the learning rate, which is the same in all groups, as the range test sets it. Before
+    that the kernel, (outputs, inputs, 3, 3), is scaled to the norm sqrt(outputs), as BatchNorm behind it makes its own norm
+    irrelevant. Muon is Jordan's (2024, https://kellerjordan.github.io/posts/muon/); momentum, scaling and number of iterations
+    are as cifar10-airbench has them. `torch.optim.Muon` takes no kernels of four dimensions.
+
+    Args:
+        groups: `params`, and options that differ from the common ones.
+        dtype: of the arithmetic of the orthogonalisation.
+        fused: whether torch's fused SGD moves the weights.
+        lr, momentum, nesterov, weight_decay: SGD's; the learning rate may be a float32 tensor () on the device.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], dtype: torch.dtype, *, lr: float, momentum: float, nesterov: bool, weight_decay: float, fused: bool
+    ) -> None:  # fmt: skip
+        super().__init__(groups, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=fused))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not params:
+                continue
+            gradients, buffers = [parameter.grad for parameter in params], self._buffers(params, group)
+            if "muon_momentum" in group:
+                self._move_kernels(params, gradients, buffers, group)
+            else:
+                _sgd(params, gradients, buffers, group)
+        return loss
+
+    def _buffers(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The momentum of each parameter, at first zero."""
+        if not (group["momentum"] or "muon_momentum" in group):
+            return []
+        for parameter in params:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return [self.state[parameter]["momentum_buffer"] for parameter in params]
+
+    def _move_kernels(self, kernels: list[Tensor], gradients: list[Any], buffers: list[Tensor], group: dict[str, Any]) -> None:
+        """All at once, as launches cost a GPU more than the arithmetic."""
+        momentum, factor = group["muon_momentum"], group["lr_factor"]
+        norms = torch._foreach_norm(kernels)
+        scales = torch._foreach_mul(torch._foreach_reciprocal(norms), [len(each) ** 0.5 for each in kernels])
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, gradients)
+        wanted = torch._foreach_add(gradients, buffers, alpha=momentum)
+        rows = [each.to(self.dtype, memory_format=torch.contiguous_format).flatten(1) for each in wanted]
+        for move, direction in zip(wanted, orthogonalise(rows), strict=True):
+            move.copy_(direction.view_as(move))
+        torch._foreach_mul_(wanted, factor)
+        torch._foreach_mul_(kernels, scales)
+        _sgd(kernels, list(wanted), [], group)
+
+
+def _sgd(params: list[Tensor], gradients: list[Any], buffers: list[Any], group: dict[str, Any]) -> None:
+    """torch's own, of a group's options."""
+    rates = {name: group[name] for name in ("lr", "momentum", "nesterov", "weight_decay", "fused")}
+    sgd(params, gradients, buffers, dampening=0.0, maximize=False, **rates)
+
+
+def orthogonalise(matrices: list[Tensor], iterations: int = 3) -> list[Tensor]:
+    """Matrices with the singular vectors of these, each (M, N), and singular values near 1 (between about 0.5 and 1.3).
+
+    The quintic Newton-Schulz iteration with Jordan's coefficients, on the side that is shorter.
+    """
+    flat = [each.T if len(each) > each.shape[1] else each for each in matrices]
+    x = torch._foreach_div(flat, torch._foreach_add(torch._foreach_norm(flat), 1e-7))
+    for _ in range(iterations):
+        grams = [each @ each.T for each in x]
+        squares = [each @ gram for each, gram in zip(torch._foreach_mul(grams, 2.0315), grams, strict=True)]
+        factors = torch._foreach_add(torch._foreach_mul(grams, -4.7750), squares)
+        x = torch._foreach_add(torch._foreach_mul(x, 3.4445), [factor @ each for factor, each in zip(factors, x, strict=True)])
+    return [each.T if len(matrix) > matrix.shape[1] else each for each, matrix in zip(x, matrices, strict=True)]
+
+
+def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
+    """The recipe's optimizer for all weights of the model."""
+    parameters = list(model.parameters())
+    common: dict[str, Any] = dict(lr=recipe.max_lr, weight_decay=recipe.weight_decay, fused=parameters[0].device.type != "mps")
+    if recipe.optimizer in ("adam", "adamw"):
+        kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, betas=(recipe.momentum, 0.999), **common)
+    common |= dict(momentum=recipe.momentum, nesterov=recipe.nesterov)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, **common)
+    first = model.prep[0].weight
+    kernels = [parameter for parameter in parameters if parameter.dim() == 4 and parameter is not first]
+    rest = [parameter for parameter in parameters if parameter.dim() != 4 or parameter is first]
+    of_kernels = dict(
+        muon_momentum=recipe.muon_momentum, lr_factor=recipe.muon_lr_factor, momentum=0.0, nesterov=False, weight_decay=0.0
+    )
+    dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+    return Muon([{"params": rest}, {"params": kernels, **of_kernels}], dtype, **common)
+
+
+@contextmanager
+def sam(model: nn.Module, radius: float) -> Iterator[None]:
+    """Sharpness-aware minimisation (Foret et al. 2021, arXiv:2010.01412): takes the gradients, and lends the weights where
+    the loss is about highest within the radius; gradients found there are those for the step from where they were.
+
+    The radius is the Euclidean norm over kernels and FC weight, each measured in its own norm: BatchNorm makes that of a kernel
+    irrelevant. BatchNorm's running statistics are left as they were.
+    """
+    weights = [(weight, weight.grad) for weight in model.parameters() if weight.dim() > 1 and weight.grad is not None]
+    lent = [*(weight for weight, _ in weights), *model.buffers()]
+    kept = [tensor.detach().clone() for tensor in lent]
+    try:
+        with torch.no_grad():
+            climb = [weight.square().sum() * gradient for weight, gradient in weights]
+            length = torch.stack([weight.norm() * gradient.norm() for weight, gradient in weights]).norm()
+            for (weight, _), move in zip(weights, climb, strict=True):
+                weight.add_(move * (radius / length.clamp(min=1e-12)))
+        model.zero_grad()
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in zip(lent, kept, strict=True):
+                tensor.copy_(before)
+
+
+@torch.no_grad()
+def update_average(averaged: ResNet, model: ResNet, weight: float | Tensor) -> None:
+    """averaged = (1 - weight) * averaged + weight * model, for parameters and BatchNorm running statistics."""
+    pairs = zip(averaged.state_dict().values(), model.state_dict().values(), strict=True)
+    old, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    if isinstance(weight, Tensor):
+        torch._foreach_lerp_(list(old), list(new), [weight.to(each.dtype).expand_as(each) for each in old])
+    else:
+        torch._foreach_lerp_(list(old), list(new), weight)
+
+
+def average_weight(recipe: Recipe, step: int) -> float | None:
+    """What the weights after a step of the run, from 0, weigh in the average then; None where it is not updated.
+
+    The n-th update weighs (1 - d) / (1 - d^n), with the decay d: the average is then that of Adam's bias correction (Kingma and
+    Ba 2014, arXiv:1412.6980, section 3), the weights after each update in proportion to d^(updates since), and the random start
+    not at all.
+    """
+    updates, between = divmod(step + 1, recipe.ema_every)
+    if not recipe.ema_decay or between:
+        return None
+    return (1 - recipe.ema_decay) / (1 - recipe.ema_decay**updates)
+
+
+def learning_rate(recipe: Recipe, step: int, total_steps: int) -> tuple[float, float]:
+    """Learning rate and momentum at a step of the run, from 0."""
+    fraction, first = recipe.peak_epoch / recipe.epochs, recipe.max_lr / recipe.div_factor
+    lr = one_cycle(step, total_steps, fraction, first, recipe.max_lr, first / recipe.final_div_factor)
+    if recipe.base_momentum is None:
+        return lr, recipe.momentum
+    return lr, one_cycle(step, total_steps, fraction, recipe.momentum, recipe.base_momentum, recipe.momentum)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float | Tensor, momentum: float) -> None:
+    """Sets learning rate and momentum, or beta1, of every group; the momentum of Muon's kernels is the recipe's own."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        elif "muon_momentum" not in group:
+            group["momentum"] = momentum
+
+
+def one_cycle(step: int, total_steps: int, peak_fraction: float, first: float, peak: float, last: float) -> float:
+    """One-cycle value at `step` of `total_steps`: linear from `first` to `peak`, then linear to `last`.
+
+    The two-phase policy of Smith and Topin (2018, https://arxiv.org/abs/1708.07120) with the phase ends of
+    `torch.optim.lr_scheduler.OneCycleLR`: the peak stands at step `peak_fraction * total_steps - 1`, which need
+    not be a whole number, and the last value at step `total_steps - 1`.
+    """
+    peak_step, last_step = peak_fraction * total_steps - 1, total_steps - 1
+    if step <= peak_step and peak_step > 0:
+        return first + (peak - first) * step / peak_step
+    peak_step = min(peak_step, last_step - 1e-9)  # a run of one step has no way down: it stands at its end
+    return peak + (last - peak) * (step - peak_step) / (last_step - peak_step)
+
+
+def triangular(step: int, step_size: int, min_lr: float, max_lr: float) -> float:
+    """Cyclical learning rate: linear from `min_lr` to `max_lr` in `step_size` steps and back in as many, again and again.
+
+    The triangular policy of Smith (2017, https://arxiv.org/abs/1506.01186), equal to `torch.optim.lr_scheduler.CyclicLR`.
+    """
+    away_from_peak = abs(step / step_size % 2 - 1)
+    return max_lr - (max_lr - min_lr) * away_from_peak
