@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from ..recipe import Recipe
+from . import muon_kernels
 from .model import ResNet
 
 
@@ -43,8 +44,6 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not params:
-                continue
             gradients, buffers = [parameter.grad for parameter in params], self._buffers(params, group)
             if "muon_momentum" in group:
                 self._move_kernels(params, gradients, buffers, group)
@@ -66,12 +65,19 @@ class Muon(torch.optim.Optimizer):
         momentum, factor = group["muon_momentum"], group["lr_factor"]
         norms = torch._foreach_norm(kernels)
         scales = torch._foreach_mul(torch._foreach_reciprocal(norms), [len(each) ** 0.5 for each in kernels])
+        if muon_kernels.usable(kernels, gradients, buffers):
+            moves = [torch.empty(each.shape[0], each[0].numel(), dtype=self.dtype, device=each.device) for each in kernels]
+            for gradient, buffer, move in zip(gradients, buffers, moves, strict=True):
+                muon_kernels.add_momentum(gradient, buffer, momentum, move)
+            for kernel, direction, scale in zip(kernels, orthogonalise(moves), scales, strict=True):
+                muon_kernels.move_kernel(kernel, direction, scale, group["lr"], factor)
+            return
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
         wanted = torch._foreach_add(gradients, buffers, alpha=momentum)
-        rows = [each.to(self.dtype, memory_format=torch.contiguous_format).flatten(1) for each in wanted]
-        for move, direction in zip(wanted, orthogonalise(rows), strict=True):
-            move.copy_(direction.view_as(move))
+        directions = orthogonalise([_as_matrix(each).to(self.dtype) for each in wanted])
+        for move, direction in zip(wanted, directions, strict=True):
+            move.copy_(direction.unflatten(1, (*move.shape[2:], -1)).permute(0, 3, 1, 2))
         torch._foreach_mul_(wanted, factor)
         torch._foreach_mul_(kernels, scales)
         _sgd(kernels, list(wanted), [], group)
@@ -83,19 +89,33 @@ def _sgd(params: list[Tensor], gradients: list[Any], buffers: list[Any], group: 
     sgd(params, gradients, buffers, dampening=0.0, maximize=False, **rates)
 
 
+def _as_matrix(kernel: Tensor) -> Tensor:
+    """A kernel (outputs, inputs, 3, 3) as (outputs, 9 * inputs), in the order in which channels-last memory has it: a view there.
+
+    The order of the columns does not matter to the orthogonalisation.
+    """
+    return kernel.permute(0, 2, 3, 1).flatten(1)
+
+
 def orthogonalise(matrices: list[Tensor], iterations: int = 3) -> list[Tensor]:
     """Matrices with the singular vectors of these, each (M, N), and singular values near 1 (between about 0.5 and 1.3).
 
-    The quintic Newton-Schulz iteration with Jordan's coefficients, on the side that is shorter.
+    The quintic Newton-Schulz iteration with Jordan's coefficients, on the side that is shorter; matrices of one shape together.
     """
-    flat = [each.T if len(each) > each.shape[1] else each for each in matrices]
-    x = torch._foreach_div(flat, torch._foreach_add(torch._foreach_norm(flat), 1e-7))
-    for _ in range(iterations):
-        grams = [each @ each.T for each in x]
-        squares = [each @ gram for each, gram in zip(torch._foreach_mul(grams, 2.0315), grams, strict=True)]
-        factors = torch._foreach_add(torch._foreach_mul(grams, -4.7750), squares)
-        x = torch._foreach_add(torch._foreach_mul(x, 3.4445), [factor @ each for factor, each in zip(factors, x, strict=True)])
-    return [each.T if len(matrix) > matrix.shape[1] else each for each, matrix in zip(x, matrices, strict=True)]
+    found: list[Any] = [None] * len(matrices)
+    for shape in dict.fromkeys(each.shape for each in matrices):
+        places = [place for place, each in enumerate(matrices) if each.shape == shape]
+        x = torch.stack([matrices[place] for place in places])
+        x = x.mT if shape[0] > shape[1] else x
+        x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(iterations):
+            gram = x @ x.mT
+            factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+            x = torch.baddbmm(x, factor, x, beta=3.4445)
+        x = x.mT if shape[0] > shape[1] else x
+        for place, each in zip(places, x.unbind(), strict=True):
+            found[place] = each
+    return found
 
 
 def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
@@ -126,21 +146,35 @@ def sam(model: nn.Module, radius: float) -> Iterator[None]:
     The radius is the Euclidean norm over kernels and FC weight, each measured in its own norm: BatchNorm makes that of a kernel
     irrelevant. BatchNorm's running statistics are left as they were.
     """
-    weights = [(weight, weight.grad) for weight in model.parameters() if weight.dim() > 1 and weight.grad is not None]
-    lent = [*(weight for weight, _ in weights), *model.buffers()]
-    kept = [tensor.detach().clone() for tensor in lent]
+    weights: list[Tensor] = [weight for weight in model.parameters() if weight.dim() > 1 and weight.grad is not None]
+    lent = [*(weight.detach() for weight in weights), *model.buffers()]
+    lists = [[each for each in lent if each.is_floating_point() == floating] for floating in (True, False)]
+    kept = [[torch.empty_like(each) for each in each_list] for each_list in lists]
+    _copy(kept, lists)
     try:
-        with torch.no_grad():
-            climb = [weight.square().sum() * gradient for weight, gradient in weights]
-            length = torch.stack([weight.norm() * gradient.norm() for weight, gradient in weights]).norm()
-            for (weight, _), move in zip(weights, climb, strict=True):
-                weight.add_(move * (radius / length.clamp(min=1e-12)))
+        _climb(weights, [weight.grad for weight in weights], radius)
         model.zero_grad()
         yield
     finally:
-        with torch.no_grad():
-            for tensor, before in zip(lent, kept, strict=True):
-                tensor.copy_(before)
+        _copy(lists, kept)
+
+
+@torch.no_grad()
+def _climb(weights: list[Tensor], gradients: list[Any], radius: float) -> None:
+    """Moves the weights, in place, to where the loss is about highest."""
+    norms, slopes = torch._foreach_norm(weights), torch._foreach_norm(gradients)
+    length = torch.stack(torch._foreach_mul(norms, slopes)).norm()
+    moves = list(torch._foreach_mul(gradients, torch._foreach_mul(norms, norms)))
+    torch._foreach_mul_(moves, radius / length.clamp(min=1e-12))
+    torch._foreach_add_(weights, moves)
+
+
+@torch.no_grad()
+def _copy(to: list[list[Tensor]], values: list[list[Tensor]]) -> None:
+    """Copies lists of tensors, each of one kind of number: together that is one launch or two on a GPU."""
+    for targets, sources in zip(to, values, strict=True):
+        if targets:
+            torch._foreach_copy_(targets, sources)
 
 
 @torch.no_grad()
