@@ -23,7 +23,7 @@ from . import __version__
 from .data.datasets import Data
 from .errors import CheckpointError, RunDirectoryError, UsageError
 from .recipe import Recipe, read_json
-from .training.engine import State, start
+from .training.engine import State, finite, start
 from .training.model import ResNet, build_model
 from .training.optim import make_optimizer
 
@@ -233,8 +233,12 @@ def _check_content(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} has class names that are no text")
     if any(set(row) != ROW or not all(math.isfinite(value) for value in row.values()) for row in content["history"]):
         raise CheckpointError(f"{checkpoint.path} has metrics that are not those of epochs")
-    inside = 0 <= content["epoch"] <= recipe.epochs and content["step"] >= 0 and len(content["history"]) == content["epoch"]
-    if not inside:
+    json.dumps([checkpoint.environment, content["history"], content["seconds"]], allow_nan=False)  # which raises for other values
+    if not isinstance(checkpoint.environment, dict) or checkpoint.evaluated_on not in ("test", "holdout"):
+        raise CheckpointError(f"{checkpoint.path} does not say where it was trained, or on what it was evaluated")
+    epoch, step = content["epoch"], content["step"]
+    whole = type(epoch) is type(step) is int and content["seconds"] >= 0
+    if not whole or not 0 <= epoch <= recipe.epochs or step < 0 or len(content["history"]) != epoch:
         raise CheckpointError(f"{checkpoint.path} stands at a place that its run does not have")
     if (content["averaged"] is not None) != (recipe.ema_decay > 0):
         raise CheckpointError(f"{checkpoint.path} has averaged weights or not, against its recipe")
@@ -245,7 +249,7 @@ def _check_content(checkpoint: Checkpoint) -> None:
             value.shape != (() if name == "step" else shapes[index]) for name, value in slots.items() if torch.is_tensor(value)
         ):
             raise CheckpointError(f"{checkpoint.path} has an optimizer state of another model")
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in checkpoint.state(torch.device("cpu")).tensors()):
+    if not finite(checkpoint.state(torch.device("cpu")).tensors()):
         raise CheckpointError(f"{checkpoint.path} holds weights that are not finite numbers")
 
 

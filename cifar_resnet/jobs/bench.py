@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..data.augment import train_transform
 from ..data.datasets import Split, with_statistics
-from ..data.loaders import Batch, Loader, leave_signals, make_loader
+from ..data.loaders import Batch, Loader, TensorLoader, leave_signals, make_loader
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis
 from ..recipe import Recipe
 from ..run_dir import SCHEMA
 from ..training import convolution, engine
+from ..training.capture import CapturedEpoch, capturable, graph_of
 from ..training.engine import State, rates_at, train_step
-from ..training.lr_finder import endless
 from ..training.model import build_model
 from ..training.optim import make_optimizer, set_rates
 from ..training.runtime import compiled, environment, resolve_device, resolve_precision, wait_for
@@ -60,7 +60,6 @@ def bench(
     compile: str = "auto",
     seconds: float = 2.0,
     progress: Callable[[int], None] = lambda rounds: None,
-    notify: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Measures a recipe on random images of CIFAR-10's size and number; needs no data.
 
@@ -84,7 +83,7 @@ def bench(
         raise UsageError(f"--rounds {rounds} must be at least {MIN_ROUNDS}: fewer give no 95 % interval of a median")
     place = resolve_device(device)
     recipe = resolve_precision(with_statistics(recipe or Recipe()), place)
-    contestants, used = _contestants(recipe, place, workers, compile, notify)
+    contestants, used = _contestants(recipe, place, workers, compile)
     with _plain_process(recipe, place, _whole(recipe), used) if reference else nullcontext() as step:
         if step:
             contestants["plain loop"] = (step, recipe.batch_size)
@@ -111,20 +110,20 @@ def _whole(recipe: Recipe) -> int:
 
 
 def _contestants(
-    recipe: Recipe, device: torch.device, workers: int | None, compile: str, notify: Callable[[str], None]
+    recipe: Recipe, device: torch.device, workers: int | None, compile: str
 ) -> tuple[dict[str, tuple[Callable[[], Any], float]], int]:
     """What is measured, by name: a call, and the images or FLOP of it; and the workers of the albumentations loader."""
     size, (split, small) = recipe.batch_size, (_random_split(images) for images in (_whole(recipe), engine.EVALUATION_BATCH))
     evaluated, model = make_loader(small, recipe, device), engine.start(recipe, device).model
     contestants: dict[str, tuple[Callable[[], Any], float]] = {
-        "model": (_model_alone(recipe, device, compile, notify), size),
+        "model": (_model_alone(recipe, device, compile), size),
         "optimizer": (_optimizer_alone(recipe, device), size),
         "evaluation": (lambda: engine.predict_logits(recipe, model, evaluated.plain(len(small)), device), len(small)),
         "matrix product": _matrix_product(recipe, device),
     }
     for name in ("tensor", "albumentations"):
         loader = make_loader(split, recipe, device, name, workers if name == "albumentations" else None)
-        contestants[name] = (_training(recipe, device, loader, compile, notify).__next__, size)
+        contestants[name] = (_training(recipe, device, loader, compile).__next__, size)
     return contestants, int(str(loader.options["workers"]))
 
 
@@ -206,37 +205,51 @@ def _random_split(images: int) -> Split:
     return Split(rng.integers(0, 256, (images, 32, 32, 3), np.uint8), rng.integers(0, 10, images), np.arange(images))
 
 
-def _started(recipe: Recipe, device: torch.device, compile: str, notify: Callable[[str], None]) -> State:
-    """A run before its first step, compiled as asked."""
-    state = engine.start(recipe, device)
-    state.forward = compiled(compile, recipe, state.model, device, [recipe.batch_size], notify)
+def _started(recipe: Recipe, device: torch.device, compile: str) -> State:
+    """A run of plain steps before its first, compiled as asked."""
+    state = engine.start(recipe.replace(sam_share=0.0), device)
+    state.forward = compiled(compile, recipe, state.model, device, [recipe.batch_size])
     state.model.train()
     return state
 
 
-def _training(
-    recipe: Recipe, device: torch.device, loader: Loader, compile: str, notify: Callable[[str], None]
-) -> Iterator[torch.Tensor]:
-    """The plain steps of a run, over one epoch after another as one without end, so that no evaluation comes between."""
-    recipe = recipe.replace(sam_share=0.0)
-    state, total_steps = _started(recipe, device, compile, notify), recipe.epochs * loader.steps
-    for step, batch in enumerate(endless(loader)):
-        yield train_step(state, batch, rates_at(recipe, step % total_steps, total_steps))
+def _training(recipe: Recipe, device: torch.device, loader: Loader, compile: str) -> Iterator[torch.Tensor]:
+    """The steps of one epoch after another as of one without end, so that no evaluation comes between."""
+    state = _started(recipe, device, compile)
+    run_epoch: Callable[[State, Loader], Iterator[torch.Tensor]] = engine.plain_epoch
+    if isinstance(loader, TensorLoader) and capturable(state):
+        run_epoch = captured = CapturedEpoch(state, loader)
+        captured.capture()
+    while True:
+        yield from run_epoch(state, loader)
+        state.epoch = (state.epoch + 1) % recipe.epochs
 
 
-def _model_alone(recipe: Recipe, device: torch.device, compile: str, notify: Callable[[str], None]) -> Callable[[], Any]:
-    """The plain step on one batch of noise."""
-    state = _started(recipe, device, compile, notify)
+def _captured(call: Callable[[], Any], state: State) -> Callable[[], Any]:
+    """The call as a graph, where a run would be one. A graph keeps no tensor alive: whoever replays it keeps the call."""
+    if not capturable(state):
+        return call
+    graph = graph_of(call, state.optimizer)
+
+    def replay(_kept: Callable[[], Any] = call) -> None:
+        graph.replay()
+
+    return replay
+
+
+def _model_alone(recipe: Recipe, device: torch.device, compile: str) -> Callable[[], Any]:
+    """The step on one batch of noise."""
+    state = _started(recipe, device, compile)
     images = torch.randn(recipe.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     batch = Batch(images, torch.arange(recipe.batch_size, device=device) % 10)
-    return partial(train_step, state, batch, rates_at(recipe.replace(sam_share=0.0), 0, TRAIN_IMAGES))
+    return _captured(partial(train_step, state, batch, rates_at(state.recipe, 0, TRAIN_IMAGES)), state)
 
 
 def _optimizer_alone(recipe: Recipe, device: torch.device) -> Callable[[], Any]:
     state = engine.start(recipe, device)
     for parameter in state.model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    return state.optimizer.step
+    return _captured(state.optimizer.step, state)
 
 
 def _matrix_product(recipe: Recipe, device: torch.device) -> tuple[Callable[[], Any], float]:

@@ -209,7 +209,7 @@ class _Run:
     def _compile(self) -> None:
         size, rest = self.recipe.batch_size, self.loader.count % self.recipe.batch_size
         sizes = [size, *([rest] if rest else [])]
-        self.state.forward = compiled(self.asked["compile"], self.recipe, self.state.model, self.device, sizes, self.watcher.warn)
+        self.state.forward = compiled(self.asked["compile"], self.recipe, self.state.model, self.device, sizes)
 
     def _capture(self, steps: CapturedEpoch, captured: dict[Recipe, CapturedEpoch]) -> None:
         try:

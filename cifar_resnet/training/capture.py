@@ -8,7 +8,8 @@ serve uncaptured, with the bits of the plain loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from ..data.loaders import Loader, TensorLoader
 from .engine import Rates, State, rates_at, train_step
 from .optim import set_rates
 
-WARM_UP = 3  # steps of each kind before its capture: libraries choose their algorithms, and the optimizer makes its buffers
+WARM_UP = 3  # calls before a capture: libraries choose their algorithms, and the optimizer makes its buffers
 
 
 class Kind(NamedTuple):
@@ -31,6 +32,32 @@ class Kind(NamedTuple):
 def capturable(state: State) -> bool:
     """Whether a graph can hold the steps of this run: on CUDA, at one momentum."""
     return state.device.type == "cuda" and state.recipe.base_momentum is None
+
+
+def graph_of(
+    call: Callable[[], object], optimizer: torch.optim.Optimizer, before: Callable[[], object] = lambda: None, pool: Any = None
+) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what `call`, which may step the optimizer, does on the current device, after a few warm-up calls.
+
+    `before` is called before each of these. Graphs that never run at once may share a memory pool.
+    """
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            before()
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        for group in groups:
+            group["capturable"] = True  # Adam asks for it inside a capture alone, and a checkpoint would keep it
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            call()
+    finally:
+        for group in groups:
+            group["capturable"] = False
+    return graph
 
 
 class CapturedEpoch:
@@ -48,12 +75,12 @@ class CapturedEpoch:
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32  # as torch's optimizers take a rate there
         self.lr = torch.tensor([each.lr for each in self.rates], dtype=dtype, device=self.device)
         self.average = torch.tensor([each.average or 0.0 for each in self.rates], device=self.device)
-        self.table = loader.send(loader.draw(state.epoch))
+        self.drawn = state.epoch, loader.draw(state.epoch)
+        self.table = loader.send(self.drawn[1])
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps of the run
         self.losses = torch.zeros(self.total_steps, device=self.device)
         self.graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
-        if self.device.type == "cuda":
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # the graphs never run at once
 
     def kind(self, step: int) -> Kind:
         """Of a step of the run."""
@@ -63,7 +90,7 @@ class CapturedEpoch:
         """Takes the steps that are left of the epoch in which `state` stands; yields the loss of each."""
         assert state is self.state
         first = state.epoch * self.loader.steps
-        self.table.copy_(self.loader.send(self.loader.draw(state.epoch)))
+        self.table.copy_(self.loader.send(self._drawn(state.epoch)))
         self.done.fill_(first + state.step)
         for step in range(first + state.step, first + self.loader.steps):
             kind = self.kind(step)
@@ -73,6 +100,12 @@ class CapturedEpoch:
                 self._step(kind, self.rates[step].momentum)
             set_rates(state.optimizer, self.rates[step].lr, self.rates[step].momentum)  # numbers again, for who saves
             yield self.losses[step]
+        if state.epoch + 1 < state.recipe.epochs:
+            self.drawn = state.epoch + 1, self.loader.draw(state.epoch + 1)  # while the GPU has steps to do
+
+    def _drawn(self, epoch: int) -> Tensor:
+        there, table = self.drawn
+        return table if there == epoch else self.loader.draw(epoch)
 
     def _step(self, kind: Kind, momentum: float) -> None:
         """The next step, which must be of this kind. Nothing here depends on a value of the device but what is computed there."""
@@ -87,32 +120,14 @@ class CapturedEpoch:
         """Captures every kind of step that is left of the run, and leaves weights, optimizer and totals as they were."""
         first = self.state.epoch * self.loader.steps + self.state.step
         kinds = dict.fromkeys(self.kind(step) for step in range(first, self.total_steps))
-        missing = [kind for kind in kinds if kind not in self.graphs]
-        groups = [group for group in self.state.optimizer.param_groups if "capturable" in group]
         self.state.model.train()
         restore = snapshot(self.state)
         try:
-            for group in groups:
-                group["capturable"] = True  # Adam asks for it inside a capture alone, and a checkpoint would keep it
-            for kind in missing:
-                self.graphs[kind] = self._captured(kind)
+            for kind in (each for each in kinds if each not in self.graphs):
+                step = partial(self._step, kind, self.state.recipe.momentum)
+                self.graphs[kind] = graph_of(step, self.state.optimizer, self.done.zero_, self.pool)
         finally:
-            for group in groups:
-                group["capturable"] = False
             restore()
-
-    def _captured(self, kind: Kind) -> torch.cuda.CUDAGraph:
-        momentum = self.state.recipe.momentum
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UP):
-                self.done.zero_()
-                self._step(kind, momentum)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):  # the graphs never run at once: one memory serves all
-            self._step(kind, momentum)
-        return graph
 
     def adopt(self, state: State, loader: TensorLoader) -> State:
         """Goes on with another run of the same recipe but for its seed: its values move into the buffers of this one's.
@@ -138,6 +153,7 @@ class CapturedEpoch:
         )
         state.model, state.forward, state.optimizer, state.averaged, state.totals, state.bad_step = kept
         self.state, self.loader.recipe = state, loader.recipe
+        self.drawn = state.epoch, loader.draw(state.epoch)
         return state
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +128,7 @@ class State:
             NonFiniteLossError: one is not; says at which step and learning rate.
         """
         bad = int(self.bad_step)
-        finite = [tensor.isfinite().all().to(self.device) for tensor in self.tensors()]
-        if bad < 0 and not torch.stack(finite).all():  # one read, not one a tensor
+        if bad < 0 and not finite(self.tensors()):
             bad = self.epoch * steps + self.step - 1
         bad = min((each for each in distributed.gather(bad) if each >= 0), default=-1)
         if bad >= 0:
@@ -138,6 +137,16 @@ class State:
                 f"the loss is not finite since step {bad % steps + 1} of epoch {bad // steps + 1} (LR {lr:.4g}); "
                 f"try a lower --max-lr than {self.recipe.max_lr:g}, or --precision float32"
             )
+
+
+def finite(tensors: list[Tensor]) -> bool:
+    """Whether every element is a finite number, by one read from each device."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    highest = [torch.stack(torch._foreach_norm(group, torch.inf)).isfinite().all() for group in groups.values()]
+    return all(bool(each) for each in highest)
 
 
 def start(recipe: Recipe, device: torch.device, classes: int = 10) -> State:
@@ -233,8 +242,8 @@ def train(
             lr, _ = learning_rate(recipe, state.epoch * loader.steps + state.step, total_steps)
             state.step += 1
             yield Step(state.epoch + 1, state.step, loader.steps, lr, loss)
-        state.clock.stop()
         state.check_finite(loader.steps)
+        state.clock.stop()
         yield _finish_epoch(state, loader, evaluation)
 
 

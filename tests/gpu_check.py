@@ -1,0 +1,236 @@
+"""Measures what a GPU gives, and checks that the captured step trains as the plain one: about eight minutes on one NVIDIA GPU.
+
+    python tests/gpu_check.py gpu.json                   # everything; the runs need the real CIFAR-10
+    python tests/gpu_check.py gpu.json --only steps      # some of: equal steps tests bench runs
+    python tests/gpu_check.py gpu.json --device cpu --tiny --only equal steps runs    # that the script itself works
+
+It writes one JSON file, after every part. `--tiny` trains a network of width 4 on the digits.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cifar_resnet import Recipe
+from cifar_resnet.data.datasets import Split, with_statistics
+from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.training import engine
+from cifar_resnet.training.capture import CapturedEpoch, capturable
+from cifar_resnet.training.runtime import compiled, environment, resolve_device, set_tf32, wait_for
+
+PARTS = ("equal", "steps", "tests", "bench", "runs")
+
+
+def fields(tiny, **changes):
+    small = dict(width=4, batch_size=32) if tiny else {}
+    return with_statistics(Recipe.build("default", epochs=2, **{**small, **changes}))
+
+
+def random_split(recipe, steps):
+    """Random images for that many steps an epoch, the last of them short: 336 of 512."""
+    count = (steps - 1) * recipe.batch_size + recipe.batch_size * 336 // 512
+    rng = np.random.default_rng(0)
+    return Split(rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 10, count), np.arange(count))
+
+
+def begun(recipe, device, steps, form):
+    """State, loader, and what takes an epoch: "eager", "captured", or "compiled" and captured."""
+    loader, state = TensorLoader(random_split(recipe, steps), recipe, device), engine.start(recipe, device)
+    if form == "compiled":
+        sizes = [recipe.batch_size, loader.size(steps - 1)]
+        state.forward = compiled("on", recipe, state.model, device, sizes)
+    state.model.train()
+    if form == "eager":
+        return state, loader, engine.plain_epoch
+    captured = CapturedEpoch(state, loader)
+    if capturable(state):
+        captured.capture()
+    return state, loader, captured
+
+
+def first_losses(recipe, device, form, from_step=0, count=10):
+    """Losses of the first steps; the epoch has ten, the last short. After `from_step` plain steps another loop goes on."""
+    state, loader, run_epoch = begun(recipe, device, 10, "eager" if from_step else form)
+    losses = []
+    for loss in run_epoch(state, loader):
+        losses.append(float(loss))
+        state.step += 1
+        if state.step == from_step:
+            break
+    if from_step:
+        run_epoch = engine.plain_epoch if form == "eager" else CapturedEpoch(state, loader)
+        if form != "eager" and capturable(state):
+            run_epoch.capture()
+        losses += [float(loss) for loss in run_epoch(state, loader)]
+    return losses[:count]
+
+
+def equal(device, tiny):
+    """Captured against plain: the largest relative difference of the first ten losses; and of two plain ones, as a measure."""
+    rows = {}
+    for precision in ("float32", "bfloat16"):
+        for name, changes, from_step in (
+            ("plain", dict(sam_share=0.0), 0),
+            ("sharpness-aware", dict(sam_share=1.0), 0),
+            ("averaged", dict(sam_share=0.0, ema_decay=0.9, ema_every=3), 0),
+            ("sgd", dict(sam_share=0.0, optimizer="sgd"), 0),
+            ("adam", dict(sam_share=0.0, optimizer="adam", max_lr=0.001), 0),
+            ("resumed after step 4", dict(sam_share=0.0), 4),
+        ):
+            recipe = fields(tiny, precision=precision, **changes)
+            plain, again, captured = (first_losses(recipe, device, form, from_step) for form in ("eager", "eager", "captured"))
+            differences = [max(abs(a / b - 1) for a, b in zip(plain, other, strict=True)) for other in (again, captured)]
+            rows[f"{precision}, {name}"] = dict(plain=plain, again=differences[0], captured=differences[1])
+            print(f"{precision}, {name}: captured {differences[1]:.2e}, plain again {differences[0]:.2e}", flush=True)
+    return rows
+
+
+def busy_share(profiler):
+    """The share of the time between the first kernel's start and the last one's end in which the GPU works; kernels by time."""
+    spans, by_kernel = [], {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("ProfilerStep"):
+            spans.append((event.time_range.start, event.time_range.end))
+            short = re.sub(r"<.*", "", event.name.removeprefix("void "))[:60]
+            calls, total = by_kernel.get(short, (0, 0.0))
+            by_kernel[short] = calls + 1, total + event.time_range.end - event.time_range.start
+    if not spans:
+        return None, {}
+    busy, last = 0.0, min(start for start, _ in spans)
+    for start, end in sorted(spans):
+        busy, last = busy + max(0.0, end - max(start, last)), max(last, end)
+    whole = max(end for _, end in spans) - min(start for start, _ in spans)
+    ordered = sorted(by_kernel.items(), key=lambda item: -item[1][1])[:40]
+    return busy / whole, {name: [calls, round(total / 1000, 3)] for name, (calls, total) in ordered}
+
+
+def steps(device, tiny):
+    """Milliseconds a step at whole batches, and the GPU's busy share, by kind of step and form."""
+    rows, count = {}, 5 if tiny else 60
+    for form in ("eager", "captured") if tiny else ("eager", "captured", "compiled"):
+        for name, changes in (("plain", dict(sam_share=0.0)), ("sharpness-aware", dict(sam_share=1.0))):
+            recipe = fields(tiny, precision="bfloat16" if device.type == "cuda" else "float32", **changes)
+            began = time.perf_counter()
+            state, loader, run_epoch = begun(recipe, device, count + 1, form)
+            wait_for(device)
+            ready = time.perf_counter() - began
+            times = []
+            for _ in range(1 if tiny else 3):
+                began = time.perf_counter()
+                for _, _ in zip(range(count), run_epoch(state, loader), strict=False):
+                    pass
+                wait_for(device)
+                times.append((time.perf_counter() - began) / count * 1000)
+            kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+            with torch.profiler.profile(activities=[kind]) as profiler:
+                for _, _ in zip(range(min(count, 20)), run_epoch(state, loader), strict=False):
+                    pass
+                wait_for(device)
+            busy, kernels = busy_share(profiler)
+            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+            rows[f"{name}, {form}"] = dict(milliseconds=times, busy=busy, ready_seconds=ready, memory=memory, kernels_of_20_steps=kernels)
+            share = f"{busy:.3f}" if busy else "not measured"
+            print(f"{name}, {form}: {min(times):.2f} ms, busy {share}, ready after {ready:.1f} s", flush=True)
+    return rows
+
+
+def command(arguments, environment=None):
+    """Runs the command line in a process of its own; gives its seconds and what it printed."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **(environment or {})}
+    )
+    return dict(seconds=time.perf_counter() - began, code=done.returncode, output=done.stdout + done.stderr)
+
+
+def runs(device, tiny):
+    """`train` of both recipes: once with an empty cache of compiled code, once after it, and five seeds; whole seconds and results."""
+    rows = {}
+    small = ["--dataset", "digits", "--train-limit", 200, "--width", 4, "--batch-size", 64] if tiny else []
+    for recipe in ("default", "sprint"):
+        with tempfile.TemporaryDirectory() as folder:
+            cache = dict(TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor", TRITON_CACHE_DIR=f"{folder}/triton")
+            common = ["cifar_resnet", "train", "--recipe", recipe, "--device", device.type, *small]
+            for name in ("cold", "warm"):
+                found = command([*common, "--run-dir", f"{folder}/{name}"], cache)
+                metrics = json.loads(Path(folder, name, "metrics.json").read_text()) if not found["code"] else None
+                rows[f"{recipe}, {name}"] = dict(
+                    seconds_to_last_line=found["seconds"], training_seconds=metrics and metrics["final"]["seconds"],
+                    accuracy=metrics and metrics["final"]["test_accuracy"], startup=metrics and metrics["environment"]["startup_seconds"],
+                    output=found["output"][-1500:], code=found["code"], environment=metrics and metrics["environment"],
+                )  # fmt: skip
+                print(f"{recipe}, {name}: {json.dumps({k: v for k, v in rows[f'{recipe}, {name}'].items() if k != 'output'})}", flush=True)
+            found = command([*common, "--repeat", 2 if tiny else 5, "--run-dir", f"{folder}/five"], cache)
+            if found["code"]:
+                print(found["output"][-2000:])
+                continue
+            repeat = json.loads(Path(folder, "five", "repeat.json").read_text())
+            every = [json.loads(path.read_text()) for path in sorted(Path(folder, "five").glob("s*/metrics.json"))]
+            training = [each["final"]["seconds"] for each in every]
+            rows[f"{recipe}, seeds"] = dict(
+                seconds_to_last_line=found["seconds"], training_seconds=training, output=found["output"][-1500:],
+                startup=[each["environment"]["startup_seconds"] for each in every],
+                **{key: repeat[key] for key in ("count", "accuracies", "mean", "std", "interval")},
+            )  # fmt: skip
+            print(
+                f"{recipe}, {repeat['count']} seeds: {repeat['mean']:.2f} ± {repeat['std']:.2f} %, training {statistics.mean(training):.2f} s, "
+                f"{found['seconds']:.1f} s in all",
+                flush=True,
+            )
+    return rows
+
+
+def tests(device, tiny):
+    """The tests that need CUDA."""
+    found = command(["pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "cuda", "-n", "0", "tests"])
+    print(found["output"][-1500:], flush=True)
+    return found
+
+
+def bench(device, tiny):
+    found = command(["cifar_resnet", "bench", "--device", device.type, "--rounds", 6, "--json", "bench-gpu.json"])
+    print(found["output"][-1500:], flush=True)
+    path = Path("bench-gpu.json")
+    if path.exists():
+        found["content"] = json.loads(path.read_text())
+        path.unlink()
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    device = resolve_device(options.device)
+    set_tf32(False)
+    driver = ""
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    content = {"environment": environment(device), "driver": driver, "python": platform.python_version()}
+    print(driver, flush=True)
+    for part in PARTS:
+        if part in options.only:
+            began = time.perf_counter()
+            content[part] = globals()[part](device, options.tiny)
+            content[f"{part}_seconds"] = time.perf_counter() - began
+            print(f"{part}: {content[f'{part}_seconds']:.1f} s", flush=True)
+            options.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
