@@ -508,8 +508,10 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    """Ends with a message. A wrong usage is every process's of torchrun; the first one says so."""
-    said_by_another = exit_code == 2 and os.environ.get("RANK", "0") != "0"
-    if message and not said_by_another:
+    """Ends with a message. A wrong usage is every process's of torchrun: the first one says it, and the others wait until it
+    has, as torchrun ends all when one has failed."""
+    if exit_code == 2 and os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+    elif message:
         print(f"cifar-resnet: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(exit_code)

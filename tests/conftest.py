@@ -2,24 +2,32 @@
 
 import functools
 import hashlib
+import os
 import pickle
 import sys
 
 import numpy as np
 import pytest
+import torch
 
-from cifar_resnet import Recipe, data
-from cifar_resnet import train as train_run
+from cifar_resnet import Recipe, train
+from cifar_resnet.data import datasets
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+datasets._digits = functools.cache(datasets._digits)  # the tests load them often
 
 
 def pytest_collection_modifyitems(items):
     from torchvision.datasets import CIFAR10
 
-    folder = data.data_directory() / CIFAR10.base_folder
+    folder = datasets.data_directory() / CIFAR10.base_folder
     missing = pytest.mark.skip(reason=f"the real CIFAR-10 is not in {folder}; set CIFAR_RESNET_DATA_DIR")
     for item in items:
         if "cifar10" in item.keywords and not folder.exists():
             item.add_marker(missing)
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
 
 
 @pytest.fixture
@@ -75,56 +83,37 @@ def fake_cifar10(tmp_path, monkeypatch):
     return folder.parent
 
 
-TINY = dict(dataset="digits", epochs=2, train_limit=70, test_limit=40, batch_size=32, ema_decay=0.9, ema_every=2, sam_share=0.4)
+TINY = dict(
+    dataset="digits", epochs=2, train_limit=70, test_limit=40, batch_size=32, ema_decay=0.9, ema_every=2, sam_share=0.4, width=4
+)
 
 
 @pytest.fixture(scope="session")
 def tiny_recipe():
-    """Two epochs of three steps, the last short, with averaging."""
-    return Recipe.build(**TINY)
+    """A network of width 4; two epochs of three steps, the last short, with averaging and sharpness-aware steps."""
+    return Recipe.build("default", **TINY)
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, tiny_recipe):
     """The folder of a finished tiny run."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    train_run(tiny_recipe, folder)
+    train(tiny_recipe, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unfinished(tiny_recipe, tmp_path_factory):
+    """The folder of a tiny run that was stopped after the first step of its second epoch."""
+    from run_helpers import StopAfter
+
+    folder = tmp_path_factory.mktemp("runs") / "unfinished"
+    with pytest.raises(Exception, match="stopped by SIGINT"):
+        train(tiny_recipe, folder, watcher=StopAfter(4))
     return folder
 
 
 @pytest.fixture
-def narrow(monkeypatch):
-    """Divides the network's channels by 16, for tests of what happens around it: a step takes milliseconds.
-
-    The digits are loaded once.
-    """
-    import torch
-
-    from cifar_resnet import winograd
-
-    monkeypatch.setattr(data, "_digits", functools.cache(data._digits))
-
-    class Conv3x3(winograd.Conv3x3):
-        def __init__(self, inputs, outputs, bias=False):
-            super().__init__(inputs if inputs == 3 else inputs // 16, outputs // 16, bias)
-
-    class Narrow:
-        @staticmethod
-        def BatchNorm2d(channels):
-            return torch.nn.BatchNorm2d(channels // 16)
-
-        @staticmethod
-        def Linear(inputs, outputs, **options):
-            return torch.nn.Linear(inputs // 16, outputs, **options)
-
-        def __getattr__(self, name):
-            return getattr(torch.nn, name)
-
-    monkeypatch.setattr("cifar_resnet.model.nn", Narrow())
-    monkeypatch.setattr("cifar_resnet.model.Conv3x3", Conv3x3)
-
-
-@pytest.fixture
 def no_figures(monkeypatch):
-    """Pictures of one byte, as drawing them takes longer than a narrow run."""
+    """Pictures of one byte, as drawing them takes longer than a tiny run."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **options: file.write(b"."))

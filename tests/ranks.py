@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cifar_resnet import Recipe, distributed, engine, experiment, winograd
-from cifar_resnet.batches import TensorBatches, make_batches
-from cifar_resnet.data import Split, with_statistics
+from cifar_resnet import Recipe
+from cifar_resnet.data.datasets import Split, with_statistics
+from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.training import distributed, engine
+
+sys.path.append(str(Path(__file__).parent / "training"))
+from plain import Doubled, doubled
 
 CPU = torch.device("cpu")
 
@@ -20,68 +24,45 @@ def random_split(count):
     return Split(rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, count), np.arange(count))
 
 
-def gradient(recipe, batches, step):
-    """Of the network at its first weights, BatchNorm in evaluation mode, at a step of the first epoch."""
-    state = engine.start(recipe, CPU)
-    state.step, found = step, []
-    for module in state.model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval().train = lambda mode=True: None
-
-    def keep(*_):
-        if not found:  # Muon's step has SGD's inside, which may call the hook again
-            found.extend(each.grad.clone() for each in state.model.parameters())
-
-    state.optimizer.register_step_pre_hook(keep)
-    next(engine.train(recipe, state, batches, lambda: (), CPU))
-    return torch.cat([each.flatten() for each in found])
-
-
-def gradients(batch_size, last):
-    """Of a plain step and of a sharpness-aware one, at a whole batch and at the epoch's last one."""
-    recipes = [with_statistics(Recipe(precision="float32", batch_size=batch_size, sam_share=share)) for share in (0, 1)]
-    batches = TensorBatches(random_split(batch_size + last), recipes[0], CPU)
-    return [gradient(recipe, batches, step) for recipe in recipes for step in (0, 1)]
-
-
-def shown(loader, **changes):
-    """This rank's images and labels of every step of two epochs of 37 images at batch 16."""
-    recipe = with_statistics(Recipe.build(batch_size=16, **changes))
-    batches = make_batches(random_split(37), recipe, CPU, loader, 1 if loader == "albumentations" else None)
-    return [batch for epoch in (0, 1) for batch in batches.epoch(epoch)]
+def run_of(**changes):
+    """A recipe for 40 images in steps of 15, 15 and 10, which 2 and 3 processes share unevenly; this rank's part of them."""
+    fields = dict(width=4, batch_size=15, epochs=1, peak_epoch=0.5, max_lr=0.05, precision="float32")
+    recipe = with_statistics(Recipe.build(**fields, **changes))
+    return recipe, Doubled(TensorLoader(random_split(40), recipe, CPU, distributed.share()))
 
 
 def epoch():
-    """One epoch of 40 images at batch 16 with averaging and Muon, evaluated on 31: how it ends, and what it counted."""
-    recipe = with_statistics(
-        Recipe.build(
-            batch_size=16,
-            epochs=1,
-            peak_epoch=0.5,
-            ema_decay=0.9,
-            ema_every=2,
-            sam_share=0.7,
-            optimizer="muon",
-            precision="float32",
-        )
-    )
-    scores, scored = engine.scores, []
+    """How an epoch with averaging, Muon and a last step that is sharpness-aware ends, on every rank; evaluated on 31 images."""
+    recipe, loader = run_of(ema_decay=0.9, ema_every=1, sam_share=0.4, sam_radius=0.1)
+    evaluated, scored, scores = random_split(31), [], engine.scores
+    mine = evaluated.take(distributed.share().of(31))
+    evaluation = Doubled(TensorLoader(mine, recipe, CPU))
     engine.scores = lambda logits, labels: scored.append(labels) or scores(logits, labels)
-    evaluated = random_split(31)
-    mine = TensorBatches(evaluated.take(distributed.share(31)), recipe, CPU)
-    state = engine.start(recipe, CPU)
-    *_, last = engine.train(recipe, state, TensorBatches(random_split(40), recipe, CPU), lambda: mine.plain(7), CPU)
-    counted = torch.equal(scored[0], torch.from_numpy(evaluated.labels))
-    return dict(weights=state.model.state_dict(), averaged=state.averaged.state_dict(), metrics=last.metrics, counted=counted)
+    state = doubled(engine.start(recipe, CPU))
+    *_, last = engine.train(state, loader, lambda: evaluation.plain(7))
+    engine.scores = scores
+    weights, averaged = state.model.state_dict(), state.averaged.state_dict()
+    return dict(weights=weights, averaged=averaged, metrics=last.metrics, labels=scored[0].tolist())
 
 
-def checks(folder, *sizes):
-    winograd.MIN_TILES = 10**9  # a share and the whole batch convolve the same way, and differ by the order of their sums alone
+def gradient(step, **changes):
+    """Of the network at its first weights, BatchNorm in evaluation mode, at a step of the epoch."""
+    recipe, loader = run_of(**changes)
+    state, found = doubled(engine.start(recipe, CPU)), []
+    state.step = step
+    for module in state.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval().train = lambda mode=True: None
+    state.optimizer.register_step_pre_hook(lambda *_: found.extend(p.grad.flatten().clone() for p in state.model.parameters()))
+    next(engine.train(state, loader, lambda: ()))
+    return torch.cat(found)
+
+
+def checks(folder):
+    """The epoch, and gradients of a plain step and a sharpness-aware one, of 15 images and of 10."""
     with distributed.joined():
-        found = {"epoch": epoch(), "gradients": gradients(*map(int, sizes))}
-        for loader in ("tensor", "albumentations"):
-            found[loader] = shown(loader) + shown(loader, flip_order="random", cutout_probability=0.5)
-        torch.save(found, Path(folder) / f"{distributed.ranks()}-{distributed.rank()}.pt")
+        gradients = [gradient(step, sam_share=share) for share in (0.0, 1.0) for step in (0, 2)]
+        torch.save({"epoch": epoch(), "gradients": gradients}, Path(folder) / f"{distributed.ranks()}-{distributed.rank()}.pt")
 
 
 def run(folder, *options):
@@ -98,7 +79,7 @@ def run(folder, *options):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield record
 
-    experiment.engine.train = counted
+    engine.train = counted
     sys.argv = ["cifar-resnet", "train", *options]
     try:
         main()

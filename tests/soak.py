@@ -1,7 +1,7 @@
 """Kills a run again and again, resumes it, and compares it with the run that nobody disturbed.
 
     python tests/soak.py                 # 100 kills on the real CIFAR-10
-    python tests/soak.py --kills 6 --dataset digits
+    python tests/soak.py --kills 6 --dataset digits --width 4
 
 The run has the default recipe with averaging and bfloat16, on 300 images: three epochs of three steps, the last short. It is
 killed by SIGKILL at a random moment counted from its first step; two of five kills wait for the next write, which is slowed, and
@@ -27,13 +27,13 @@ SLOW = 0.1  # seconds that each half of a write and each flush takes longer
 STARTED, WRITING = 0, 1  # bytes that a run sets for who watches it
 
 
-def child(folder, flags, dataset):
+def child(folder, flags, dataset, width):
     """Trains in `folder`, or goes on there, with slow writes, saving at every step."""
-    from cifar_resnet import Recipe, experiment, figures, run
+    from cifar_resnet import Recipe, Watcher, run_dir, train
 
     with open(flags, "r+b") as file:
         shared = mmap.mmap(file.fileno(), 2)
-    write_whole, fsync = run.write_whole, os.fsync
+    write_whole, fsync = run_dir.write_whole, os.fsync
 
     def watched(path, content):
         shared[WRITING] = 1
@@ -59,20 +59,22 @@ def child(folder, flags, dataset):
             time.sleep(SLOW)
             self.file.write(content[len(content) // 2 :])
 
-    class First(experiment.Watcher):
+    class First(Watcher):
         def step(self, step, state):
             shared[STARTED] = 1
 
-    for module in (run, experiment, figures):
-        module.write_whole = watched
-    run.open = lambda path, *rest, **options: (Slow if str(path).endswith(".part") else open)(path, *rest, **options)
+    run_dir.write_whole = watched
+    run_dir.open = lambda path, *rest, **options: (Slow if str(path).endswith(".part") else open)(path, *rest, **options)
     os.fsync = lambda number: (time.sleep(SLOW), fsync(number))
     if (Path(folder) / "recipe.json").exists():
         target = dict(resume=folder)
     else:
         options = dict(batch_size=128, ema_decay=0.9, ema_every=2, precision="bfloat16", epochs=3)
-        target = dict(run_dir=folder, recipe=Recipe.build("default", dataset=dataset, train_limit=300, test_limit=100, **options))
-    experiment.train(**target, save_every_minutes=1e-9, watcher=First())
+        target = dict(
+            run_dir=folder,
+            recipe=Recipe.build("default", dataset=dataset, width=int(width), train_limit=300, test_limit=100, **options),
+        )
+    train(**target, save_every_minutes=1e-9, watcher=First())
 
 
 def same(a, b):
@@ -99,6 +101,7 @@ def main():
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--chain", type=int, default=4, help="kills of one run before it is left to its end")
     parser.add_argument("--dataset", default="cifar10", help="cifar10 or digits")
+    parser.add_argument("--width", type=int, default=64, help="of the network; 4 for a quick look")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     chance = random.Random(given.seed)
@@ -111,7 +114,7 @@ def main():
     def started(folder):
         """A run, once its first step is done or it has ended."""
         shared[:] = bytes(2)
-        process = subprocess.Popen([sys.executable, __file__, "child", folder, flags, given.dataset])
+        process = subprocess.Popen([sys.executable, __file__, "child", folder, flags, given.dataset, str(given.width)])
         while not shared[STARTED] and process.poll() is None:
             time.sleep(0.002)
         return process

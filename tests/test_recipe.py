@@ -15,7 +15,10 @@ def test_every_preset_is_valid_and_survives_json(name, tmp_path):
     file = tmp_path / "recipe.json"
     file.write_text(recipe.to_json())
     assert Recipe.build(file=file) == recipe
-    assert set(json.loads(recipe.to_json())) == set(Recipe.model_fields)
+    assert Recipe.load(json.loads(recipe.to_json())) == recipe
+    assert json.loads(recipe.to_json()) == recipe.to_dict()
+    assert set(recipe.to_dict()) == {"schema", *Recipe.model_fields}
+    assert recipe.to_dict()["schema"] == 2
 
 
 def test_the_documented_figures_stand_in_the_presets():
@@ -36,7 +39,7 @@ def test_the_documented_figures_stand_in_the_presets():
         "page": dict(max_lr=0.4, logit_scale=0.125, pool_position="after-relu", fc_bias=False, label_smoothing=0),
     }
     for name, fields in expected.items():
-        fields |= dict(sam_share=0, flip_order="random", init="default")
+        fields |= dict(sam_share=0, flip_order="random", init="default", width=64)
         assert {field: getattr(Recipe.build(name), field) for field in fields} == fields, name
 
 
@@ -47,9 +50,79 @@ def test_preset_then_file_then_options(tmp_path):
     assert (recipe.max_lr, recipe.weight_decay, recipe.momentum, recipe.fc_bias) == (0.3, 0.001, 0.9, False)
 
 
+# What a file lacks
+
+ODD = dict(  # a value of each field that no preset has
+    init="default", muon_lr_factor=0.77, muon_momentum=0.55, flip_order="random", sam_share=0.33, sam_radius=0.07, grad_clip=0.5,
+    width=8, max_lr=0.123, weight_decay=0.0123, ema_every=9, pad=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["default", "sprint", "page"])
+def test_a_saved_recipe_without_one_of_its_lines_has_the_presets_value_there(name, tmp_path):
+    whole, file = Recipe.build(name, **ODD).to_dict(), tmp_path / "recipe.json"
+    for field in ODD:
+        part = {key: value for key, value in whole.items() if key != field}
+        file.write_text(json.dumps(part))
+        for found in (Recipe.load(part), Recipe.build(file=file)):
+            assert getattr(found, field) == getattr(Recipe.build(name), field), field
+            assert {key: value for key, value in found.to_dict().items() if key != field} == part
+
+
+# The values with which a run gives what it gave before the field was there.
+BEFORE = dict(
+    init="default",
+    muon_lr_factor=0.3,
+    muon_momentum=0.6,
+    flip_order="random",
+    sam_share=0.0,
+    sam_radius=0.01,
+    grad_clip=0.0,
+    width=64,
+)
+
+
+def test_a_recipe_of_schema_1_gets_the_values_that_its_run_had(tmp_path):
+    """A run's own file has no number then; one that says 1 is the same."""
+    whole = {name: value for name, value in Recipe.build("sprint", **ODD).to_dict().items() if name != "schema"}
+    assert Recipe.load(whole).to_dict() == {"schema": 2, **whole}
+    for field, value in BEFORE.items():
+        part = {key: each for key, each in whole.items() if key != field}
+        numbered = tmp_path / "numbered.json"
+        numbered.write_text(json.dumps({"schema": 1, **part}))
+        for found in (Recipe.load(part), Recipe.load({"schema": 1, **part}), Recipe.build(file=numbered)):
+            assert getattr(found, field) == value, field
+            assert {key: each for key, each in found.to_dict().items() if key not in (field, "schema")} == part
+
+
+def test_a_part_written_by_hand_has_the_presets_values_for_the_rest(tmp_path):
+    file = tmp_path / "part.json"
+    file.write_text('{"recipe": "sprint", "max_lr": 0.2}')
+    assert Recipe.build(file=file) == Recipe.build("sprint", max_lr=0.2)
+    file.write_text('{"max_lr": 0.2}')
+    assert Recipe.build("page", file) == Recipe.build("page", max_lr=0.2)
+    assert Recipe.build(file=file) == Recipe.build(max_lr=0.2)
+    assert Recipe.build(file=file).muon_lr_factor == 0.2
+
+
+@pytest.mark.parametrize("number", [3, 0, -1, "2", None, True, [2], 1.5])
+def test_a_schema_of_the_future_or_none_at_all_is_refused_in_one_line(number, tmp_path, refused):
+    small = Recipe.build("digits", epochs=1, train_limit=10, test_limit=10, batch_size=10, width=1)
+    file, written = tmp_path / "recipe.json", {**small.to_dict(), "schema": number}
+    file.write_text(json.dumps(written))
+    line = refused(2, "summary", "--recipe-file", file)
+    assert f"{file}: a recipe of schema {number!r}; this version of cifar-resnet reads 1 to 2" in line
+    with pytest.raises(UsageError, match="^here: a recipe of schema"):
+        Recipe.load(written, "here: ")
+    assert "reads 1 to 2" in refused(2, "train", "--resume", tmp_path)
+
+
 def test_a_recipe_written_while_uncut_gradients_were_null_is_read():
     written = {**Recipe().model_dump(mode="json"), "grad_clip": None}
-    assert Recipe.parse(written) == Recipe()
+    assert Recipe.load(written) == Recipe()
+
+
+# Which settings count
 
 
 def test_digits_choose_their_preset_unless_one_is_named():
@@ -72,6 +145,49 @@ def test_flips_alternate_only_where_half_the_images_flip(tmp_path):
     assert not Recipe.build(file=whole, flip_probability=0.0, epochs=5).alternates
 
 
+MUON = {"muon_lr_factor", "muon_momentum"}
+HOLES = {"cutout_size", "cutout_count", "cutout_probability", "cutout_fill"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "idle"),
+    [
+        (dict(ema_decay=0.9), set()),
+        (dict(optimizer="sgd", ema_decay=0.9), MUON),
+        (dict(optimizer="adam", ema_decay=0.9), MUON | {"nesterov"}),
+        (dict(optimizer="adamw", ema_decay=0.9), MUON | {"nesterov"}),
+        (dict(sam_share=0, ema_decay=0.9), {"sam_radius"}),
+        (dict(), {"ema_every"}),
+        (dict(pad=0, ema_decay=0.9), {"pad_mode"}),
+        (dict(flip_probability=0.3, ema_decay=0.9), {"flip_order"}),
+        (dict(cutout_count=0, ema_decay=0.9), HOLES - {"cutout_count"}),
+        (dict(cutout_probability=0, ema_decay=0.9), HOLES - {"cutout_probability"}),
+    ],
+)
+def test_which_fields_change_nothing(fields, idle):
+    recipe = Recipe.build(**fields)
+    assert set(recipe.idle()) == idle
+    assert all(recipe.idle().values())
+    counts = {name: value for name, value in recipe if name not in recipe.idle() and not name.startswith("cutout")}
+    assert counts.items() <= dict(recipe.canonical()).items()
+    assert recipe.canonical().canonical() == recipe.canonical()
+
+
+def test_recipes_that_differ_only_in_what_changes_nothing_become_equal():
+    a = Recipe.build(
+        optimizer="adam", sam_share=0, pad=0, cutout_count=0, flip_probability=0.3, muon_lr_factor=0.9, nesterov=False
+    )
+    b = a.replace(
+        muon_momentum=0.1, sam_radius=0.5, ema_every=7, pad_mode="black", cutout_size=16, flip_order="random", nesterov=True
+    )
+    assert a.canonical() == b.canonical() != a.canonical().replace(max_lr=0.1)
+    no_holes, never = Recipe.build(cutout_count=0, cutout_fill=0.5), Recipe.build(cutout_probability=0, cutout_count=3)
+    assert no_holes.canonical() == never.canonical() != Recipe().canonical()
+
+
+# What cannot be
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -79,6 +195,8 @@ def test_flips_alternate_only_where_half_the_images_flip(tmp_path):
         (dict(max_lr=-0.1), "--max-lr -0.1"),
         (dict(max_lr=float("nan")), "--max-lr nan"),
         (dict(batch_size=0), "--batch-size 0"),
+        (dict(width=0), "--width 0"),
+        (dict(width=2000), "--width 2000"),
         (dict(peak_epoch=24), "--peak-epoch 24 is not before the last of 24 epochs"),
         (dict(loss="nll"), "nll takes log-softmax"),
         (dict(momentum=0.8, base_momentum=0.9), "--base-momentum 0.9 is above momentum 0.8"),

@@ -1,7 +1,7 @@
 """Rubbish in: options, damaged checkpoints, damaged JSON. Never a traceback, a success that is none, or a changed input.
 
-The command line runs in this process on a narrow network; every valid case trains one step. Each test has a quick run and,
-marked slow, one of ten times as many cases.
+The command line runs in this process on a tiny network; every valid case trains one step. Each test has a quick run and,
+marked slow, one of twenty times as many cases.
 """
 
 import io
@@ -15,21 +15,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from run_helpers import StopAfter
 
 from cifar_resnet import Recipe, load_checkpoint, train
 from cifar_resnet.cli import main
-from cifar_resnet.run import read_recipe
+from cifar_resnet.run_dir import RunDir
 
-pytestmark = pytest.mark.usefixtures("narrow", "no_figures")
-STEP = ["--dataset", "digits", "--train-limit", "12", "--test-limit", "10", "--batch-size", "12", "--epochs", "1"]
+pytestmark = pytest.mark.usefixtures("no_figures")
+STEP = dict(dataset="digits", train_limit=12, test_limit=10, batch_size=12, epochs=1, width=4)
+OPTIONS = [word for name, value in STEP.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def cases(quick):
-    """Runs the property `check(case, folder, source)` on so many cases, and on ten times as many where slow ones are run."""
+    """Runs the property `check(data, folder, source, stopped)` on so many cases, and on twenty times as many where slow ones are run."""
 
     def decorate(check):
-        @pytest.mark.parametrize("count", [quick, pytest.param(10 * quick, marks=pytest.mark.slow)])
-        def test(tmp_path, source, count):
+        @pytest.mark.parametrize("count", [quick, pytest.param(20 * quick, marks=pytest.mark.slow)])
+        def test(tmp_path, source, stopped, count):
             number = iter(range(10**6))
 
             @settings(
@@ -40,7 +42,7 @@ def cases(quick):
             def run(data):
                 folder = tmp_path / str(next(number))
                 folder.mkdir()
-                check(data, folder, source)
+                check(data, folder, source, stopped)
                 shutil.rmtree(folder)
 
             run()
@@ -64,26 +66,35 @@ def command(*arguments):
     return code
 
 
-@pytest.fixture
-def source(tmp_path):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
     """A finished run of one step with averaging and Muon."""
-    options = dict(train_limit=12, test_limit=10, batch_size=12, epochs=1, peak_epoch=0.5)
-    recipe = Recipe.build(dataset="digits", ema_decay=0.9, ema_every=1, optimizer="muon", **options)
-    train(recipe, tmp_path / "source")
-    return tmp_path / "source"
+    folder = tmp_path_factory.mktemp("rubbish") / "source"
+    train(Recipe.build("default", **STEP, peak_epoch=0.5, ema_decay=0.9, ema_every=1), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped after its first step of two."""
+    folder = tmp_path_factory.mktemp("rubbish") / "stopped"
+    with pytest.raises(Exception, match="stopped by SIGINT"):
+        train(Recipe.build("default", **{**STEP, "batch_size": 6}, peak_epoch=0.5), folder, watcher=StopAfter(1))
+    return folder
 
 
 WORDS = st.sampled_from(
     ["", "0", "-1", "1e999", "nan", "inf", "1e-320", "none", "\x00", "💥", "../..", "1,2", "0x10", " 3", "--"]
 )
 NUMBERS = st.one_of(st.integers(-3, 40), st.integers(), st.floats(), st.floats(0, 1), WORDS).map(str)
+SIZES = ("dataset", "train_limit", "epochs", "width")  # which are to stay small; the first three are given once
 
 
 @st.composite
 def options(draw):
     """Some options of `train` with values that are right, wrong, or nearly right."""
     chosen = []
-    fields = {name: field for name, field in Recipe.model_fields.items() if name not in ("dataset", "train_limit", "epochs")}
+    fields = {name: field for name, field in Recipe.model_fields.items() if name not in SIZES}
     for name in draw(st.lists(st.sampled_from(sorted(fields)), max_size=4)):
         flag, kind = f"--{name.replace('_', '-')}", fields[name].annotation
         if kind is bool:
@@ -95,16 +106,17 @@ def options(draw):
     for flag, values in {
         "--loader": ["tensor", "albumentations", "auto", "none"], "--workers": ["0", "-1", "x"], "--device": ["cpu", "cuda:9", "meta", "💥"],
         "--save-every-minutes": ["1e-9", "0", "nan", "-inf"], "--data-dir": ["/nowhere"], "--recipe-file": ["/nowhere", "/"],
+        "--width": ["1", "5", "0", "1025", "4.5", "x"], "--target": ["0", "-1", "nan", "95"],
     }.items():  # fmt: skip
         if draw(st.integers(0, 5)) == 0:
             chosen += [flag, draw(st.sampled_from(values))]
     return chosen
 
 
-@cases(50)
-def test_options(data, folder, source):
+@cases(40)
+def test_options(data, folder, source, stopped):
     given = data.draw(options())
-    code = command("train", *STEP, "--run-dir", folder / "run", *given)
+    code = command("train", *OPTIONS, "--run-dir", folder / "run", *given)
     finished = (folder / "run" / "learning_rate.png").exists()
     assert (code == 0) == finished
     if finished:
@@ -134,8 +146,8 @@ def same(a, b):
     return a == b
 
 
-def used(path, folder, source):
-    """Each command that takes a checkpoint, on this one: code 0 only for the content of `source`, and the file as it was."""
+def used(path, folder):
+    """Exit codes of commands that take a checkpoint, on this one, which must stay as it was."""
     before = path.read_bytes()
     codes = [
         command("evaluate", path, "--run-dir", folder / "out"),
@@ -146,12 +158,13 @@ def used(path, folder, source):
     return codes
 
 
-@cases(50)
-def test_damaged_bytes_of_a_checkpoint(data, folder, source):
+@cases(40)
+def test_damaged_bytes_of_a_checkpoint(data, folder, source, stopped):
+    """Code 0 only for the content of `source`."""
     shutil.copytree(source, folder / "run")
     path = folder / "run" / "checkpoint.pt"
     path.write_bytes(damaged(data, path.read_bytes()))
-    if 0 in used(path, folder, source):
+    if 0 in used(path, folder):
         assert same(load_checkpoint(path).content, load_checkpoint(source).content)
 
 
@@ -181,13 +194,17 @@ def replaced(data, value, inner):
     return data.draw(inner)
 
 
-@cases(50)
-def test_checkpoints_of_other_content(data, folder, source):
+@cases(40)
+def test_checkpoints_of_other_content(data, folder, source, stopped):
     """Well-formed archives: what does not raise must be usable whole, so only a fitting value can give code 0."""
     shutil.copytree(source, folder / "run")
     path = folder / "run" / "checkpoint.pt"
     torch.save(replaced(data, torch.load(path, weights_only=True), VALUES), path)
-    used(path, folder, source)
+    used(path, folder)
+    shutil.copytree(stopped, folder / "stopped")
+    path = folder / "stopped" / "checkpoint.pt"
+    torch.save(replaced(data, torch.load(path, weights_only=True), VALUES), path)
+    command("train", "--resume", path.parent)
 
 
 JSON = st.recursive(
@@ -197,8 +214,8 @@ JSON = st.recursive(
 )
 
 
-@cases(50)
-def test_damaged_recipes(data, folder, source):
+@cases(40)
+def test_damaged_recipes(data, folder, source, stopped):
     """As `--recipe-file`, and as all that a run left that was killed before its first checkpoint."""
     path = folder / "run" / "recipe.json"
     path.parent.mkdir()
@@ -206,27 +223,13 @@ def test_damaged_recipes(data, folder, source):
     damage = data.draw(st.sampled_from([damaged, lambda *given: json.dumps(replaced(data, json.loads(text), JSON)).encode()]))
     text = damage(data, text)
     path.write_bytes(text)
-    size = (
-        "--train-limit",
-        "12",
-        "--test-limit",
-        "10",
-        "--batch-size",
-        "12",
-        "--epochs",
-        "1",
-        "--dataset",
-        "digits",
-        "--holdout",
-        "0",
-    )
-    command("train", "--recipe-file", path, "--run-dir", folder / "new", *size)
+    command("train", "--recipe-file", path, "--run-dir", folder / "new", *OPTIONS, "--holdout", "0")
     assert path.read_bytes() == text
     try:
-        planned = read_recipe(path.parent)  # where, unlike in --recipe-file, the preset's name may be any
+        planned, _ = RunDir(path.parent).open()  # where, unlike in --recipe-file, the preset's name may be any
     except Exception:
         assert command("train", "--resume", path.parent) != 0
         assert path.read_bytes() == text
     else:
-        if (planned.train_limit, planned.batch_size, planned.epochs, planned.dataset) == (12, 12, 1, "digits"):
+        if {name: getattr(planned, name) for name in STEP} == STEP:
             command("train", "--resume", path.parent)

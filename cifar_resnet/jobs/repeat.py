@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from ..errors import UsageError
 from ..recipe import Recipe, read_json
 from ..run_dir import SCHEMA, check_free, check_match, default_directory, writable, write_json
@@ -101,6 +99,8 @@ def _content(recipe: Recipe, count: int) -> dict[str, Any]:
 
 
 def _summary(accuracies: list[float]) -> dict[str, Any]:
+    from scipy import stats
+
     mean, std, count = statistics.fmean(accuracies), statistics.stdev(accuracies), len(accuracies)
     half = float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
     return {"accuracies": accuracies, "mean": mean, "std": std, "interval": [mean - half, mean + half]}

@@ -44,6 +44,8 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not params:
+                continue
             gradients, buffers = [parameter.grad for parameter in params], self._buffers(params, group)
             if "muon_momentum" in group:
                 self._move_kernels(params, gradients, buffers, group)

@@ -1,35 +1,44 @@
+"""Where images come from: the digits, CIFAR-10 and its download, folders of one's own; and which of them are kept back."""
+
 import functools
 import hashlib
 import http.server
 import multiprocessing
 import os
+import shutil
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from torchvision.datasets import CIFAR10
 
-from cifar_resnet import Recipe, data
+from cifar_resnet import Recipe
+from cifar_resnet.data.datasets import DIGITS_MEAN, DIGITS_STD, data_directory, load, stratified, with_statistics
 from cifar_resnet.errors import DataError, UsageError
 
 
+def silent(message):
+    pass
+
+
 def test_digits_are_split_1437_to_360_and_stratified():
-    loaded = data.load(Recipe.build("digits"))
+    loaded = load(Recipe.build("digits"))
     assert (len(loaded.train), len(loaded.evaluation)) == (1437, 360)
     assert loaded.train.images.shape == (1437, 32, 32, 3)
     assert set(loaded.train.indices).isdisjoint(loaded.evaluation.indices)
     shares = [np.bincount(split.labels) / len(split) for split in (loaded.train, loaded.evaluation)]
     assert np.abs(shares[0] - shares[1]).max() < 0.005
     pixels = loaded.train.images / 255
-    assert pixels.mean((0, 1, 2)) == pytest.approx(data.DIGITS_MEAN, abs=1e-4)
-    assert pixels.std((0, 1, 2)) == pytest.approx(data.DIGITS_STD, abs=1e-4)
+    assert pixels.mean((0, 1, 2)) == pytest.approx(DIGITS_MEAN, abs=1e-4)
+    assert pixels.std((0, 1, 2)) == pytest.approx(DIGITS_STD, abs=1e-4)
 
 
 def test_digits_are_scikit_learns_enlarged():
     from sklearn.datasets import load_digits
 
-    loaded, source = data.load(Recipe.build("digits")), load_digits()
+    loaded, source = load(Recipe.build("digits")), load_digits()
     for split in (loaded.train, loaded.evaluation):
         assert np.array_equal(split.labels, source.target[split.indices])
         small = split.images.astype(float).mean(3).reshape(-1, 8, 4, 8, 4).mean((2, 4)) * 16 / 255
@@ -40,25 +49,25 @@ def test_digits_are_scikit_learns_enlarged():
 @pytest.mark.parametrize("count", [10, 95, 300, 999, 1000])
 def test_stratified_takes_each_class_in_proportion(count):
     labels = np.random.default_rng(1).choice(5, 1000, p=[0.4, 0.3, 0.15, 0.1, 0.05])
-    taken = data.stratified(labels, count, seed=3)
+    taken = stratified(labels, count, seed=3)
     assert len(set(taken)) == count
     shares = np.bincount(labels) * count / 1000
     assert np.abs(np.bincount(labels[taken], minlength=5) - shares).max() <= 1
-    assert set(data.stratified(labels, count // 2, seed=3)) < set(taken)
+    assert set(stratified(labels, count // 2, seed=3)) < set(taken)
 
 
 def test_stratified_leaves_no_class_out():
     labels = np.repeat([0, 1, 2], [900, 98, 2])
-    assert set(labels[data.stratified(labels, 100, seed=0)]) == {0, 1, 2}
+    assert set(labels[stratified(labels, 100, seed=0)]) == {0, 1, 2}
 
 
 def test_the_holdout_is_disjoint_and_the_same_for_every_seed():
-    a, b = (data.load(Recipe.build("digits", holdout=200, seed=seed)) for seed in (0, 1))
+    a, b = (load(Recipe.build("digits", holdout=200, seed=seed)) for seed in (0, 1))
     assert a.evaluated_on == "holdout"
     assert (len(a.train), len(a.evaluation)) == (1237, 200)
     assert set(a.train.indices).isdisjoint(a.evaluation.indices)
     assert np.array_equal(a.evaluation.indices, b.evaluation.indices)
-    assert set(a.train.indices) | set(a.evaluation.indices) == set(data.load(Recipe.build("digits")).train.indices)
+    assert set(a.train.indices) | set(a.evaluation.indices) == set(load(Recipe.build("digits")).train.indices)
 
 
 @pytest.mark.parametrize(
@@ -71,16 +80,16 @@ def test_the_holdout_is_disjoint_and_the_same_for_every_seed():
         dict(test_limit=361),
         dict(batch_size=1438),
     ],
+    ids=str,
 )
 def test_what_does_not_fit_the_split_is_refused(fields):
     name, value = next(iter(fields.items()))
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}"):
-        data.load(Recipe.build("digits", **fields))
+        load(Recipe.build("digits", **fields))
 
 
 def test_cifar10_is_what_torchvision_reads(fake_cifar10):
-    recipe = Recipe.build(batch_size=10)
-    loaded = data.load(recipe, fake_cifar10)
+    loaded = load(Recipe.build(batch_size=10), fake_cifar10)
     train, test = CIFAR10(fake_cifar10, train=True), CIFAR10(fake_cifar10, train=False)
     assert np.array_equal(loaded.train.images, train.data)
     assert loaded.train.labels.tolist() == train.targets
@@ -91,32 +100,33 @@ def test_cifar10_is_what_torchvision_reads(fake_cifar10):
 
 @pytest.mark.cifar10
 def test_the_real_cifar10():
-    loaded = data.load(Recipe())
+    loaded = load(Recipe())
     assert (len(loaded.train), len(loaded.evaluation)) == (50_000, 10_000)
     assert np.bincount(loaded.train.labels).tolist() == [5000] * 10
     pixels = loaded.train.images[::10] / 255
-    assert pixels.mean((0, 1, 2)) == pytest.approx(data.with_statistics(Recipe()).mean, abs=0.004)
-    assert pixels.std((0, 1, 2)) == pytest.approx(data.with_statistics(Recipe()).std, abs=0.004)
+    assert pixels.mean((0, 1, 2)) == pytest.approx(with_statistics(Recipe()).mean, abs=0.004)
+    assert pixels.std((0, 1, 2)) == pytest.approx(with_statistics(Recipe()).std, abs=0.004)
 
 
 @pytest.mark.parametrize("name", ["data_batch_2", "test_batch", "batches.meta"])
-def test_an_altered_file_is_named_with_both_checksums(fake_cifar10, name, refused):
+def test_an_altered_file_is_named_with_both_checksums(fake_cifar10, name):
     path = fake_cifar10 / CIFAR10.base_folder / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     files = dict([*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]])
-    line = refused(1, "train", "--data-dir", fake_cifar10, "--batch-size", 10, "--run-dir", fake_cifar10 / "run")
-    assert str(path) in line
-    assert files[name] in line
-    assert hashlib.md5(content).hexdigest() in line
-    assert not (fake_cifar10 / "run").exists()
+    with pytest.raises(DataError) as error:
+        load(Recipe.build(batch_size=10), fake_cifar10)
+    for word in (str(path), files[name], hashlib.md5(content).hexdigest()):
+        assert word in str(error.value)
 
 
-def test_a_missing_file_of_an_incomplete_folder_is_named(fake_cifar10, refused):
+def test_a_missing_file_of_an_incomplete_folder_is_named_before_anything_is_written(fake_cifar10, tmp_path, refused):
     path = fake_cifar10 / CIFAR10.base_folder / "data_batch_1"
     path.unlink()
-    assert str(path) in refused(1, "train", "--data-dir", fake_cifar10, "--batch-size", 10)
+    line = refused(1, "train", "--data-dir", fake_cifar10, "--batch-size", 10, "--run-dir", tmp_path / "run")
+    assert str(path) in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -134,7 +144,7 @@ def server(fake_cifar10, tmp_path, monkeypatch):
 
     handler = functools.partial(Handler, directory=tmp_path / "web")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{httpd.server_port}/{CIFAR10.filename}")
         monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
         yield asked
@@ -144,9 +154,9 @@ def server(fake_cifar10, tmp_path, monkeypatch):
 def test_missing_images_are_downloaded_once_and_whole(server, tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR_RESNET_DATA_DIR", str(tmp_path / "new" / "folder"))
     said = []
-    assert len(data.load(Recipe.build(batch_size=10), notify=said.append).train) == 80
+    assert len(load(Recipe.build(batch_size=10), notify=said.append).train) == 80
     requests = len(server)
-    assert len(data.load(Recipe.build(batch_size=10), notify=said.append).train) == 80
+    assert len(load(Recipe.build(batch_size=10), notify=said.append).train) == 80
     assert len(server) == requests > 0
     assert len(said) == 1
     assert sorted(os.listdir(tmp_path / "new" / "folder")) == [".download.lock", CIFAR10.base_folder]
@@ -156,14 +166,14 @@ def test_two_processes_on_a_missing_folder_download_once(server, tmp_path):
     context = multiprocessing.get_context("fork")
     sizes = context.Queue()
 
-    def load(folder="shared"):
-        sizes.put(len(data.load(Recipe.build(batch_size=10), tmp_path / folder, notify=lambda _: None).train))
+    def load_into(folder):
+        sizes.put(len(load(Recipe.build(batch_size=10), tmp_path / folder, notify=silent).train))
 
-    load("alone")
+    load_into("alone")
     assert sizes.get() == 80
     requests = len(server)
 
-    processes = [context.Process(target=load) for _ in range(2)]
+    processes = [context.Process(target=load_into, args=("shared",)) for _ in range(2)]
     for process in processes:
         process.start()
     assert [sizes.get(timeout=60) for _ in processes] == [80, 80]
@@ -175,19 +185,67 @@ def test_two_processes_on_a_missing_folder_download_once(server, tmp_path):
 def test_a_damaged_download_leaves_nothing_behind(server, tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
     with pytest.raises(DataError, match="downloading"):
-        data.load(Recipe(), tmp_path / "new", notify=lambda _: None)
+        load(Recipe(), tmp_path / "new", notify=silent)
     assert os.listdir(tmp_path / "new") == [".download.lock"]
 
 
-def test_no_network_names_folder_file_and_a_way_out(tmp_path, monkeypatch, refused):
+def test_no_network_names_folder_file_and_a_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/none.tar.gz")
-    line = refused(1, "train", "--data-dir", tmp_path / "none")
-    assert str(tmp_path / "none") in line
-    assert "data_batch_1" in line
-    assert "--dataset digits" in line
+    with pytest.raises(DataError) as error:
+        load(Recipe(), tmp_path / "none", notify=silent)
+    for word in (str(tmp_path / "none"), "data_batch_1", "--dataset digits"):
+        assert word in str(error.value)
 
 
-def test_a_data_folder_that_cannot_be_made(tmp_path, refused):
+def test_a_data_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    line = refused(1, "train", "--data-dir", tmp_path / "file" / "images")
-    assert str(tmp_path / "file" / "images") in line
+    with pytest.raises(DataError, match=str(tmp_path / "file" / "images")):
+        load(Recipe(), tmp_path / "file" / "images", notify=silent)
+
+
+def test_the_data_folder_is_the_one_given_then_the_variables_then_the_cache(monkeypatch):
+    for name in ("CIFAR_RESNET_DATA_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert data_directory() == Path("/home/ann/.cache/cifar-resnet")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert data_directory() == Path("/cache/cifar-resnet")
+    monkeypatch.setenv("CIFAR_RESNET_DATA_DIR", "/images")
+    assert data_directory() == Path("/images")
+    assert data_directory(Path("/mine")) == Path("/mine")
+
+
+@pytest.fixture
+def own_images(tmp_path):
+    """A folder of one's own: 12 training images and 4 for the test, of two classes, 32x32 PNGs."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 2)):
+        for name in ("cats", "dogs"):
+            folder = tmp_path / "pets" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "pets"
+
+
+def test_a_folder_of_ones_own_gives_its_images_classes_and_statistics(own_images, tmp_path):
+    from PIL import Image
+
+    recipe = Recipe.build(dataset=str(own_images), batch_size=4)
+    loaded = load(recipe)
+    assert loaded.classes == ("cats", "dogs")
+    assert loaded.train.labels.tolist() == [0] * 6 + [1] * 6
+    assert loaded.evaluation.labels.tolist() == [0, 0, 1, 1]
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(own_images.glob("train/*/*.png"))])
+    assert np.array_equal(loaded.train.images, pixels)
+    filled = with_statistics(recipe, loaded.train)
+    assert filled.mean == pytest.approx(pixels.mean((0, 1, 2)) / 255, abs=1e-4)
+    assert filled.std == pytest.approx(pixels.std((0, 1, 2)) / 255, abs=1e-4)
+    assert with_statistics(filled.replace(mean=(0.5, 0.5, 0.5)), loaded.train).mean == (0.5, 0.5, 0.5)
+
+    shutil.move(own_images, tmp_path / "elsewhere" / "pets")
+    with pytest.raises(UsageError, match="give the folder that holds it with --data-dir"):
+        load(recipe)
+    assert np.array_equal(load(recipe, tmp_path / "elsewhere").train.images, pixels)

@@ -1,11 +1,14 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from cifar_resnet import Recipe, analysis, build_model, figures
-from cifar_resnet.data import Split
+from cifar_resnet import Recipe, build_model
+from cifar_resnet.data.datasets import Split
 from cifar_resnet.errors import UsageError
+from cifar_resnet.look import analysis
 
 CLASSES = ("ant", "bee", "cat", "dog")
 
@@ -76,7 +79,7 @@ def test_mistakes_are_all_the_wrong_ones_surest_first(scored):
 @pytest.mark.parametrize(("layer", "side"), [("layer1", 16), ("layer2", 8)])
 def test_grad_cam_is_its_formula(layer, side):
     """Weights are the mean gradient of the logit over the positions of the layer, as in the paper."""
-    model = build_model(Recipe()).eval()
+    model = build_model(Recipe(width=8)).eval()
     generator = torch.Generator().manual_seed(2)
     images, classes = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)
     kept = []
@@ -90,70 +93,6 @@ def test_grad_cam_is_its_formula(layer, side):
     maps = torch.nn.functional.interpolate(maps[:, None], (32, 32), mode="bilinear")[:, 0].detach()
     expected = maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)
     np.testing.assert_allclose(analysis.grad_cam(model, images, classes, layer), expected, atol=1e-4)
-
-
-def test_the_confusion_matrix_shows_its_counts():
-    matrix = [[5, 1, 0, 0], [0, 4, 2, 0], [0, 0, 7, 0], [3, 0, 0, 3]]
-    axis = figures.confusion_matrix(matrix, CLASSES, "title").axes[0]
-    shown = {tuple(map(int, text.get_position())): text.get_text() for text in axis.texts}
-    for row in range(4):
-        for column in range(4):
-            assert shown[column, row] == (str(matrix[row][column]) if matrix[row][column] else "")
-    assert [label.get_text() for label in axis.get_xticklabels()] == list(CLASSES)
-
-
-def test_curves_show_the_history():
-    keys = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
-    history = [{"epoch": epoch, **{key: float(10 * i + epoch) for i, key in enumerate(keys)}} for epoch in (1, 2, 3)]
-    left, right = figures.curves(history, Recipe(), "holdout").axes
-    lines = [line.get_ydata().tolist() for axis in (left, right) for line in axis.lines]
-    assert lines == [[row[key] for row in history] for key in keys]
-    assert "holdout" in left.get_legend().get_texts()[1].get_text()
-    test = figures.curves(history, Recipe(), "test").axes[1]
-    assert test.lines[-1].get_ydata()[0] == 91.97  # the figure to beat stands only beside test figures
-
-
-def test_the_learning_rate_is_drawn_as_trained():
-    line = figures.learning_rate(Recipe(), 98).axes[0].lines[0]
-    assert len(line.get_ydata()) == 24 * 98
-    assert max(line.get_ydata()) == Recipe().max_lr
-    assert line.get_xdata()[np.argmax(line.get_ydata())] == 5
-
-
-def test_accuracy_by_class_is_drawn_as_reported():
-    classes = {"ant": {"recall": 75.0}, "bee": {"recall": 50.5}, "cat": {"recall": 100.0}}
-    axis = figures.class_accuracy(classes, "title").axes[0]
-    names = [label.get_text() for label in axis.get_yticklabels()]
-    assert dict(zip(names, [bar.get_width() for bar in axis.patches], strict=True)) == {
-        name: row["recall"] for name, row in classes.items()
-    }
-    assert names[-1] == "bee"  # the last bar is the topmost
-
-
-def test_the_reliability_diagram_shows_its_bins(scored):
-    bins = analysis.reliability(*scored)
-    above, below = figures.reliability(bins, 1.234, 0.5, "title").axes
-    assert [bar.get_height() for bar in above.patches] == [row["accuracy"] or 0 for row in bins]
-    assert [bar.get_height() for bar in below.patches] == [row["count"] for row in bins]
-    points = above.lines[0]
-    assert points.get_xdata().tolist() == [row["confidence"] for row in bins if row["count"]]
-    assert above.get_title().endswith("\nexpected calibration error 1.23 %, negative log likelihood 0.5000")
-
-
-def test_the_grids_name_predicted_and_true_class():
-    images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
-    shown = [analysis.Mistake(i, i, "cat", "dog", 0.9 - i / 100, {"cat": 0.1, "dog": 0.9 - i / 100}) for i in range(7)]
-    used = [axis for axis in figures.misclassified(images, shown, "t").axes if axis.images]
-    assert len(used) == 7
-    assert used[3].get_title() == "dog, 87 %\ntrue: cat"
-    assert np.array_equal(used[3].images[0].get_array(), images[3])
-    of_predicted, of_true = np.full((7, 32, 32), 0.25), np.full((7, 32, 32), 0.75)
-    used = [axis for axis in figures.grad_cam(images, of_predicted, of_true, shown, "t").axes if axis.images]
-    assert len(used) == 7
-    assert [text.get_text() for text in used[3].texts] == ["predicted: dog\n87.0 %", "true: cat\n10.0 %"]
-    pictures = [picture.get_array() for picture in used[3].images]
-    assert [np.array_equal(pictures[i], images[3]) for i in (0, 1, 3)] == [True] * 3
-    assert (pictures[2].max(), pictures[4].max()) == (0.25, 0.75)
 
 
 def test_mistakes_are_chosen_by_class_and_order():
@@ -184,3 +123,57 @@ def test_the_views_are_the_image_its_mirror_image_and_shifts():
         assert weight == wanted
         np.testing.assert_array_equal(view, array)
     assert [weight for weight, _ in analysis.views("flip")] == [0.5, 0.5]
+
+
+def test_the_most_probable_classes_come_first():
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0], [3.0, 0.0, 0.0, 3.5]])
+    expected = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
+    first, second = analysis.most_probable(logits, CLASSES, 2)
+    assert [each["class"] for each in first] == ["bee", "cat"]
+    assert [each["probability"] for each in second] == pytest.approx([expected[1, 3], expected[1, 0]], rel=1e-6)
+    assert [each["class"] for each in analysis.most_probable(logits, CLASSES, 99)[0]] == ["bee", "cat", "ant", "dog"]
+
+
+def test_pixels_undo_the_normalisation():
+    recipe = Recipe(mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4))
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    normalised = torch.from_numpy(((images / 255 - recipe.mean) / recipe.std).astype(np.float32)).permute(0, 3, 1, 2)
+    assert np.array_equal(analysis.pixels(normalised, recipe), images)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(512, 98), (500, 100), (50_000, 1), (60_000, 1)])
+def test_an_epoch_takes_every_image(batch, steps):
+    assert analysis.steps_per_epoch(Recipe(batch_size=batch)) == steps
+
+
+# What `summary` shows
+
+
+def test_the_summary_has_the_layers_and_their_totals(cli):
+    """The default's size is known: 6,573,130 parameters, 0.379 G multiply-adds an image."""
+    code, out, _ = cli("summary", "--json")
+    assert code == 0
+    content = json.loads(out)
+    assert (content["recipe"], content["batch_size"]) == ("default", 512)
+    layers, totals = content["layers"], content["totals"]
+    assert totals["parameters"] == sum(layer["parameters"] for layer in layers) == 6_573_130
+    assert totals["multiply_adds"] == sum(layer["multiply_adds"] for layer in layers)
+    assert totals["multiply_adds"] == 512 * totals["multiply_adds_per_image"]
+    assert round(totals["multiply_adds_per_image"] / 1e9, 3) == 0.379
+    assert totals["receptive_field"] == layers[-1]["receptive_field"]
+    assert [layer["layer"] for layer in layers][:2] == ["prep.0", "prep.1"]
+    assert layers[-1]["layer"] == "fc"
+
+
+@pytest.mark.parametrize(
+    "options", [dict(recipe="eva6-s9", batch_size=3), dict(width=4, batch_size=7), dict(recipe="page", batch_size=1)]
+)
+def test_the_totals_are_torchinfos(options):
+    import torchinfo
+
+    recipe = Recipe.build(**options)
+    totals = analysis.summary(recipe, recipe.batch_size)["totals"]
+    images = torch.zeros(recipe.batch_size, 3, 32, 32)
+    found = torchinfo.summary(build_model(recipe), input_data=images, verbose=0)
+    assert (totals["parameters"], totals["multiply_adds"]) == (found.total_params, found.total_mult_adds)
+    assert totals["multiply_adds_per_image"] * recipe.batch_size == totals["multiply_adds"]

@@ -1,11 +1,13 @@
-import json
+"""The network against its specification, written out in functions; its size; its first weights."""
 
+import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 from cifar_resnet import Recipe, build_model
-from cifar_resnet.analysis import layers
+from cifar_resnet.look.analysis import layers
+from cifar_resnet.training.model import ResNet
 
 PARAMETERS = {
     "eva6-s9": 6_574_090, "eva4-s11": 6_574_090, "eva8-s8": 6_573_130, "week5-s10": 6_573_130, "era-s10": 6_573_120,
@@ -15,7 +17,9 @@ PARAMETERS = {
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
 def test_parameter_counts(name, count):
-    assert sum(p.numel() for p in build_model(Recipe.build(name)).parameters()) == count
+    with torch.device("meta"):
+        model = ResNet(Recipe.build(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 @pytest.mark.parametrize(("name", "giga"), [("eva8-s8", 194.18), ("era-s10", 194.18), ("eva6-s9", 194.34)])
@@ -23,9 +27,19 @@ def test_multiply_adds_at_batch_512(name, giga):
     import torchinfo
 
     with torch.device("meta"):
-        model = build_model(Recipe.build(name))
+        model = ResNet(Recipe.build(name))
         statistics = torchinfo.summary(model, input_data=torch.zeros(512, 3, 32, 32), verbose=0, device="meta")
     assert round(statistics.total_mult_adds / 1e9, 2) == giga
+
+
+@pytest.mark.parametrize("width", [1, 5, 64])
+def test_the_width_is_that_of_the_first_convolution_and_doubles_from_layer_to_layer(width):
+    model = build_model(Recipe.build(width=width), classes=7)
+    convolutions = [tuple(m.weight.shape[:2]) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    one, two, four, eight = (width * times for times in (1, 2, 4, 8))
+    assert convolutions == [(one, 3), (two, one), (two, two), (two, two), (four, two), (eight, four), (eight, eight), (eight, eight)]
+    assert tuple(model.fc.weight.shape) == (7, eight)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +47,7 @@ def test_multiply_adds_at_batch_512(name, giga):
 )
 def test_receptive_field_jump_and_start_are_the_gradients_footprint(layer):
     """Pixels that move a unit, over random images and channels: a box of the field's size, centred where start and jump say."""
-    model = build_model(Recipe.build(init="default")).double().eval()  # Dirac's kernels are narrow
+    model = build_model(Recipe.build(init="default", width=8)).double().eval()  # Dirac's kernels are narrow
     row = next(row for row in layers(Recipe()) if row["layer"] == layer)
     kept = []
     model.get_submodule(layer).register_forward_hook(lambda _module, _input, output: kept.append(output))
@@ -50,58 +64,52 @@ def test_receptive_field_jump_and_start_are_the_gradients_footprint(layer):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_layer_tables_totals(name, cli):
+def test_the_layer_tables_totals(name):
     recipe = Recipe.build(name)
     rows = layers(recipe)
     assert sum(row["parameters"] for row in rows) == PARAMETERS[name]
     assert round(sum(row["multiply_adds"] for row in rows) / 1e9, 2) == (194.34 if recipe.conv_bias else 194.18)
     assert all(a["output"] == b["input"] or b["layer"] == "fc" for a, b in zip(rows, rows[1:], strict=False))
-    code, out, _ = cli("summary", "--recipe", name, "--batch-size", 512, "--json")
-    assert code == 0
-    assert json.loads(out) == rows
 
 
 def by_hand(model, recipe, x):
     """The specification, written out with functions, on the model's parameters in the order that they were made."""
     weights = dict(model.named_parameters())
-    convs = [(n[: -len("weight")], w) for n, w in weights.items() if w.dim() == 4]
-    norms = iter([m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)])
-    convs = iter([F_conv(w, weights.get(n + "bias")) for n, w in convs])
+    kernels = iter([(weight, weights.get(name.removesuffix("weight") + "bias")) for name, weight in weights.items() if weight.dim() == 4])
+    norms = iter([module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)])
+
+    def conv(x):
+        weight, bias = next(kernels)
+        return functional.conv2d(x, weight, bias, stride=1, padding=1)
 
     def norm(x):
         bn = next(norms)
-        return (x - bn.running_mean[:, None, None]) / (bn.running_var[:, None, None] + bn.eps).sqrt() * bn.weight[
-            :, None, None
-        ] + bn.bias[:, None, None]
+        mean, var, weight, bias = (each[:, None, None] for each in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+        return (x - mean) / (var + bn.eps).sqrt() * weight + bias
 
     def layer(x):
-        x = next(convs)(x)
+        x = conv(x)
         if recipe.pool_position == "after-relu":
-            return F.max_pool2d(F.relu(norm(x)), 2)
-        return F.relu(norm(F.max_pool2d(x, 2)))
+            return functional.max_pool2d(functional.relu(norm(x)), 2)
+        return functional.relu(norm(functional.max_pool2d(x, 2)))
 
     def residual(x):
-        inner = F.relu(norm(next(convs)(x)))
-        return x + F.relu(norm(next(convs)(inner)))
+        inner = functional.relu(norm(conv(x)))
+        return x + functional.relu(norm(conv(inner)))
 
-    x = next(convs)(x)
-    x = F.relu(norm(x)) if recipe.prep_order == "bn-relu" else norm(F.relu(x))
+    x = conv(x)
+    x = functional.relu(norm(x)) if recipe.prep_order == "bn-relu" else norm(functional.relu(x))
     x = residual(layer(x))
     x = layer(x)
     x = residual(layer(x))
-    x = F.max_pool2d(x, 4).reshape(len(x), 512)
-    bias = weights.get("fc.bias")
-    x = x @ weights["fc.weight"].T + (bias if bias is not None else 0)
+    x = functional.max_pool2d(x, 4).reshape(len(x), 8 * recipe.width)
+    x = x @ weights["fc.weight"].T + weights.get("fc.bias", 0)
     return x * recipe.logit_scale
-
-
-def F_conv(weight, bias):
-    return lambda x: F.conv2d(x, weight, bias, stride=1, padding=1)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_network_is_the_specified_one_to_the_layer(name):
-    recipe = Recipe.build(name)
+    recipe = Recipe.build(name, width=4)
     model = build_model(recipe).double().eval()
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
@@ -119,18 +127,31 @@ def test_the_network_is_the_specified_one_to_the_layer(name):
 
 def test_the_seed_decides_the_weights_and_the_random_state_stays():
     before = torch.random.get_rng_state()
-    one, same, other = (build_model(Recipe.build(seed=seed)).fc.weight for seed in (0, 0, 1))
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
+    one, same, other = (build_model(Recipe.build(seed=seed, width=4)) for seed in (0, 0, 1))
     assert torch.equal(before, torch.random.get_rng_state())
+    weights = zip(one.parameters(), same.parameters(), other.parameters(), strict=True)
+    drawn = [(torch.equal(a, b), torch.equal(a, c)) for a, b, c in weights if np.unique(a.detach()).size > 2]
+    assert drawn == [(True, False)] * len(drawn)
+    assert len(drawn) > 5
+
+
+def test_dirac_kernels_pass_their_inputs_on():
+    model = build_model(Recipe.build(init="dirac", width=8))
+    x = torch.randn(1, 8, 8, 8)
+    torch.testing.assert_close(model.layer1[0](x)[:, :8], x)
+    y = torch.randn(1, 16, 8, 8)
+    torch.testing.assert_close(model.layer1[-1].block[0](y), y)
+    plain = build_model(Recipe.build(init="default", width=8))
+    assert torch.equal(plain.prep[0].weight, model.prep[0].weight)
+    assert torch.equal(plain.layer1[0].weight[8:], model.layer1[0].weight[8:])  # outputs beyond the inputs are drawn
+    assert not torch.equal(plain.layer1[0].weight[:8], model.layer1[0].weight[:8])
 
 
 @pytest.mark.parametrize("output", ["softmax", "log-softmax"])
 def test_probabilities_are_float32_in_bfloat16_arithmetic(output):
     """bfloat16 would round a probability near 1 by up to 0.002."""
-    model = build_model(
-        Recipe.build(output=output, loss="nll" if output == "log-softmax" else "cross-entropy", label_smoothing=0.0)
-    )
+    loss = "nll" if output == "log-softmax" else "cross-entropy"
+    model = build_model(Recipe.build(output=output, loss=loss, label_smoothing=0.0, width=4))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         given = model(torch.randn(8, 3, 32, 32))
     sums = (given if output == "softmax" else given.exp()).double().sum(1)

@@ -1,0 +1,77 @@
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cifar_resnet import Recipe, compare, load_checkpoint, train
+from cifar_resnet.look import console, figures
+
+
+@pytest.fixture(scope="module")
+def three_runs(tiny_run, tiny_recipe, tmp_path_factory):
+    """Two seeds of the tiny recipe, and one run at another learning rate."""
+    folder = tmp_path_factory.mktemp("three")
+    train(tiny_recipe.replace(seed=1), folder / "seed1")
+    train(tiny_recipe.replace(max_lr=0.01), folder / "slow")
+    return [tiny_run, folder / "seed1", folder / "slow"]
+
+
+def test_runs_that_differ_only_in_the_seed_are_one_group(three_runs, tmp_path, cli):
+    content = compare(three_runs, tmp_path / "c.svg")
+    assert b"<svg" in (tmp_path / "c.svg").read_bytes()
+    code, out, _ = cli("compare", *three_runs, "--output", tmp_path / "d.png", "--json")
+    assert (code, json.loads(out)) == (0, content)
+    last = [load_checkpoint(run).history[-1]["test_accuracy"] for run in three_runs]
+    both, alone = content["groups"]
+    assert (both["n"], both["mean"]) == (2, pytest.approx(np.mean(last[:2])))
+    assert both["std"] == pytest.approx(np.std(last[:2], ddof=1))
+    assert (alone["n"], alone["mean"], alone["std"]) == (1, pytest.approx(last[2]), None)
+    assert [group["differs"] for group in content["groups"]] == [{"max_lr": 0.4}, {"max_lr": 0.01}]
+    seconds = [sum(row["seconds"] for row in load_checkpoint(run).history) for run in three_runs]
+    assert [group["seconds"] for group in content["groups"]] == pytest.approx([np.mean(seconds[:2]), seconds[2]])
+    axis = figures.comparison(content["groups"], "test").axes[0]
+    by_run = [[row["test_accuracy"] for row in load_checkpoint(run).history] for run in three_runs]
+    assert axis.lines[0].get_ydata().tolist() == pytest.approx(np.mean(by_run[:2], axis=0))
+    assert axis.lines[1].get_ydata().tolist() == by_run[2]
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels[0].startswith("default: max_lr 0.4: ")
+    assert labels[0].endswith("%, n = 2")
+
+
+def test_compare_on_the_command_line(three_runs, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "console", Console(width=120, highlight=False))
+    code, out, err = cli("compare", *three_runs, "--output", tmp_path / "c.png")
+    assert (code, err) == (0, "")
+    assert "max_lr 0.01" in out
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_differ_in_what_changes_nothing_are_one_group(tmp_path, no_figures):
+    """Else each would be a recipe of its own, with n = 1, of equal accuracies."""
+    sizes = dict(dataset="digits", train_limit=40, test_limit=20, batch_size=20, epochs=1, width=4)
+    recipe = Recipe.build("default", **sizes, optimizer="adam", max_lr=0.001, sam_share=0, cutout_count=0, flip_probability=0.3)
+    changes = dict(muon_lr_factor=0.9, sam_radius=0.5, ema_every=7, cutout_size=20, flip_order="random", nesterov=False)
+    train(recipe, tmp_path / "a")
+    train(recipe.replace(seed=1, **changes), tmp_path / "b")
+    train(recipe.replace(seed=1, pad=2), tmp_path / "c")
+    content = compare([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
+    assert [(group["n"], group["differs"]) for group in content["groups"]] == [(2, {"pad": 4}), (1, {"pad": 2})]
+
+
+def test_what_cannot_be_compared_is_refused(tiny_run, tiny_recipe, refused, tmp_path, no_figures):
+    train(tiny_recipe.replace(holdout=40), tmp_path / "held")
+    assert "cannot be compared" in refused(2, "compare", tiny_run, tmp_path / "held")
+    assert "given twice" in refused(2, "compare", tiny_run, tiny_run / "checkpoint.pt")
+    shutil.copytree(tiny_run, tmp_path / "copy")
+    assert "one recipe and one seed" in refused(2, "compare", tiny_run, tmp_path / "copy")
+    assert "there is no checkpoint" in refused(1, "compare", tmp_path)
+    assert "must end in" in refused(2, "compare", tiny_run, "--output", tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_run_that_has_not_ended_is_refused(command, unfinished, refused):
+    line = refused(1, command, unfinished)
+    assert re.search(r"stands at epoch 1 of 2; finish it: cifar-resnet train --resume", line)

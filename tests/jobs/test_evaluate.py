@@ -1,0 +1,112 @@
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from cifar_resnet import CifarResnetError, Recipe, evaluate, load_checkpoint, predict, train
+from cifar_resnet.data.datasets import load
+from cifar_resnet.data.loaders import make_loader
+from cifar_resnet.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+def images_of(recipe):
+    """The images that a run is judged by, as the network takes them, and their labels."""
+    split = load(recipe).evaluation
+    batch = next(make_loader(split, recipe, CPU).plain(len(split)))
+    return batch.images, batch.labels
+
+
+def test_what_train_reports_is_what_evaluate_prints(tiny_run, tmp_path, cli):
+    last = load_checkpoint(tiny_run).history[-1]
+    code, out, _ = cli("evaluate", tiny_run / "checkpoint.pt", "--run-dir", tmp_path, "--tta", "flip")
+    assert code == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (found["accuracy"], found["loss"]) == (last["test_accuracy"], last["test_loss"])
+    assert f"test accuracy {last['test_accuracy']:.2f} % of 40 images" in out
+    assert sum(row["count"] for row in found["classes"].values()) == found["images"] == 40
+    assert sum(found["confusion_matrix"][i][i] for i in range(10)) == round(0.4 * found["accuracy"])
+    assert set(found["tta"]) == {"flip"}
+    assert sorted(os.listdir(tmp_path)) == ["class_accuracy.png", "confusion_matrix.png", "evaluation.json", "reliability.png"]
+
+
+@pytest.mark.parametrize("tta", ["flip", "flip-shift"])
+def test_test_time_augmentation_is_the_mean_of_its_views(tiny_run, tmp_path, tta, no_figures):
+    """The shifts by rolling an image that is one pixel larger on every side, reflected."""
+    checkpoint = load_checkpoint(tiny_run)
+    images, labels = images_of(checkpoint.recipe)
+    plain = [images, images.flip(3)]
+    larger = [torch.nn.functional.pad(each, (1, 1, 1, 1), mode="reflect") for each in plain]
+    shifted = [each.roll((by, by), (2, 3))[:, :, 1:33, 1:33] for each in larger for by in (1, -1)]
+    weighed = (
+        [(1 / 2, each) for each in plain]
+        if tta == "flip"
+        else [(1 / 4, each) for each in plain] + [(1 / 8, each) for each in shifted]
+    )
+    model = checkpoint.model()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=checkpoint.recipe.precision == "bfloat16"):
+        logits = sum(weight * model.logits(each).float() for weight, each in weighed)
+    found = evaluate(tiny_run, tmp_path, tta=tta)["tta"][tta]
+    assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-4)
+    assert found["accuracy"] == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()))
+    with pytest.raises(UsageError, match="--tta crop"):
+        evaluate(tiny_run, tmp_path / "none", tta="crop")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_where_bfloat16_is_only_emulated_evaluation_is_in_float32(native, no_figures, tmp_path, cli, monkeypatch):
+    recipe = Recipe.build("digits", epochs=1, train_limit=70, test_limit=40, precision="bfloat16", width=4)
+    checkpoint = train(recipe, tmp_path / "run")
+    monkeypatch.setattr("cifar_resnet.training.runtime._multiplies_bfloat16", lambda device: native)
+    images, labels = images_of(checkpoint.recipe)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=native):
+        logits = checkpoint.model().logits(images).double()
+    code, out, err = cli("evaluate", tmp_path / "run")
+    assert code == 0
+    assert ("only emulates" in out + err) is not native
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["precision"] == ("bfloat16" if native else "float32")
+    loss = found["loss"]
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-6)
+    assert (loss == checkpoint.history[-1]["test_loss"]) is native
+    Image.fromarray(load(recipe).evaluation.images[0]).save(tmp_path / "x.png")
+    (one,) = predict(tmp_path / "run", [tmp_path / "x.png"], top=1)
+    probability = one["classes"][0]["probability"]
+    assert probability == pytest.approx(float(logits[0].softmax(0).max()), rel=1e-2)
+    with torch.inference_mode():
+        exact = checkpoint.model().logits(images[:1]).double().softmax(1).max()
+    assert (probability == pytest.approx(float(exact), rel=1e-6)) is not native
+
+
+def test_pictures_come_in_the_format_asked_for(cli, tiny_run, tmp_path):
+    assert cli("evaluate", tiny_run, "--format", "svg", "--run-dir", tmp_path)[0] == 0
+    svgs = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    assert set(svgs) == {"confusion_matrix.svg", "class_accuracy.svg", "reliability.svg"}
+    assert all(b"<svg" in content for content in svgs.values())
+
+
+def test_an_unfinished_run_is_evaluated_as_it_stands(unfinished, tmp_path, no_figures):
+    said = []
+    content = evaluate(unfinished, tmp_path, notify=said.append)
+    assert (content["epoch"], content["images"]) == (1, 40)
+    assert said == ["the run stands at epoch 1 of 2: what follows is not its end"]
+
+
+def test_own_images_that_were_moved_are_found_and_others_refused(own_images, tmp_path, cli, no_figures):
+    train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
+    code, out, _ = cli("evaluate", tmp_path / "run")
+    assert code == 0
+    assert "bright" in out
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(own_images, tmp_path / "elsewhere")
+    assert "give the folder that holds it with --data-dir" in cli("evaluate", tmp_path / "run")[2]
+    assert cli("evaluate", tmp_path / "run", "--data-dir", tmp_path / "elsewhere")[:2] == (0, out)
+    for part in ("train", "test"):
+        (tmp_path / "elsewhere" / "own" / part / "dark").rename(tmp_path / "elsewhere" / "own" / part / "cold")
+    with pytest.raises(CifarResnetError, match="knows bright, dark; the images are of bright, cold"):
+        evaluate(tmp_path / "run", data_dir=tmp_path / "elsewhere")

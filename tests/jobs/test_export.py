@@ -1,0 +1,51 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cifar_resnet import CifarResnetError, Recipe, export, load_checkpoint
+from cifar_resnet.data.datasets import load
+from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.errors import UsageError
+
+
+@pytest.mark.parametrize("with_preprocessing", [False, True])
+def test_the_onnx_model_gives_the_same_logits(with_preprocessing, tiny_run, tmp_path):
+    pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    checkpoint = load_checkpoint(tiny_run)
+    split = load(checkpoint.recipe).evaluation
+    path = export(tiny_run, tmp_path / "m.onnx", with_preprocessing=with_preprocessing)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    images = next(TensorLoader(split, checkpoint.recipe, torch.device("cpu")).plain(40)).images
+    with torch.inference_mode():
+        expected = checkpoint.model().logits(images).numpy()
+    for count in (1, 40):
+        given = split.images[:count] if with_preprocessing else images[:count].contiguous().numpy()
+        (found,) = session.run(["logits"], {"images": given})
+        np.testing.assert_allclose(found, expected[:count], rtol=1e-3, atol=1e-4)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == list(checkpoint.classes)
+    assert Recipe.load(json.loads(metadata["recipe"])) == checkpoint.recipe
+
+
+def test_safetensors_hold_the_weights_that_are_evaluated(tiny_run, tmp_path, cli):
+    safetensors = pytest.importorskip("safetensors.torch", reason="the extra export is not installed")
+    code, out, _ = cli("export", tiny_run, "--format", "safetensors", "--output", tmp_path / "m.safetensors")
+    assert code == 0
+    assert "m.safetensors" in out
+    found = safetensors.load_file(tmp_path / "m.safetensors")
+    expected = load_checkpoint(tiny_run).model().state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_cannot_be_exported_is_refused(tiny_run, tmp_path, monkeypatch, refused):
+    assert "--with-preprocessing goes with" in refused(2, "export", tiny_run, "--format", "safetensors", "--with-preprocessing")
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(CifarResnetError, match=r"cifar-resnet\[export\]"):
+        export(tiny_run, tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match="--format h5"):
+        export(tiny_run, format="h5")
+    assert list(tmp_path.iterdir()) == []

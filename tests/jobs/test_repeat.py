@@ -1,0 +1,153 @@
+import json
+import shutil
+import signal
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+from run_helpers import StopAfter, assert_same_run, content
+from scipy import stats
+
+from cifar_resnet import Recipe, Watcher, load_checkpoint, repeat
+from cifar_resnet.errors import UsageError
+from cifar_resnet.jobs.interrupt import Interrupted
+from cifar_resnet.training import runtime
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+@pytest.fixture
+def recipe():
+    """Two steps of a tiny network."""
+    return Recipe.build("digits", epochs=1, train_limit=32, test_limit=20, batch_size=16, width=4)
+
+
+def in_turn(*watchers):
+    """Gives each run the next of these."""
+    left = iter(watchers)
+    return lambda: nullcontext(next(left))
+
+
+def test_repeat_trains_seeds_and_sums_them_up(cli, tmp_path):
+    options = (
+        "--dataset",
+        "digits",
+        "--batch-size",
+        64,
+        "--epochs",
+        1,
+        "--width",
+        4,
+    )  # enough images for three accuracies to differ
+    code, out, _ = cli("train", *options, "--repeat", 3, "--seed", 5, "--run-dir", tmp_path / "many")
+    assert code == 0
+    found = json.loads((tmp_path / "many" / "repeat.json").read_text())
+    runs = [load_checkpoint(tmp_path / "many" / f"s{seed}") for seed in (5, 6, 7)]
+    assert found["accuracies"] == [run.history[-1]["test_accuracy"] for run in runs]
+    assert [run.recipe.seed for run in runs] == [5, 6, 7]
+    assert len(set(found["accuracies"])) == 3
+    assert (found["mean"], found["std"]) == pytest.approx((np.mean(found["accuracies"]), np.std(found["accuracies"], ddof=1)))
+    expected = stats.t.interval(0.95, 2, np.mean(found["accuracies"]), stats.sem(found["accuracies"]))
+    assert found["interval"] == pytest.approx(expected)
+    assert f"3 seeds: {found['mean']:.2f} ± {found['std']:.2f} %" in out
+    shutil.rmtree(tmp_path / "many" / "s7")  # as if it had been stopped before the third
+    before = (tmp_path / "many" / "s6" / "checkpoint.pt").stat().st_mtime_ns
+    assert cli("train", "--resume", tmp_path / "many")[0] == 0
+    assert json.loads((tmp_path / "many" / "repeat.json").read_text()) == found
+    assert (tmp_path / "many" / "s6" / "checkpoint.pt").stat().st_mtime_ns == before
+    code, _, err = cli("train", "--resume", tmp_path / "many", "--epochs", 3)
+    assert code == 2
+    assert "--epochs 3 contradicts" in err
+
+
+def test_a_repetition_stopped_inside_a_seed_goes_on_there(recipe, tmp_path):
+    whole = repeat(recipe, 2, tmp_path / "whole")
+    with pytest.raises(Interrupted, match=f"stopped by SIGINT; .* --resume {tmp_path / 'many'}$"):
+        repeat(recipe, 2, tmp_path / "many", watch=in_turn(Watcher(), StopAfter(1)))
+    assert content(tmp_path / "many" / "s1")["step"] == 1
+    found = repeat(resume=tmp_path / "many")
+    assert found == whole
+    for seed in ("s0", "s1"):
+        assert_same_run(content(tmp_path / "many" / seed), content(tmp_path / "whole" / seed))
+
+
+def test_a_signal_after_the_last_step_of_a_seed_stops_the_repetition(recipe, tmp_path):
+    class Late(Watcher):
+        def epoch(self, epoch):
+            signal.raise_signal(signal.SIGINT)
+
+    many, before = tmp_path / "many", signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=f"stopped by SIGINT; .* --resume {many}$"):
+        repeat(recipe, 2, many, watch=lambda: nullcontext(Late()))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert load_checkpoint(many / "s0").finished
+    assert not (many / "s1").exists()
+    assert len(repeat(resume=many)["accuracies"]) == 2
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """Sets whether the CPU multiplies in bfloat16, which decides what precision `auto` is."""
+    return lambda yes: monkeypatch.setattr(runtime, "_multiplies_bfloat16", lambda device: yes)
+
+
+def precisions(folder, seeds):
+    return [load_checkpoint(folder / f"s{seed}").recipe.precision for seed in seeds]
+
+
+@pytest.mark.parametrize(("begun", "precision"), [(False, "float32"), (True, "bfloat16")])
+def test_a_repetition_gone_on_with_on_another_machine_keeps_its_precision(recipe, tmp_path, native, begun, precision):
+    native(begun)
+    with pytest.raises(Interrupted):
+        repeat(recipe, 2, tmp_path / "many", watch=in_turn(StopAfter(2)))
+    assert json.loads((tmp_path / "many" / "repeat.json").read_text())["recipe"]["precision"] == precision
+    native(not begun)
+    repeat(resume=tmp_path / "many")
+    assert precisions(tmp_path / "many", (0, 1)) == [precision, precision]
+
+
+def test_a_repetition_of_the_version_before_goes_on_in_the_precision_of_its_first_run(recipe, tmp_path, native):
+    """Its repeat.json says auto, and has a recipe of schema 1. Seeds of one and two digits, which sort otherwise as text."""
+    native(False)
+    repeat(recipe.replace(seed=9), 2, tmp_path / "many")
+    path = tmp_path / "many" / "repeat.json"
+    written = json.loads(path.read_text())
+    written["recipe"]["precision"] = "auto"
+    del written["recipe"]["schema"]
+    path.write_text(json.dumps({key: written[key] for key in ("schema", "recipe", "count")} | {"count": 3}))
+    second = tmp_path / "many" / "s10" / "recipe.json"
+    second.write_text(second.read_text().replace("float32", "bfloat16"))  # as a machine between them may have left it
+    native(True)
+    repeat(resume=tmp_path / "many")
+    assert precisions(tmp_path / "many", (9, 11)) == ["float32", "float32"]
+    assert json.loads(path.read_text())["recipe"]["precision"] == "float32"
+
+
+def test_a_repetition_that_was_killed_before_its_first_run_takes_the_precision_of_where_it_goes_on(recipe, tmp_path, native):
+    (tmp_path / "many").mkdir()
+    content = {"schema": 1, "recipe": recipe.to_dict(), "count": 2}
+    (tmp_path / "many" / "repeat.json").write_text(json.dumps(content))
+    native(False)
+    assert len(repeat(resume=tmp_path / "many")["accuracies"]) == 2
+    assert precisions(tmp_path / "many", (0, 1)) == ["float32", "float32"]
+
+
+def test_what_is_no_repetition_is_refused(recipe, refused, tmp_path, tiny_run, monkeypatch):
+    assert "--repeat 1 must be at least 2" in refused(2, "train", "--dataset", "digits", "--repeat", 1)
+    assert "--repeat does not go with --resume" in refused(2, "train", "--resume", tiny_run, "--repeat", 2)
+    path = tmp_path / "many" / "repeat.json"
+    path.parent.mkdir()
+    for text, word in (
+        ('{"count": 3}', "repeat.json: "),
+        (json.dumps({"recipe": recipe.to_dict()}), "has the count None, not a number of runs"),
+        (json.dumps({"recipe": recipe.to_dict(), "count": "3"}), "has the count '3'"),
+        (json.dumps({"recipe": {**recipe.to_dict(), "schema": 3}, "count": 3}), "a recipe of schema 3"),
+        ("no JSON", "not JSON"),
+    ):
+        path.write_text(text)
+        assert word in refused(2, "train", "--resume", path.parent)
+        assert path.read_text() == text
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="does not go with torchrun"):
+        repeat(recipe, 2, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,117 @@
+import base64
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from run_helpers import content
+
+from cifar_resnet import Recipe, load_checkpoint, report, train
+from cifar_resnet.data.datasets import with_statistics
+from cifar_resnet.errors import CifarResnetError, UsageError
+from cifar_resnet.jobs.common import command_line
+
+
+@pytest.fixture(scope="session")
+def page(tiny_run, tmp_path_factory):
+    return report(tiny_run, tmp_path_factory.mktemp("page") / "report.html")
+
+
+def test_the_report_holds_the_figures_and_needs_nothing_beside_it(page, tiny_run):
+    html = page.read_text()
+    assert f"{load_checkpoint(tiny_run).history[-1]['test_accuracy']:.2f} %" in html
+    assert "n = 1 run, seed 0" in html
+    assert command_line(load_checkpoint(tiny_run).recipe) in html
+    assert "<script" not in html
+    assert set(re.findall(r'(?:src|href)="([a-z]+:)', html)) == {"data:"}
+    assert len(re.findall(r"image/svg\+xml;base64,", html)) == 5
+    assert len(re.findall(r"image/png;base64,", html)) == 8
+    for data in re.findall(r"image/png;base64,([^\"]+)", html):
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    for data in re.findall(r"image/svg\+xml;base64,([^\"]+)", html):
+        assert b"91.97" not in base64.b64decode(data)
+    assert not re.search(r"\$\w+|\{\{|\{%", html)
+
+
+class Reader(HTMLParser):
+    """The tags of a page and its text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text = set(), ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_what_a_checkpoint_holds_is_text_on_the_page_and_no_html(tiny_run, tmp_path, no_figures, page, monkeypatch):
+    """Class names, device and recipe's name; a checkpoint may come from anybody."""
+    evil = "<script>alert(1)</script>"
+    shutil.copytree(tiny_run, tmp_path / "run")
+    found = content(tmp_path / "run")
+    found["classes"] = [f"{name}{evil}" for name in found["classes"]]
+    found["environment"]["device_name"] = found["recipe"]["recipe"] = evil
+    torch.save(found, tmp_path / "run" / "checkpoint.pt")
+    from cifar_resnet.data import datasets
+
+    digits = datasets._digits()
+    monkeypatch.setattr(datasets, "_digits", lambda: (*digits[:2], tuple(found["classes"])))
+    shown = Reader(report(tmp_path / "run").read_text())
+    assert shown.tags == Reader(page.read_text()).tags
+    assert shown.text.count(evil) >= 12
+
+
+def test_the_command_repeats_the_run(cli, tmp_path, no_figures):
+    options = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--epochs", 1, "--seed", 3)
+    options += ("--no-nesterov", "--mean", 0.1, 0.2, 0.3, "--width", 4)
+    assert cli("train", *options, "--run-dir", tmp_path / "a")[0] == 0
+    recipe = load_checkpoint(tmp_path / "a").recipe
+    words = command_line(recipe).split()
+    assert words[:2] == ["cifar-resnet", "train"]
+    assert cli(*words[1:], "--run-dir", tmp_path / "b")[0] == 0
+    assert load_checkpoint(tmp_path / "b").recipe == recipe
+    assert command_line(with_statistics(Recipe.build("page"))) == "cifar-resnet train --recipe page"
+    assert command_line(Recipe.build("digits", max_lr=0.2)) == "cifar-resnet train --recipe digits --max-lr 0.2"
+    assert command_line(Recipe.build(max_lr=0.123456, seed=7), rounded=["max_lr"]).endswith(" --max-lr 0.123 --seed 7")
+    assert command_line(Recipe.build("eva8-s8", cutout_fill=0.0).replace(cutout_fill=None)).endswith("--recipe-file recipe.json")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_report_fits_the_screen_in_chromium(page, width, tmp_path):
+    chromium = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    probe = """<script>addEventListener("load", () => {
+      const frame = document.querySelector("iframe"), inner = frame.contentDocument, images = [...inner.images];
+      document.title = [inner.documentElement.scrollWidth, images.length, images.filter(i => i.complete && i.naturalWidth).length];
+    });</script>"""
+    frame = f'<iframe src="report.html" style="border: 0; width: {width}px; height: 5000px"></iframe>'
+    (tmp_path / "probe.html").write_text(f"<body style='margin: 0'>{frame}{probe}")
+    shutil.copy(page, tmp_path / "report.html")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--virtual-time-budget=5000")
+    command = [chromium, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", str(tmp_path / "probe.html")]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    scroll_width, images, loaded = map(int, re.search(r"<title>(\d+),(\d+),(\d+)</title>", dom).groups())
+    assert scroll_width <= width
+    assert images == loaded >= 5
+
+
+def test_a_report_of_own_images_is_written_beside_the_run(own_images, tmp_path, no_figures):
+    train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
+    assert report(tmp_path / "run") == tmp_path / "run" / "report.html"
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "default on own, seed 0" in html
+    assert f"--dataset {own_images}" in html
+
+
+def test_a_missing_run_is_one_line(refused, tmp_path):
+    assert "there is no checkpoint" in refused(1, "report", tmp_path / "nowhere")
+    with pytest.raises(CifarResnetError):
+        report(tmp_path)
+    assert issubclass(UsageError, CifarResnetError)

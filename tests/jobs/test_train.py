@@ -1,0 +1,545 @@
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_helpers import FILES, Listener, StopAfter, assert_same_run, content, equal_weights
+
+from cifar_resnet import Recipe, Watcher, load_checkpoint, run_dir, train
+from cifar_resnet.data.datasets import read_image
+from cifar_resnet.errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
+from cifar_resnet.jobs.interrupt import Interrupted, signals
+from cifar_resnet.look import console
+
+DIGITS = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--width", 4)
+
+
+def test_a_run_leaves_the_files_that_are_documented(tiny_run, tiny_recipe):
+    assert sorted(os.listdir(tiny_run)) == FILES
+    metrics = json.loads((tiny_run / "metrics.json").read_text())
+    assert set(metrics) == {"schema", "environment", "evaluated_on", "epochs", "final"}
+    keys = {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second"}
+    assert [set(row) for row in metrics["epochs"]] == [keys, keys]
+    assert metrics["final"]["test_accuracy"] == metrics["epochs"][-1]["test_accuracy"]
+    assert metrics["evaluated_on"] == "test"
+    assert {"torch", "torchvision", "albumentations", "cuda", "cudnn", "tf32", "device", "loader"} <= set(metrics["environment"])
+    recipe = Recipe.build(file=tiny_run / "recipe.json")
+    assert recipe.precision != "auto"
+    assert recipe.replace(precision="auto", mean=None, std=None) == tiny_recipe
+    assert load_checkpoint(tiny_run).recipe == recipe
+    for picture in ("curves.png", "learning_rate.png"):
+        assert (tiny_run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_watcher_hears_of_every_step_and_epoch_once(tiny_recipe, tmp_path, no_figures):
+    heard = []
+
+    class Keeping(Watcher):
+        def begin(self, recipe, run_dir, environment, data, state):
+            heard.append(("begin", run_dir, len(data.train), state.epoch))
+
+        def step(self, step, state):
+            heard.append(("step", step.epoch, step.step, step.steps))
+
+        def epoch(self, epoch):
+            heard.append(("epoch", epoch.metrics["epoch"]))
+
+    checkpoint = train(tiny_recipe, tmp_path / "run", watcher=Keeping())
+    steps = [[("step", epoch, step, 3) for step in (1, 2, 3)] + [("epoch", epoch)] for epoch in (1, 2)]
+    assert heard == [("begin", tmp_path / "run", 70, 0), *steps[0], *steps[1]]
+    assert len(checkpoint.history) == 2
+
+
+def test_a_short_last_epoch_of_the_schedule_is_the_recipes_own(tiny_run, tiny_recipe):
+    """The LR of each epoch's last step, by torch's own OneCycleLR."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, tiny_recipe.max_lr, total_steps=6, pct_start=tiny_recipe.peak_epoch / 2, anneal_strategy="linear",
+        div_factor=tiny_recipe.div_factor, final_div_factor=tiny_recipe.final_div_factor, cycle_momentum=False,
+    )  # fmt: skip
+    rates = []
+    for _ in range(6):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step() if len(rates) < 6 else None
+    assert [row["lr"] for row in load_checkpoint(tiny_run).history] == pytest.approx([rates[2], rates[5]])
+
+
+def test_the_averaged_model_is_the_one_evaluated(tiny_run):
+    checkpoint = load_checkpoint(tiny_run)
+    weights = checkpoint.model().state_dict()
+    assert all(torch.equal(weights[name], checkpoint.content["averaged"][name]) for name in weights)
+    assert not torch.equal(weights["fc.weight"], checkpoint.content["model"]["fc.weight"])
+
+
+# Stopped and resumed
+
+
+@pytest.mark.parametrize(
+    ("loader", "workers", "stops"),
+    [
+        ("tensor", None, (1, 2, 3, 5)),
+        ("albumentations", 0, (2, 3)),
+        ("albumentations", 2, (4,)),
+        pytest.param("tensor", None, range(1, 6), marks=pytest.mark.slow),
+        pytest.param("albumentations", 0, range(1, 6), marks=pytest.mark.slow),
+        pytest.param("albumentations", 2, range(1, 6), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny_recipe, tiny_run, tmp_path, no_figures, loader, workers, stops):
+    whole = content(tiny_run)
+    if loader != "tensor":
+        train(tiny_recipe, tmp_path / "whole", loader=loader, workers=0)
+        whole = content(tmp_path / "whole")
+    for stop in stops:
+        folder = tmp_path / str(stop)
+        with pytest.raises(Interrupted, match=f"stopped by SIGINT; go on with: cifar-resnet train --resume {folder}$") as stopped:
+            train(tiny_recipe, folder, loader=loader, workers=workers, watcher=StopAfter(stop))
+        assert stopped.value.exit_code == 130
+        assert multiprocessing.active_children() == []  # while the exception still holds on to all that there was
+        part = content(folder)
+        assert 3 * part["epoch"] + part["step"] == stop
+        train(resume=folder, loader=loader, workers=workers)
+        assert_same_run(content(folder), whole)
+        assert sorted(os.listdir(folder)) == FILES
+
+
+def test_sigterm_is_exit_code_143_and_one_line(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(console.TrainingTable, "step", lambda self, step, state: os.kill(os.getpid(), signal.SIGTERM))
+    folder = tmp_path / "run"
+    code, _, err = cli("train", *DIGITS, "--run-dir", folder)
+    assert (code, err) == (143, f"cifar-resnet: stopped by SIGTERM; go on with: cifar-resnet train --resume {folder}\n")
+    assert content(folder)["step"] == 1
+
+
+def test_the_first_signal_is_waited_with_and_the_second_acts_at_once():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with signals() as received:
+        with signals() as inner:
+            assert inner is received  # a run inside a repetition
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        assert [signal.getsignal(number) for number in before] == [signal.SIG_DFL, signal.SIG_DFL]
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_a_run_outside_the_main_thread_takes_no_signals(tiny_recipe, tiny_run, tmp_path, no_figures):
+    threads = torch.get_num_threads()  # which are each thread's own
+    raised = []
+
+    def run():
+        torch.set_num_threads(threads)
+        try:
+            train(tiny_recipe, tmp_path / "run")
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert raised == []
+    assert_same_run(content(tmp_path / "run"), content(tiny_run))
+
+
+def test_a_killed_run_goes_on(tiny_recipe, tiny_run, tmp_path):
+    """SIGKILL in a process of its own, two steps after a save."""
+    (tmp_path / "r.json").write_text(tiny_recipe.to_json())
+    code = f"""
+import signal, torch
+from pathlib import Path
+from run_helpers import StopAfter
+from cifar_resnet import Recipe, train
+torch.set_num_threads({torch.get_num_threads()})
+try:
+    train(Recipe.build(file=Path("r.json")), "run", watcher=StopAfter(2, signal.SIGTERM))
+except Exception as stopped:
+    print(stopped.exit_code, flush=True)
+train(resume="run", watcher=StopAfter(2, signal.SIGKILL))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    killed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert (killed.returncode, killed.stdout, killed.stderr) == (-signal.SIGKILL, "143\n", "")
+    folder = tmp_path / "run"
+    (folder / ".checkpoint.pt.1.part").write_bytes(b"half")  # as a kill inside a write would leave it
+    assert content(folder)["step"] == 2
+    listener = Listener()
+    train(resume=folder, watcher=listener)
+    assert_same_run(content(folder), content(tiny_run))
+    assert sorted(os.listdir(folder)) == FILES
+    assert re.fullmatch(r"took over the lock of process \d+ on .*, which is gone", listener.warnings[0])
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tiny_run, tmp_path, no_figures):
+    """Its recipe.json, in which the precision is resolved, is all that there is."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(tiny_run / "recipe.json", tmp_path / "run")
+    train(resume=tmp_path / "run")
+    assert_same_run(content(tmp_path / "run"), content(tiny_run))
+
+
+def test_what_a_run_killed_after_its_last_write_leaves_is_removed(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / ".lock").write_text("")
+    (tmp_path / "run" / ".lock-holder").write_text("process 1 on nowhere")
+    (tmp_path / "run" / ".curves.png.1.part").write_text("half")
+    assert train(resume=tmp_path / "run").finished
+    assert sorted(os.listdir(tmp_path / "run")) == FILES
+
+
+def test_a_run_whose_pictures_are_missing_draws_them(tiny_run, tmp_path):
+    """As a kill between the last checkpoint and the pictures leaves it."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / "learning_rate.png").unlink()
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    train(resume=tmp_path / "run", format="svg")
+    assert b"<svg" in (tmp_path / "run" / "learning_rate.svg").read_bytes()
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_directory_of_the_version_before_evaluates_and_goes_on_to_its_end(tmp_path, cli, no_figures):
+    folder = tmp_path / "run"
+    shutil.copytree(Path(__file__).parent.parent / "data" / "run-0.1", folder)
+    code, out, err = cli("evaluate", folder)
+    assert (code, err) == (0, "")
+    assert "the run stands at epoch 1 of 2: what follows is not its end" in out
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert (found["epoch"], found["images"]) == (1, 10)
+    assert found["loss"] == pytest.approx(math.log(10))  # of weights that are all alike
+    before = content(folder)
+    code, out, err = cli("train", "--resume", folder, "--dataset", "digits", "--epochs", 2)
+    assert (code, err) == (0, "")
+    assert "going on after epoch 1, step 1" in out
+    after = content(folder)
+    assert (after["epoch"], after["step"]) == (2, 0)
+    assert after["history"][0] == before["history"][0]
+    assert after["recipe"] == {"schema": 2, "width": 64, **before["recipe"]}
+    assert not torch.equal(after["model"]["fc.weight"], before["model"]["fc.weight"])
+    assert json.loads((folder / "recipe.json").read_text())["schema"] == 2
+
+
+def test_resuming(tiny_run, tmp_path, refused, cli):
+    before = (tiny_run / "checkpoint.pt").read_bytes()
+    code, out, _ = cli("train", "--resume", tiny_run)
+    assert code == 0
+    assert "is finished" in out
+    line = refused(2, "train", "--resume", tiny_run, "--epochs", 5)
+    assert "--epochs 5" in line
+    assert "the schedule would change" in line
+    assert "--max-lr 3.0 contradicts" in refused(2, "train", "--resume", tiny_run, "--max-lr", 3)
+    assert "--run-dir" in refused(2, "train", "--resume", tiny_run, "--run-dir", tmp_path)
+    assert "neither" in refused(2, "train", "--resume", tmp_path)
+    assert str(tmp_path) in refused(2, "train", "--resume", tmp_path)
+    assert (tiny_run / "checkpoint.pt").read_bytes() == before
+    assert sorted(os.listdir(tiny_run)) == FILES
+    with pytest.raises(UsageError, match="give neither"):
+        train(Recipe(), resume=tiny_run)
+
+
+# Images of one's own
+
+
+@pytest.fixture
+def own_run(own_images, tmp_path, no_figures):
+    """The folder of a run on the images of `own_images`, stopped after its first step."""
+    recipe = Recipe.build(dataset=str(own_images), epochs=2, batch_size=16, max_lr=0.02, width=4)
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "run", watcher=StopAfter(1))
+    return tmp_path / "run"
+
+
+def test_own_images_are_trained_on_with_their_class_names_mean_and_deviation(own_run, own_images):
+    checkpoint = train(resume=own_run)
+    assert checkpoint.classes == ("bright", "dark")
+    assert checkpoint.recipe.dataset == str(own_images)
+    images = np.stack([read_image(path) for path in sorted(own_images.glob("train/*/*.png"))]) / 255
+    assert checkpoint.recipe.mean == pytest.approx(images.mean((0, 1, 2)), abs=1e-4)
+    assert checkpoint.recipe.std == pytest.approx(images.std((0, 1, 2)), abs=1e-4)
+
+
+def test_a_run_on_own_images_goes_on_in_any_spelling_of_their_folder(own_run, own_images, cli, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(own_images)
+    shutil.copytree(own_images, tmp_path / "other")
+    line = refused(2, "train", "--resume", "run", "--dataset", "other")
+    assert line == f"cifar-resnet: --dataset other contradicts the run in run, which has {own_images}; leave it out\n"
+    for spelling in ("own", "own/", "other/../own", "link", own_images):
+        shutil.copytree("run", "again")
+        code, out, err = cli("train", "--resume", "again", "--dataset", spelling)
+        assert (code, err) == (0, ""), spelling
+        assert "going on after epoch 0, step 1" in out
+        checkpoint = load_checkpoint("again")
+        assert checkpoint.finished
+        assert checkpoint.recipe.dataset == str(own_images)
+        shutil.rmtree("again")
+
+
+def test_a_run_does_not_go_on_with_images_of_other_classes(own_run, own_images):
+    for part in ("train", "test"):
+        (own_images / part / "dark").rename(own_images / part / "cold")
+    with pytest.raises(CifarResnetError, match="was trained on the classes bright, dark, not bright, cold"):
+        train(resume=own_run)
+
+
+def test_a_folder_in_another_layout_is_refused(own_images, refused, tmp_path):
+    def line(code, folder):
+        return refused(code, "train", "--dataset", folder, "--run-dir", tmp_path / "run")
+
+    assert "there is no folder" in line(2, tmp_path / "nowhere")
+    (own_images / "train" / "dark" / "0.png").write_text("no image")
+    assert "0.png: not an image" in line(1, own_images)
+    shutil.rmtree(own_images / "test" / "dark")
+    (own_images / "train" / "dark" / "0.png").unlink()
+    assert "they must be the same" in line(1, own_images)
+    shutil.rmtree(own_images / "test")
+    assert "must hold test/CLASS/*" in line(1, own_images)
+    assert not (tmp_path / "run").exists()
+
+
+# What goes wrong
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path, refused):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "is not empty; choose another\n" in refused(1, "train", *DIGITS, "--run-dir", tmp_path)
+    assert os.listdir(tmp_path) == ["notes.txt"]
+    (tmp_path / "recipe.json").write_text("{}")
+    assert f"--resume {tmp_path}" in refused(1, "train", *DIGITS, "--run-dir", tmp_path)
+
+
+def test_a_run_that_another_process_goes_on_with_is_refused(unfinished, refused):
+    with run_dir.RunDir(unfinished).lock():
+        assert f"is in use by process {os.getpid()}" in refused(1, "train", "--resume", unfinished)
+    assert content(unfinished)["step"] == 1
+
+
+def test_a_full_disk_inside_a_run_is_said_and_the_run_goes_on(tiny_recipe, tmp_path, monkeypatch, no_figures):
+    write, tries, listener = run_dir.write_whole, [], Listener()
+
+    def full_at_first(path, value):
+        if path.name == "checkpoint.pt":
+            tries.append(path)
+            if len(tries) == 1:
+                raise RunDirectoryError(f"{path} could not be written: No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(run_dir, "write_whole", full_at_first)
+    checkpoint = train(tiny_recipe, tmp_path / "run", watcher=listener, save_every_minutes=1e-6)
+    assert checkpoint.finished
+    assert len(tries) == 7  # after every step, and after the last epoch
+    assert listener.warnings == [
+        f"{tmp_path / 'run' / 'checkpoint.pt'} could not be written: No space left on device; the run goes on, unsaved"
+    ]
+
+
+def test_a_disk_that_is_full_at_the_end_ends_the_run(tiny_recipe, tmp_path, monkeypatch):
+    def full(path, value):
+        if path.name == "checkpoint.pt":
+            raise RunDirectoryError(f"{path} could not be written: No space left on device")
+
+    monkeypatch.setattr(run_dir, "write_whole", full)
+    with pytest.raises(RunDirectoryError, match="No space left on device$"):
+        train(tiny_recipe, tmp_path / "run")
+
+
+def test_a_non_finite_loss_leaves_the_last_good_checkpoint(tiny_recipe, tmp_path):
+    class Poison(Watcher):
+        def step(self, step, state):
+            if (step.epoch, step.step) == (2, 1):
+                state.model.fc.weight.data.fill_(float("inf"))
+
+    with pytest.raises(NonFiniteLossError, match="step 1 of epoch 2"):
+        train(tiny_recipe, tmp_path / "run", watcher=Poison(), save_every_minutes=1e-6)
+    kept = load_checkpoint(tmp_path / "run").content
+    assert (kept["epoch"], kept["step"]) == (0, 3)
+
+
+def test_weights_that_are_finite_but_give_no_finite_loss_end_the_run(tiny_recipe, tmp_path):
+    class Poison(Watcher):
+        def step(self, step, state):
+            if step.step == step.steps:
+                for module in state.tested.modules():
+                    if isinstance(module, torch.nn.BatchNorm2d):
+                        module.weight.data.fill_(1e30)
+
+    with pytest.raises(NonFiniteLossError, match="evaluation images is not finite after epoch 1; try a lower --max-lr"):
+        train(tiny_recipe, tmp_path / "run", watcher=Poison())
+    assert os.listdir(tmp_path / "run") == ["recipe.json"]
+
+
+def test_a_learning_rate_that_diverges_is_said(tmp_path, refused):
+    line = refused(
+        1, "train", *DIGITS, "--epochs", 2, "--max-lr", 1e30, "--div-factor", 1, "--logit-scale", 1, "--run-dir", tmp_path / "run",
+        "--precision", "float32",
+    )  # fmt: skip
+    assert "not finite since step" in line
+    assert "--max-lr" in line
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+# Settings that change nothing
+
+IDLE = dict(  # all at once: those of an optimizer, an average, a sharpness-aware step, a crop, a flip, holes that are not there
+    base=dict(recipe="default", optimizer="adam", max_lr=0.001, sam_share=0, pad=0, flip_probability=0.3, cutout_count=0),
+    changes=dict(
+        muon_lr_factor=0.9, muon_momentum=0.1, nesterov=False, sam_radius=0.5, ema_every=1, pad_mode="black", flip_order="random",
+        cutout_size=20, cutout_fill=0.9, cutout_probability=0.4,
+    ),
+)  # fmt: skip
+SMALL = dict(dataset="digits", train_limit=60, test_limit=20, batch_size=20, epochs=1, width=4)
+
+
+@pytest.fixture
+def weights_of(tmp_path, no_figures):
+    def trained(recipe):
+        folder = tmp_path / str(len(os.listdir(tmp_path)))
+        train(recipe, folder)
+        return content(folder)
+
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        IDLE.values(),
+        (dict(recipe="default", optimizer="sgd", cutout_probability=0), dict(cutout_count=3, cutout_size=20, muon_momentum=0.1)),
+    ],
+)
+def test_fields_that_are_idle_change_no_weight(weights_of, base, changes):
+    one = Recipe.build(**SMALL, **base)
+    other = one.replace(**changes)
+    assert set(changes) <= set(one.idle())
+    assert one.canonical() == other.canonical()
+    assert equal_weights(weights_of(one), weights_of(other))
+
+
+def test_fields_that_are_not_idle_change_the_weights(weights_of):
+    """Each of those that can be idle, where it is not: so `idle` names none too many."""
+    base = Recipe.build("default", **SMALL, ema_decay=0.5, ema_every=2, sam_share=0.7)
+    assert base.idle() == {}
+    changes = dict(IDLE["changes"], cutout_count=3)
+    before = weights_of(base)
+    for name, value in changes.items():
+        assert not equal_weights(before, weights_of(base.replace(**{name: value}))), name
+
+
+def test_settings_that_change_nothing_are_warned_of(cli, tmp_path, no_figures):
+    given = (
+        "--optimizer",
+        "adam",
+        "--max-lr",
+        0.001,
+        "--sam-share",
+        0,
+        "--pad",
+        0,
+        "--flip-probability",
+        0.3,
+        "--cutout-count",
+        0,
+    )
+    idle = dict(
+        muon_lr_factor=0.9, sam_radius=0.5, ema_every=7, cutout_size=20, cutout_fill=0.9, pad_mode="black", flip_order="random"
+    )
+    options = [word for name, value in idle.items() for word in (f"--{name.replace('_', '-')}", value)]
+    code, out, _ = cli(
+        "train", *DIGITS, "--recipe", "default", "--epochs", 1, *given, *options, "--no-nesterov", "--run-dir", tmp_path / "a"
+    )
+    assert code == 0
+    warned = {line.split(" changes nothing: ")[0]: line for line in out.splitlines() if "changes nothing" in line}
+    assert set(warned) == {*(f"--{name.replace('_', '-')} {value}" for name, value in idle.items()), "--nesterov False"}
+    assert warned["--muon-lr-factor 0.9"] == "--muon-lr-factor 0.9 changes nothing: the optimizer is adam"
+    assert warned["--sam-radius 0.5"].endswith(": sam_share is 0")
+    assert warned["--flip-order random"].endswith(": flip_probability is not 0.5")
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(recipe="digits"), dict(recipe="default"), dict(recipe="page", ema_decay=0.9, ema_every=7)]
+)
+def test_nothing_is_warned_of_that_a_preset_says_or_that_counts(fields, tmp_path, no_figures):
+    listener = Listener()
+    train(Recipe.build(**SMALL, **fields), tmp_path / "run", watcher=listener)
+    assert listener.warnings == []
+
+
+# Run options
+
+
+@pytest.fixture
+def tf32():
+    """Gives whether products and convolutions may use it; they may as before afterwards."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_float32_is_float32_unless_tf32_is_asked_for(cli, tf32, tmp_path, monkeypatch, no_figures):
+    during = []
+    monkeypatch.setattr(console.TrainingTable, "step", lambda self, step, state: during.append(tf32()))
+    for number, (option, expected) in enumerate(((("--tf32",), True), ((), False), (("--no-tf32",), False))):
+        assert cli("train", *DIGITS, "--epochs", 1, *option, "--run-dir", tmp_path / str(number))[0] == 0
+        assert set(during) == {(expected, expected)}
+        during.clear()
+
+
+def test_the_accuracy_curve_has_a_line_where_a_target_is_given_and_none_otherwise(cli, tmp_path):
+    """Matplotlib notes the text of a label beside its outlines."""
+    for name, option in (("with", ("--target", "37.5")), ("without", ())):
+        options = ("--epochs", 1, "--format", "svg", *option, "--run-dir", tmp_path / name)
+        assert cli("train", *DIGITS, *options)[0] == 0
+        svg = (tmp_path / name / "curves.svg").read_text()
+        assert "<!-- Accuracy -->" in svg
+        assert ("<!-- target, 37.5 % -->" in svg) == (name == "with")
+        assert "91.97" not in svg
+        assert sorted(os.listdir(tmp_path / name)) == [
+            "checkpoint.pt",
+            "curves.svg",
+            "learning_rate.svg",
+            "metrics.json",
+            "recipe.json",
+        ]
+
+
+def test_a_compiled_run_gives_what_the_plain_one_gives(tmp_path, monkeypatch, no_figures):
+    """With the tracing but without the code generation; the last batch is a graph of its own."""
+    graphs = []
+
+    def count(graph, images):
+        graphs.append([tuple(image.shape) for image in images if image.dim() == 4 and image.shape[1:] == (3, 32, 32)])
+        return graph.forward
+
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: plain_compile(forward, backend=count, **options))
+    monkeypatch.setattr("cifar_resnet.training.convolution.MIN_TILES", 10**9)  # as the graph has torch's own convolutions
+    sizes = dict(train_limit=20, test_limit=10, batch_size=8, epochs=2, width=4)
+    recipe = Recipe.build("default", dataset="digits", **sizes, ema_decay=0.9, ema_every=2, sam_share=0.4)
+    plain = train(recipe, tmp_path / "plain", compile="off")
+    assert graphs == []
+    traced = train(recipe, tmp_path / "compiled", compile="on")
+    assert graphs == [[(8, 3, 32, 32)], [(4, 3, 32, 32)]]
+    assert_same_run(content(tmp_path / "plain"), content(tmp_path / "compiled"))
+    assert list(plain.content["model"]) == list(traced.content["model"])
+    assert [checkpoint.environment["compiled"] for checkpoint in (plain, traced)] == [False, True]
+
+
+@pytest.mark.cifar10
+def test_a_short_run_on_real_images_learns(cli, tmp_path):
+    options = ("--epochs", 2, "--train-limit", 1024, "--test-limit", 300, "--batch-size", 64, "--max-lr", 0.1, "--width", 16)
+    code, out, _ = cli("train", *options, "--run-dir", tmp_path / "run")
+    assert code == 0
+    history = load_checkpoint(tmp_path / "run").history
+    assert history[-1]["train_accuracy"] > 25  # 10 by chance
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert "last epoch:" in out

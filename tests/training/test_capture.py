@@ -1,0 +1,135 @@
+"""The step that reads buffers on the device: on a CPU uncaptured, with the bits of the plain loop; on a GPU as a graph."""
+
+import itertools
+
+import pytest
+import torch
+
+from cifar_resnet import Recipe
+from cifar_resnet.data.datasets import load, with_statistics
+from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.training import engine
+from cifar_resnet.training.capture import CapturedEpoch, capturable, snapshot
+
+CPU = torch.device("cpu")
+
+
+def made(**changes):
+    """A recipe on 40 digits at batch 16 (three steps, the last of 8) for a network of width 4."""
+    fields = dict(dataset="digits", epochs=2, train_limit=40, test_limit=20, batch_size=16, precision="float32", width=4)
+    return with_statistics(Recipe.build("default", **{**fields, **changes}))
+
+
+def begun(recipe, device=CPU):
+    data = load(recipe)
+    return engine.start(recipe, device), TensorLoader(data.train, recipe, device), TensorLoader(data.evaluation, recipe, device)
+
+
+def trained(state, loader, evaluation, run_epoch):
+    records = list(engine.train(state, loader, lambda: evaluation.plain(100), run_epoch))
+    return [float(record.loss) for record in records if isinstance(record, engine.Step)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(sam_share=0.5, ema_decay=0.9, ema_every=2),
+        dict(sam_share=0.0, grad_clip=0.01),
+        dict(optimizer="sgd", momentum=0.95, base_momentum=0.85, max_lr=0.05, sam_share=0.0),
+        dict(optimizer="adam", max_lr=0.001, sam_share=0.0, flip_order="random", cutout_count=2),
+    ],
+    ids=str,
+)
+def test_buffers_on_the_device_give_the_bits_of_the_plain_loop(changes):
+    recipe = made(**changes)
+    plain, loader, evaluation = begun(recipe)
+    losses = trained(plain, loader, evaluation, engine.plain_epoch)
+    buffered, loader, evaluation = begun(recipe)
+    assert trained(buffered, loader, evaluation, CapturedEpoch(buffered, loader)) == losses
+    assert same(plain, buffered)
+    assert all(isinstance(group["lr"], float) for group in buffered.optimizer.param_groups)  # as a checkpoint holds it
+
+
+def test_a_run_goes_on_inside_an_epoch():
+    recipe = made(sam_share=0.5)
+    whole, loader, evaluation = begun(recipe)
+    losses = trained(whole, loader, evaluation, engine.plain_epoch)
+    state, loader, evaluation = begun(recipe)
+    first = [float(record.loss) for record in itertools.islice(engine.train(state, loader, lambda: (), engine.plain_epoch), 2)]
+    assert first + trained(state, loader, evaluation, CapturedEpoch(state, loader)) == losses
+    assert same(whole, state)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+def test_a_second_seed_in_the_buffers_of_the_first_trains_as_it_would_alone(optimizer):
+    recipe = made(sam_share=0.5, ema_decay=0.9, ema_every=2, optimizer=optimizer, max_lr=0.01)
+    first, loader, evaluation = begun(recipe)
+    captured = CapturedEpoch(first, loader)
+    trained(first, loader, evaluation, captured)
+    alone, loader, evaluation = begun(recipe.replace(seed=1))
+    losses = trained(alone, loader, evaluation, engine.plain_epoch)
+    state, loader, evaluation = begun(recipe.replace(seed=1))
+    state = captured.adopt(state, loader)
+    assert trained(state, loader, evaluation, captured) == losses
+    assert same(alone, state)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd", "adam"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_what_warm_up_changes_is_put_back(optimizer, steps_before):
+    recipe = made(sam_share=1.0, ema_decay=0.9, ema_every=1, optimizer=optimizer, max_lr=0.01)
+    state, loader, evaluation = begun(recipe)
+    untouched, other, _ = begun(recipe)
+    for run, batches in ((state, loader), (untouched, other)):
+        list(itertools.islice(engine.train(run, batches, lambda: ()), steps_before))
+    restore = snapshot(state)
+    state.model.train()
+    for step, batch in enumerate(loader.epoch(1)):
+        engine.train_step(state, batch, engine.rates_at(recipe, step, 6))
+    restore()
+    assert trained(state, loader, evaluation, engine.plain_epoch) == trained(untouched, other, evaluation, engine.plain_epoch)
+    assert same(state, untouched)
+
+
+def test_steps_of_a_momentum_that_changes_are_not_captured():
+    state, _, _ = begun(made())
+    assert not capturable(state)  # on a CPU
+    cycled, _, _ = begun(made(optimizer="sgd", momentum=0.95, base_momentum=0.85))
+    cycled.totals = torch.empty(2, device="meta")
+    assert not capturable(cycled)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("optimizer", ["muon", "sgd", "adam"])
+def test_a_captured_step_trains_as_the_plain_one(optimizer):
+    """Losses of six steps, plain and sharpness-aware, whole and short; a GPU adds in no fixed order, so they differ a little."""
+    recipe = made(optimizer=optimizer, max_lr=0.01, sam_share=0.5, width=16, ema_decay=0.9, ema_every=2)
+    device = torch.device("cuda")
+    plain, loader, evaluation = begun(recipe, device)
+    losses = trained(plain, loader, evaluation, engine.plain_epoch)
+    state, loader, evaluation = begun(recipe, device)
+    before = [tensor.clone() for tensor in (*state.model.state_dict().values(), state.totals, state.bad_step)]
+    captured = CapturedEpoch(state, loader)
+    captured.capture()
+    assert len(captured.graphs) >= 4
+    after = (*state.model.state_dict().values(), state.totals, state.bad_step)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert trained(state, loader, evaluation, captured) == pytest.approx(losses, rel=0.02)
+    assert state.history[-1]["train_accuracy"] == pytest.approx(plain.history[-1]["train_accuracy"], abs=15)
+
+
+@pytest.mark.cuda
+def test_no_captured_step_waits_for_the_gpu():
+    recipe = made(sam_share=0.5, width=16, ema_decay=0.9, ema_every=2)
+    state, loader, _ = begun(recipe, torch.device("cuda"))
+    captured = CapturedEpoch(state, loader)
+    captured.capture()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(captured(state, loader))) == loader.steps
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
