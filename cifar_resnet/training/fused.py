@@ -327,12 +327,12 @@ def usable(x: Tensor, norm: nn.BatchNorm2d) -> bool:
         and min(x.shape[0], x.shape[2], x.shape[3]) > 1
         and x.numel() < 2**31
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _runs(x.device, x.dtype)
+        and triton_works(x.device, x.dtype)
     )
 
 
 @functools.cache
-def _runs(device: torch.device, dtype: torch.dtype) -> bool:
+def triton_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton builds and runs kernels here: beside the GPU it needs a C compiler and Python's headers."""
     interpreted = not isinstance(_normalise, triton.runtime.JITFunction)
     cuda = device.type == "cuda" and torch.version.cuda is not None

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fused import triton_works
+
 try:
     import triton
     import triton.language as tl
@@ -39,12 +41,16 @@ if triton is not None:
         tl.store(weight + at, w, mask=inside)
 
 
-def usable(*groups: list[Tensor]) -> bool:
-    """Whether these are kernels in float32, in channels-last memory, on an NVIDIA GPU with Triton."""
-    return triton is not None and all(
-        each.is_cuda and each.dtype == torch.float32 and each.is_contiguous(memory_format=torch.channels_last)
-        for group in groups
-        for each in group
+def usable(dtype: torch.dtype, *groups: list[Tensor]) -> bool:
+    """Whether these are kernels in float32, in channels-last memory, on a GPU for which Triton builds in this dtype."""
+    return (
+        triton is not None
+        and all(
+            each.is_cuda and each.dtype == torch.float32 and each.is_contiguous(memory_format=torch.channels_last)
+            for group in groups
+            for each in group
+        )
+        and triton_works(groups[0][0].device, dtype)
     )
 
 

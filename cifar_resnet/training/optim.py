@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         momentum, factor = group["muon_momentum"], group["lr_factor"]
         norms = torch._foreach_norm(kernels)
         scales = torch._foreach_mul(torch._foreach_reciprocal(norms), [len(each) ** 0.5 for each in kernels])
-        if muon_kernels.usable(kernels, gradients, buffers):
+        if muon_kernels.usable(self.dtype, kernels, gradients, buffers):
             moves = [torch.empty(each.shape[0], each[0].numel(), dtype=self.dtype, device=each.device) for each in kernels]
             for gradient, buffer, move in zip(gradients, buffers, moves, strict=True):
                 muon_kernels.add_momentum(gradient, buffer, momentum, move)
