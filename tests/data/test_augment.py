@@ -108,7 +108,7 @@ def seen_by_tensors(recipe, epoch, count):
 def test_draws_are_uniform_and_jointly_independent(seen_by):
     """Chi-squared on each draw and on each pair: with a shared random stream, pairs would be far from independent."""
     recipe = with_statistics(Recipe.build(cutout_probability=0.5, flip_order="random"))
-    offsets, flips, holes = seen_by(recipe, 0, 4000)
+    offsets, flips, holes = seen_by(recipe, 0, 3000)
     cut = holes[:, 0, 0] >= 0
     assert offsets.min() == 0
     assert offsets.max() == 8

@@ -152,7 +152,12 @@ def test_a_share_of_a_batch_is_that_part_of_it_with_the_weight_of_its_size(kind,
 
 @pytest.mark.parametrize(
     ("kind", "workers", "message"),
-    [("fast", None, "--loader fast"), ("tensor", 2, "--workers 2"), ("auto", 0, "--workers 0"), ("albumentations", -1, "--workers -1")],
+    [
+        ("fast", None, "--loader fast"),
+        ("tensor", 2, "--workers 2"),
+        ("auto", 0, "--workers 0"),
+        ("albumentations", -1, "--workers -1"),
+    ],
 )
 def test_a_loader_that_is_none_is_refused(kind, workers, message):
     with pytest.raises(UsageError, match=message):

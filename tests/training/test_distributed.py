@@ -91,7 +91,9 @@ def test_every_image_is_evaluated_once_and_the_ranks_end_alike(found, processes)
     model.load_state_dict(first["averaged"])
     plain = ranks.Doubled(ranks.TensorLoader(evaluated, recipe, ranks.CPU)).plain(31)
     logits, labels = engine.predict_logits(recipe, model, plain, ranks.CPU)
-    assert first["metrics"]["test_loss"] == pytest.approx(log_loss(labels, logits.double().softmax(1), labels=range(10)), rel=1e-5)
+    assert first["metrics"]["test_loss"] == pytest.approx(
+        log_loss(labels, logits.double().softmax(1), labels=range(10)), rel=1e-5
+    )
 
 
 def test_in_a_process_of_its_own_nothing_is_shared():

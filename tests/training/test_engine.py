@@ -125,7 +125,9 @@ def test_train_accuracy_counts_the_hits_of_every_step():
 
 
 def test_twice_the_same_recipe_gives_the_same_bits():
-    (a, _), (b, _) = (run(*small_run(precision="bfloat16", train_limit=20, batch_size=8, ema_decay=0.9, ema_every=2)) for _ in range(2))
+    (a, _), (b, _) = (
+        run(*small_run(precision="bfloat16", train_limit=20, batch_size=8, ema_decay=0.9, ema_every=2)) for _ in range(2)
+    )
     assert same_weights(a.model, b.model)
     assert same_weights(a.averaged, b.averaged)
     assert [row["test_loss"] for row in a.history] == [row["test_loss"] for row in b.history]
@@ -236,7 +238,15 @@ class NoReads(TorchDispatchMode):
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "adam"])
 def test_no_step_reads_from_the_device(optimizer):
     fields = dict(
-        optimizer=optimizer, max_lr=1e-3, ema_decay=0.9, ema_every=2, sam_share=1.0, grad_clip=0.1, precision="bfloat16", train_limit=24, batch_size=8
+        optimizer=optimizer,
+        max_lr=1e-3,
+        ema_decay=0.9,
+        ema_every=2,
+        sam_share=1.0,
+        grad_clip=0.1,
+        precision="bfloat16",
+        train_limit=24,
+        batch_size=8,
     )
     recipe, loader, _ = small_run(**fields)
     records = engine.train(engine.start(recipe, CPU), loader, lambda: ())
@@ -310,7 +320,9 @@ def test_the_clock_waits_for_the_device_at_both_ends_and_stands_still_while_paus
     assert clock.seconds == 9
 
 
-@pytest.mark.parametrize(("reads", "saves", "seconds"), [(False, False, 10), (True, False, 12), (False, True, 11), (True, True, 12)])
+@pytest.mark.parametrize(
+    ("reads", "saves", "seconds"), [(False, False, 10), (True, False, 12), (False, True, 11), (True, True, 12)]
+)
 def test_an_epochs_seconds_are_its_steps_and_what_is_read_of_them(monkeypatch, reads, saves, seconds):
     """Three steps of a second on the host and three on the device: overlapped, or waited for by a watcher that reads the loss.
 

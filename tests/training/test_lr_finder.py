@@ -212,7 +212,14 @@ def test_the_rates_rise_as_asked_and_the_random_state_stays(mode):
     recipe, loader = small()
     before, steps = torch.random.get_rng_state(), []
     history = range_test(
-        recipe, loader, CPU, start_lr=1e-3, end_lr=0.1, num_iter=24, step_mode=mode, progress=lambda *numbers: steps.append(numbers)
+        recipe,
+        loader,
+        CPU,
+        start_lr=1e-3,
+        end_lr=0.1,
+        num_iter=24,
+        step_mode=mode,
+        progress=lambda *numbers: steps.append(numbers),
     )
     assert torch.equal(before, torch.random.get_rng_state())
     assert steps == [(done, 24) for done in range(25)]
@@ -253,5 +260,7 @@ def test_every_step_of_the_range_test_is_one_of_the_training_loop():
 @pytest.mark.parametrize("end_lr", [1e30, 1e5])  # the loss is soon not finite, or passes five times its lowest
 def test_a_test_that_diverges_at_once_is_a_clear_error(end_lr):
     recipe, loader = small(optimizer="sgd")
-    with pytest.raises(CifarResnetError, match=r"only \d+ points .* give more --num-iter than 25, or a lower --start-lr than 1000"):
+    with pytest.raises(
+        CifarResnetError, match=r"only \d+ points .* give more --num-iter than 25, or a lower --start-lr than 1000"
+    ):
         range_test(recipe, loader, CPU, start_lr=1e3, end_lr=end_lr, num_iter=25)

@@ -55,7 +55,9 @@ class Moved:
         biases = torch.randn(4, 6, generator=generator).to(dtype)
         self.kernel = nn.Parameter(kernels[0].clone(memory_format=layout))
         self.bias = nn.Parameter(biases[0].clone())
-        self.gradients = [(of_kernel.clone(memory_format=layout), of_bias) for of_kernel, of_bias in zip(kernels[1:], biases[1:], strict=True)]
+        self.gradients = [
+            (of_kernel.clone(memory_format=layout), of_bias) for of_kernel, of_bias in zip(kernels[1:], biases[1:], strict=True)
+        ]
         self.optimizer = Muon([{"params": [self.bias]}, {"params": [self.kernel], **OF_KERNELS}], dtype, fused=True, **COMMON)
 
     def step(self, number):
