@@ -130,11 +130,11 @@ class Checkpoint:
         state.model.load_state_dict(content["model"])
         if state.averaged is not None:
             state.averaged.load_state_dict(content["averaged"])
-        state.optimizer.load_state_dict(content["optimizer"])
+        own = state.optimizer.state_dict()  # whose settings are the recipe's
+        state.optimizer.load_state_dict({**own, "state": content["optimizer"]["state"]})
         for parameter, slots in state.optimizer.state.items():  # torch keeps the file's tensors, of whatever strides
-            for name in [name for name, value in slots.items() if torch.is_tensor(value)]:
-                own = torch.empty_like(parameter if slots[name].dim() else slots[name], dtype=slots[name].dtype)
-                slots[name] = own.copy_(slots[name])
+            for name, value in slots.items():
+                slots[name] = torch.empty_like(parameter if value.dim() else value).copy_(value)
         state.totals.copy_(content["totals"])
         state.epoch, state.step, state.clock.seconds = content["epoch"], content["step"], content["seconds"]
         state.history = list(content["history"])
@@ -242,15 +242,22 @@ def _check_content(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} stands at a place that its run does not have")
     if (content["averaged"] is not None) != (recipe.ema_decay > 0):
         raise CheckpointError(f"{checkpoint.path} has averaged weights or not, against its recipe")
-    optimizer = make_optimizer(recipe, build_model(recipe, len(checkpoint.classes)))
-    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    for index, slots in content["optimizer"]["state"].items():
-        if any(
-            value.shape != (() if name == "step" else shapes[index]) for name, value in slots.items() if torch.is_tensor(value)
-        ):
-            raise CheckpointError(f"{checkpoint.path} has an optimizer state of another model")
+    _check_optimizer(checkpoint, make_optimizer(recipe, build_model(recipe, len(checkpoint.classes))))
     if not finite(checkpoint.state(torch.device("cpu")).tensors()):
         raise CheckpointError(f"{checkpoint.path} holds weights that are not finite numbers")
+
+
+def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+    """Whether its state is one of `optimizer`: for each weight all that it keeps, or nothing."""
+    kept = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else {"momentum_buffer"}
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    for index, slots in checkpoint.content["optimizer"]["state"].items():
+        shape = shapes[range(len(shapes)).index(index)]
+        fits = all(
+            value.shape == (() if name == "step" else shape) and value.is_floating_point() for name, value in slots.items()
+        )
+        if slots and (set(slots) != kept or not fits):
+            raise CheckpointError(f"{checkpoint.path} has an optimizer state of another model")
 
 
 class SavePolicy:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import cifar_resnet
 from cifar_resnet import Recipe, load_checkpoint
@@ -147,11 +146,6 @@ def test_a_schedule_is_drawn_before_the_run(cli, refused, tmp_path):
     assert ".gif" in refused(2, "schedule", "--output", tmp_path / "lr.gif")
     assert "--min-lr 3" in refused(2, "schedule", "--policy", "triangular", "--min-lr", 3)
     assert "--cycles 0" in refused(2, "schedule", "--policy", "triangular", "--cycles", 0)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_device_that_is_not_there_is_named_with_those_that_are(refused):
-    assert "cpu" in refused(2, "train", "--dataset", "digits", "--device", "cuda")
 
 
 def test_a_missing_checkpoint_is_exit_code_1(refused, tmp_path):

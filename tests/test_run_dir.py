@@ -496,6 +496,17 @@ def test_the_optimizers_tensors_are_its_own_and_laid_out_as_the_weights():
     assert all(torch.equal(mine["momentum_buffer"], theirs) for mine, theirs in zip(slots, read, strict=True))
 
 
+def test_the_settings_of_the_optimizer_are_the_recipes_whatever_the_file_says(tiny_run, tmp_path):
+    good = content(tiny_run)
+    groups = [{**group, "weight_decay": 0.9, "fused": "?", "nesterov": False} for group in good["optimizer"]["param_groups"]]
+    torch.save({**good, "optimizer": {**good["optimizer"], "param_groups": groups}}, tmp_path / "changed.pt")
+    found, expected = (load_checkpoint(path).state(CPU).optimizer.param_groups for path in (tmp_path / "changed.pt", tiny_run))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert {key: value for key, value in mine.items() if key != "params"} == {
+            key: value for key, value in theirs.items() if key != "params"
+        }
+
+
 class Hostile:
     def __init__(self, path):
         self.path = path
@@ -534,7 +545,11 @@ def test_checkpoints_that_cannot_be_trusted_are_refused_in_one_line(tiny_run, tm
     refused_with("compressed")
     torch.save([1, 2], bad)
     refused_with("not a checkpoint of cifar-resnet")
-    slots = {**good["optimizer"]["state"], 0: {"momentum_buffer": torch.tensor(0.0)}}
+
+    def with_slots(index, slots):
+        return dict(optimizer={**good["optimizer"], "state": {**good["optimizer"]["state"], index: slots}})
+
+    buffer = good["optimizer"]["state"][0]["momentum_buffer"]
     for changes, word in (
         (dict(kind="something else"), "not a checkpoint of cifar-resnet"),
         (dict(schema=99), "schema 99"),
@@ -542,7 +557,11 @@ def test_checkpoints_that_cannot_be_trusted_are_refused_in_one_line(tiny_run, tm
         (dict(recipe={**good["recipe"], "schema": 3}), "a recipe of schema 3; this version of cifar-resnet reads 1 to 2"),
         (dict(classes=["a", "b"]), "2 classes"),
         (dict(classes=list(range(10))), "class names"),
-        (dict(optimizer={**good["optimizer"], "state": slots}), "optimizer state of another model"),
+        (with_slots(0, {"momentum_buffer": torch.tensor(0.0)}), "optimizer state of another model"),
+        (with_slots(0, {"momentum_buffer": buffer.long()}), "optimizer state of another model"),
+        (with_slots(0, {"exp_avg": buffer}), "optimizer state of another model"),
+        (with_slots(0, {"momentum_buffer": {}}), "no attribute 'shape'"),
+        (with_slots(99, {"momentum_buffer": buffer}), "99 is not in range"),
         (dict(history=[{}]), "metrics"),
         (dict(history=[{**row, "seconds": torch.tensor(1.0)} for row in good["history"]]), "not JSON serializable"),
         (dict(environment=None), "does not say where it was trained"),

@@ -114,6 +114,21 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny_recipe, tiny_ru
         assert sorted(os.listdir(folder)) == FILES
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [dict(optimizer="sgd", base_momentum=0.8), dict(optimizer="adam"), dict(optimizer="adamw", ema_decay=0.9, ema_every=2)],
+)
+def test_every_optimizer_goes_on_where_it_stood(tmp_path, no_figures, fields):
+    """The default's, Muon, is that of the runs above."""
+    sizes = dict(dataset="digits", train_limit=60, test_limit=20, batch_size=20, epochs=2, width=4, max_lr=0.01)
+    recipe = Recipe.build("default", **sizes, **fields)
+    train(recipe, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "run", watcher=StopAfter(4))
+    train(resume=tmp_path / "run")
+    assert_same_run(content(tmp_path / "run"), content(tmp_path / "whole"))
+
+
 def test_sigterm_is_exit_code_143_and_one_line(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(console.TrainingTable, "step", lambda self, step, state: os.kill(os.getpid(), signal.SIGTERM))
     folder = tmp_path / "run"
