@@ -88,7 +88,7 @@ def equal(device, tiny):
             ("adam", dict(sam_share=0.0, optimizer="adam", max_lr=0.001), 0),
             ("resumed after step 4", dict(sam_share=0.0), 4),
         ):
-            recipe = fields(tiny, precision=precision, **changes)
+            recipe = fields(tiny, precision=precision, width=4 if tiny else 16, **changes)
             plain, again, captured = (first_losses(recipe, device, form, from_step) for form in ("eager", "eager", "captured"))
             differences = [max(abs(a / b - 1) for a, b in zip(plain, other, strict=True)) for other in (again, captured)]
             rows[f"{precision}, {name}"] = dict(plain=plain, again=differences[0], captured=differences[1])
