@@ -68,7 +68,7 @@ def bench(
         reference: measures a plain loop too; see `_plain_loop`.
         profile: adds the operators that take the time of training with the tensor loader.
         workers: processes of the albumentations loader, and of the plain loop's.
-        compile: "auto", "on" or "off"; see `device.compiled`.
+        compile: "auto", "on" or "off"; see `runtime.compiled`.
         seconds: about how long one measurement takes; a step at least.
 
     Returns:
@@ -291,7 +291,7 @@ def _plain_loop(pipe: Any, recipe: Recipe, device: torch.device, images: int, wo
     """The loop of many a notebook: float32, NCHW, a DataLoader over Albumentations, loss and hits read at every step.
 
     It has the recipe's optimizer, and torch's own convolutions. It runs in a process of its own, begun anew, without
-    `device.keep_large_blocks`, which cannot be undone and which a notebook has not got; between its steps it rests.
+    `runtime.keep_large_blocks`, which cannot be undone and which a notebook has not got; between its steps it rests.
     """
     leave_signals(0)
     convolution.MIN_TILES = sys.maxsize
