@@ -8,6 +8,7 @@ serve uncaptured, with the bits of the plain loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -138,23 +139,16 @@ class CapturedEpoch:
         with torch.no_grad():
             for mine, its in zip(_tensors(self.state), _tensors(state), strict=True):
                 mine.copy_(its)
-            for slot in _slots(self.state):
+            for slot in self.state.slots():
                 slot.zero_()
             for mine, its in zip(self.state.model.parameters(), state.model.parameters(), strict=True):
                 for name, value in state.optimizer.state.get(its, {}).items():
                     self.state.optimizer.state[mine][name].copy_(value)
-        kept = (
-            self.state.model,
-            self.state.forward,
-            self.state.optimizer,
-            self.state.averaged,
-            self.state.totals,
-            self.state.bad_step,
-        )
-        state.model, state.forward, state.optimizer, state.averaged, state.totals, state.bad_step = kept
-        self.state, self.loader.recipe = state, loader.recipe
+        where = ("recipe", "clock", "epoch", "step", "history")
+        self.state = replace(self.state, **{name: getattr(state, name) for name in where})
+        self.loader.recipe = loader.recipe
         self.drawn = state.epoch, loader.draw(state.epoch)
-        return state
+        return self.state
 
 
 def _tensors(state: State) -> list[Tensor]:
@@ -164,21 +158,18 @@ def _tensors(state: State) -> list[Tensor]:
     return [*weights, state.totals, state.bad_step]
 
 
-def _slots(state: State) -> list[Tensor]:
-    return [value for slot in state.optimizer.state.values() for value in slot.values() if torch.is_tensor(value)]
-
-
 def snapshot(state: State) -> Callable[[], None]:
     """Keeps all that a step changes; gives what puts it back. Buffers that the optimizer makes in between become zero."""
-    kept, slots = [tensor.clone() for tensor in _tensors(state)], [(slot, slot.clone()) for slot in _slots(state)]
+    kept, slots = [tensor.clone() for tensor in _tensors(state)], [(slot, slot.clone()) for slot in state.slots()]
 
     @torch.no_grad()
     def restore() -> None:
         for tensor, before in zip(_tensors(state), kept, strict=True):
             tensor.copy_(before)
-        for slot in _slots(state):
+        for slot in state.slots():
             slot.zero_()
         for slot, before in slots:
             slot.copy_(before)
+        state.optimizer.zero_grad()  # a capture that failed leaves gradients that were never computed
 
     return restore

@@ -40,7 +40,9 @@ def joined() -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         yield
     except CifarResnetError as error:
-        raise error if rank() == 0 or isinstance(error, DataError | UsageError) else Left from None
+        if rank() and isinstance(error, UsageError):  # rank 0 has said what is wrong everywhere; this is wrong here alone
+            raise CifarResnetError(str(error)) from None
+        raise error if rank() == 0 or isinstance(error, DataError) else Left from None
     except (RuntimeError, ValueError) as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

@@ -118,8 +118,11 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """Everything that a checkpoint holds and that must be finite numbers."""
-        slots = [value for slot in self.optimizer.state.values() for value in slot.values() if torch.is_tensor(value)]
-        return [*self.model.state_dict().values(), *self.tested.state_dict().values(), *slots, self.totals]
+        return [*self.model.state_dict().values(), *self.tested.state_dict().values(), *self.slots(), self.totals]
+
+    def slots(self) -> list[Tensor]:
+        """What the optimizer keeps for each weight, as far as it has been made."""
+        return [value for slots in self.optimizer.state.values() for value in slots.values() if torch.is_tensor(value)]
 
     def check_finite(self, steps: int) -> None:
         """Reads from the device whether every loss so far, and every weight, is a finite number, on every rank.

@@ -342,6 +342,7 @@ def triton_works(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         norm_relu(x, nn.BatchNorm2d(16, device=device))
     except Exception as error:  # of many kinds
-        warnings.warn(f"Triton does not work here, so training takes longer: {error}", stacklevel=2)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"Triton does not work here, so training takes longer: {reason}", stacklevel=2)
         return False
     return True

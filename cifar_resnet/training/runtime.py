@@ -45,8 +45,8 @@ def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
         raise UsageError(f"--device {name}: not there; this machine and this torch have {have}") from None
     if device.type == "cpu":
         keep_large_blocks()
-    elif several:
-        torch.cuda.set_device(device)
+    elif device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams, and so a captured graph, are of the current one
     set_tf32(tf32)
     torch.backends.cudnn.benchmark = True  # a run has three batch sizes: the fastest algorithm is looked for once for each
     return device
@@ -104,8 +104,8 @@ def compiled(
 ) -> Callable[[Tensor], Tensor]:
     """The forward pass of `model` through torch.compile, compiled here for batches of each size; or `model` itself.
 
-    It shares the weights of `model`, which is left as it was. The mode "auto" compiles nowhere: on an H100 a step is sooner done by
-    our own kernels in a captured graph (docs/EXPERIMENTS.md, section 32), and on a CPU compiling takes longer than it saves.
+    It shares the weights of `model`, which is left as it was. The mode "auto" does not compile: on an H100 a step is sooner
+    done by our own kernels in a captured graph (docs/EXPERIMENTS.md, section 32).
 
     Raises:
         UsageError: the mode is not auto, on or off.

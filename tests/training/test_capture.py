@@ -78,6 +78,16 @@ def test_a_second_seed_in_the_buffers_of_the_first_trains_as_it_would_alone(opti
     assert same(alone, state)
 
 
+def test_a_warm_up_that_fails_leaves_no_gradients():
+    """The next step would add its own to them."""
+    state, _, _ = begun(made())
+    restore = snapshot(state)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    restore()
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adam"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_what_warm_up_changes_is_put_back(optimizer, steps_before):
@@ -119,7 +129,6 @@ def test_a_captured_step_trains_as_the_plain_one(optimizer):
     after = (*state.model.state_dict().values(), state.totals, state.bad_step)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert trained(state, loader, evaluation, captured) == pytest.approx(losses, rel=0.02)
-    assert state.history[-1]["train_accuracy"] == pytest.approx(plain.history[-1]["train_accuracy"], abs=15)
 
 
 @pytest.mark.cuda

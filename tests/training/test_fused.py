@@ -15,7 +15,6 @@ from torch.nn import functional
 from cifar_resnet.training import fused
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -207,7 +206,6 @@ def test_it_is_not_used_on_a_cpu():
 
 
 @needs_triton
-@needs_cuda
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", REAL)
 def test_on_cuda_results_are_torchs_and_always_the_same(name):
@@ -219,7 +217,6 @@ def test_on_cuda_results_are_torchs_and_always_the_same(name):
 
 
 @needs_triton
-@needs_cuda
 @pytest.mark.cuda
 def test_on_cuda_a_graph_can_hold_it():
     case = Case((64, 128, 16, 16), pool=True, residual=True, dtype=torch.bfloat16)

@@ -45,13 +45,16 @@ def tf32():
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """As if there were two GPUs of the last generation without bfloat16."""
+    """As if there were two GPUs of the last generation without bfloat16; gives those that were made the current one."""
+    current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.version, "cuda", "13.1")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    return current
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -90,6 +93,7 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(name, pretended
 def test_auto_is_a_gpu_where_there_is_one(pretended_gpu, monkeypatch, tf32):
     assert resolve_device() == CUDA
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert pretended_gpu == [1]  # torch takes no device without a number; where streams are made, and graphs captured
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert resolve_device() == CPU
