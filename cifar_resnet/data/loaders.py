@@ -242,7 +242,20 @@ def make_loader(
     """`loader`: "tensor", "albumentations", or "auto" (tensor). `workers`: None for one on a CPU, four beside a GPU.
 
     Raises:
-        UsageError: there is no such loader, or workers are below 0.
+        UsageError: as from `check_loader`.
+    """
+    check_loader(loader, workers)
+    if loader == "albumentations":
+        workers = (1 if device.type == "cpu" else 4) if workers is None else workers
+        return AlbumentationsLoader(split, recipe, device, workers, share)
+    return TensorLoader(split, recipe, device, share)
+
+
+def check_loader(loader: str, workers: int | None) -> None:
+    """Whether these options go together.
+
+    Raises:
+        UsageError: there is no such loader, it has no workers, or there would be fewer than none.
     """
     if loader not in ("auto", "tensor", "albumentations"):
         raise UsageError(f"--loader {loader}: it is auto, tensor or albumentations")
@@ -250,7 +263,3 @@ def make_loader(
         raise UsageError(f"--workers {workers} must be at least 0")
     if workers is not None and loader != "albumentations":
         raise UsageError(f"--workers {workers} needs --loader albumentations: the tensor loader has no workers")
-    if loader == "albumentations":
-        workers = (1 if device.type == "cpu" else 4) if workers is None else workers
-        return AlbumentationsLoader(split, recipe, device, workers, share)
-    return TensorLoader(split, recipe, device, share)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import Data, load, with_statistics
-from ..data.loaders import Loader, TensorLoader, make_loader
+from ..data.loaders import Loader, TensorLoader, check_loader, make_loader
 from ..errors import CifarResnetError, RunDirectoryError, UsageError
 from ..look import figures
 from ..presets import PRESETS
@@ -135,7 +135,11 @@ class _Run:
         return finished
 
     def _read(self) -> tuple[Recipe, Checkpoint | None, bool]:
+        """On rank 0, which says what is wrong with the options of all."""
         planned, checkpoint = self.asked_recipe, None
+        check_loader(self.asked["loader"], self.asked["workers"])
+        if distributed.ranks() > 1 and self.asked["compile"] == "on":
+            raise UsageError("--compile on: several processes train without compiling; leave it out")
         if self.resume is not None:
             planned, checkpoint = self.resume.open(self.must_match)
             if checkpoint and checkpoint.finished and self.resume.finished():
@@ -193,8 +197,6 @@ class _Run:
     def make_steps(self, captured: dict[Recipe, CapturedEpoch]) -> None:
         """Compiles and captures where that is asked for, or is sooner done."""
         self.run_epoch = engine.plain_epoch
-        if distributed.ranks() > 1 and self.asked["compile"] == "on":
-            raise UsageError("--compile on: several processes train without compiling; leave it out")
         if distributed.ranks() == 1:
             loader = self.loader if isinstance(self.loader, TensorLoader) else None
             earlier = captured.get(self.recipe.replace(seed=0))
@@ -231,7 +233,8 @@ class _Run:
             "captured": self.run_epoch is not engine.plain_epoch,
             "startup_seconds": self.seconds,
         }
-        self._warn_of_idle_options()
+        if self.resume is None:
+            self._warn_of_idle_options()
         self.watcher.begin(self.recipe, self.folder.path, self.environment, self.data, self.state)
         if self.checkpoint:  # the truth: metrics.json may be an epoch ahead of it
             distributed.on_first(partial(self.folder.write_metrics, self.state, self.data, self.environment))
@@ -241,9 +244,10 @@ class _Run:
         preset = PRESETS.get(self.recipe.recipe)
         usual = {**Recipe().model_dump(), **(preset.fields if preset else {})}
         for name, reason in self.recipe.idle().items():
-            if getattr(self.recipe, name) != usual[name]:
-                option = "--" + name.replace("_", "-")
-                self.watcher.warn(f"{option} {getattr(self.recipe, name)} changes nothing: {reason}")
+            value, option = getattr(self.recipe, name), name.replace("_", "-")
+            if value != usual[name]:
+                given = ("--" if value else "--no-") + option if isinstance(value, bool) else f"--{option} {value}"
+                self.watcher.warn(f"{given} changes nothing: {reason}")
 
     def steps_to_the_end(self, policy: SavePolicy) -> None:
         checked = time.monotonic()

@@ -474,7 +474,7 @@ def test_settings_that_change_nothing_are_warned_of(cli, tmp_path, no_figures):
     )
     assert code == 0
     warned = {line.split(" changes nothing: ")[0]: line for line in out.splitlines() if "changes nothing" in line}
-    assert set(warned) == {*(f"--{name.replace('_', '-')} {value}" for name, value in idle.items()), "--nesterov False"}
+    assert set(warned) == {*(f"--{name.replace('_', '-')} {value}" for name, value in idle.items()), "--no-nesterov"}
     assert warned["--muon-lr-factor 0.9"] == "--muon-lr-factor 0.9 changes nothing: the optimizer is adam"
     assert warned["--sam-radius 0.5"].endswith(": sam_share is 0")
     assert warned["--flip-order random"].endswith(": flip_probability is not 0.5")

@@ -17,6 +17,7 @@ from sklearn.metrics import log_loss
 
 from cifar_resnet import load_checkpoint
 from cifar_resnet.data.loaders import Share
+from cifar_resnet.errors import CifarResnetError, DataError, UsageError
 from cifar_resnet.training import distributed, engine
 
 RANKS = ranks.__file__
@@ -176,3 +177,18 @@ def test_the_accuracy_of_a_short_run_is_within_its_noise(tmp_path):
         accuracies.append(load_checkpoint(folder).history[-1]["test_accuracy"])
     assert min(accuracies) > 90, accuracies
     assert max(accuracies) - min(accuracies) < 5, accuracies
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_what_is_wrong_with_one_process_alone_is_said_by_it(rank, monkeypatch):
+    """A GPU that its machine has not got, say: of a usage error the command line leaves the word to rank 0."""
+    monkeypatch.setattr(distributed, "started", lambda: 4)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_: None)
+    for error, found in ((UsageError, CifarResnetError if rank else UsageError), (DataError, DataError)):
+        with pytest.raises(CifarResnetError, match="^what is wrong$") as raised, distributed.joined():
+            raise error("what is wrong")
+        assert type(raised.value) is found
+    with pytest.raises(CifarResnetError) as raised, distributed.joined():
+        raise CifarResnetError("all say so")
+    assert isinstance(raised.value, distributed.Left) == bool(rank)
