@@ -66,7 +66,9 @@ Loader = Annotated[Literal["auto", "tensor", "albumentations"], _option(
 Workers = Annotated[int | None, _option(
     "Worker processes of the albumentations loader.", show_default="1 on a CPU, 4 beside a GPU"
 )]
-Compile = Annotated[Literal["auto", "on", "off"], _option("Compile the model by torch.compile before the first step; auto does not, as no run was sooner done by it.")]
+Compile = Annotated[Literal["auto", "on", "off"], _option(
+    "Compile the model by torch.compile before the first step; auto does not."
+)]
 Format = Annotated[Literal["png", "svg", "pdf"], _option("Format of the pictures.")]
 Tta = Annotated[Literal["none", "flip", "flip-shift"], _option(
     "Mean logits of several views: the image and its mirror image; or these, and each shifted by a pixel both ways."

@@ -329,24 +329,29 @@ class RunDir:
         Raises:
             RunDirectoryError: another process holds it, or it cannot be locked.
         """
-        holder_file, lock = self.path / HOLDER, FileLock(self.path / LOCK)
+        lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            with suppress(OSError):
-                raise RunDirectoryError(f"run directory {self.path} is in use by {holder_file.read_text()}") from None
-            raise RunDirectoryError(f"run directory {self.path} is in use by another process") from None
+            raise RunDirectoryError(f"run directory {self.path} is in use by {self._holder() or 'another process'}") from None
         except OSError as error:
             raise RunDirectoryError(f"run directory {self.path} cannot be locked: {error.strerror}") from None
         try:
-            gone = holder_file.read_text() if holder_file.exists() else ""
-            holder_file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            gone = self._holder()
+            write_whole(self.path / HOLDER, f"process {os.getpid()} on {socket.gethostname()}")
             yield f"took over the lock of {gone}, which is gone" if gone else ""
         finally:
             for name in (HOLDER, LOCK):
                 with suppress(OSError):
                     (self.path / name).unlink()
             lock.release()
+
+    def _holder(self) -> str:
+        """Who holds the lock, or held it and did not come to give it back; "" where nobody says so."""
+        try:
+            return (self.path / HOLDER).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
 
     def begin(self, recipe: Recipe) -> None:
         """Writes `recipe.json`, and removes what a killed writer left; with the lock held."""
