@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from . import __version__
-from .data.datasets import Data
+from .data.splits import Data
 from .errors import CheckpointError, RunDirectoryError, UsageError
 from .recipe import Recipe, read_json
 from .training.engine import State, finite, start

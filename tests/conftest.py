@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cifar_resnet import Recipe, train
-from cifar_resnet.data import datasets
+from cifar_resnet.data import cifar, datasets
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -21,7 +21,7 @@ datasets._digits = functools.cache(datasets._digits)  # the tests load them ofte
 def pytest_collection_modifyitems(items):
     from torchvision.datasets import CIFAR10
 
-    folder = datasets.data_directory() / CIFAR10.base_folder
+    folder = cifar.data_directory() / CIFAR10.base_folder
     missing = pytest.mark.skip(reason=f"the real CIFAR-10 is not in {folder}; set CIFAR_RESNET_DATA_DIR")
     for item in items:
         if "cifar10" in item.keywords and not folder.exists():

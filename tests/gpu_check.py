@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from cifar_resnet import Recipe
-from cifar_resnet.data.datasets import Split, with_statistics
+from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.data.splits import Split
 from cifar_resnet.training import engine
 from cifar_resnet.training.capture import CapturedEpoch, capturable
 from cifar_resnet.training.runtime import compiled, environment, resolve_device, set_tf32, wait_for

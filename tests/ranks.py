@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from cifar_resnet import Recipe
-from cifar_resnet.data.datasets import Split, with_statistics
+from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.data.splits import Split
 from cifar_resnet.training import distributed, engine
 
 sys.path.append(str(Path(__file__).parent / "training"))

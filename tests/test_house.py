@@ -71,7 +71,7 @@ def test_the_imports_are_found():
     """So that the next tests look at something."""
     found = dict(imports(Path("look") / "console.py"))
     assert found[("recipe", "Recipe")] == "top"
-    assert found[("data", "datasets", "Data")] == "types"
+    assert found[("data", "splits", "Data")] == "types"
     assert dict(imports(Path("cli.py")))[("jobs", "evaluate", "evaluate")] == "inside"
     assert ("look", "figures") in dict(imports(Path("jobs") / "train.py"))
     assert ("__version__",) in dict(imports(Path("training") / "runtime.py"))

@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 from run_helpers import FILES, assert_same_run, content
 
 from cifar_resnet import Recipe, load_checkpoint, run_dir, train
-from cifar_resnet.data.datasets import Data, Split
 from cifar_resnet.data.loaders import Batch
+from cifar_resnet.data.splits import Data, Split
 from cifar_resnet.errors import CheckpointError, RunDirectoryError, UsageError
 from cifar_resnet.run_dir import RunDir, SavePolicy, check_free, default_directory, write_whole
 from cifar_resnet.training.engine import rates_at, start, train_step

@@ -31,7 +31,7 @@ from .augment import (
     test_transform,
     train_transform,
 )
-from .datasets import Split
+from .splits import Split
 
 ORDER = 0  # purpose of a random stream
 

@@ -24,8 +24,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, default_collate
 
 from ..data.augment import train_transform
-from ..data.datasets import Split, with_statistics
+from ..data.datasets import with_statistics
 from ..data.loaders import Batch, Loader, TensorLoader, leave_signals, make_loader
+from ..data.splits import Split
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis
 from ..recipe import Recipe

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data import datasets
 from ..data.loaders import Loader, make_loader
+from ..data.splits import Data
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures
 from ..presets import PRESETS
@@ -30,7 +31,7 @@ class Prediction(NamedTuple):
 
     checkpoint: Checkpoint
     model: ResNet
-    data: datasets.Data
+    data: Data
     images: Loader
     logits: Tensor
     labels: Tensor
@@ -39,7 +40,7 @@ class Prediction(NamedTuple):
 
 def prepare(
     recipe: Recipe | None, device: str, data_dir: Path | str | None, notify: Callable[[str], None]
-) -> tuple[Recipe, torch.device, datasets.Data]:
+) -> tuple[Recipe, torch.device, Data]:
     """The recipe with what depends on device and images resolved, the device, and the images."""
     resolved = resolve_device(device)
     recipe = resolve_precision(recipe or Recipe(), resolved)

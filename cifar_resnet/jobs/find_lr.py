@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..data.datasets import Data, load
+from ..data.datasets import load
 from ..data.loaders import Loader, make_loader
+from ..data.splits import Data
 from ..errors import CifarResnetError, NonFiniteLossError, UsageError
 from ..look import figures
 from ..recipe import Recipe

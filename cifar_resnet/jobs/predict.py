@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data.datasets import Split, read_image
+from ..data.images import read_image
 from ..data.loaders import make_loader
+from ..data.splits import Split
 from ..errors import DataError, UsageError
 from ..look import analysis
 from .common import opened
@@ -31,7 +32,7 @@ def predict(
     """For each image file its most probable classes: {"image": path, "classes": [{"class", "probability"}, ...]}.
 
     Args:
-        images: files, or folders, whose files are taken in the order of their names. Files are read as `datasets.read_image` says.
+        images: files, or folders, whose files are taken in the order of their names. Files are read as `images.read_image` says.
         top: how many classes.
         tta: "none", "flip" or "flip-shift"; see `analysis.views`.
         progress: called with how many files are done, of how many.

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.datasets import Data, load, with_statistics
+from ..data.datasets import load, with_statistics
 from ..data.loaders import Loader, TensorLoader, check_loader, make_loader
+from ..data.splits import Data
 from ..errors import CifarResnetError, RunDirectoryError, UsageError
 from ..look import figures
 from ..presets import PRESETS

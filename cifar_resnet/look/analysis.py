@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..data.datasets import Split
 from ..data.loaders import Loader
+from ..data.splits import Split
 from ..errors import UsageError
 from ..recipe import Recipe
 from ..training.engine import EVALUATION_BATCH, predict_logits, scores

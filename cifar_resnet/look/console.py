@@ -22,7 +22,7 @@ from ..presets import PRESETS
 from ..recipe import Recipe
 
 if TYPE_CHECKING:  # torch stays out of what only prints
-    from ..data.datasets import Data
+    from ..data.splits import Data
     from ..run_dir import Checkpoint
     from ..training.engine import Epoch, State, Step
     from ..training.lr_finder import FoundLR, Suggestions

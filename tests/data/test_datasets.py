@@ -15,7 +15,9 @@ import pytest
 from torchvision.datasets import CIFAR10
 
 from cifar_resnet import Recipe
-from cifar_resnet.data.datasets import DIGITS_MEAN, DIGITS_STD, data_directory, load, stratified, with_statistics
+from cifar_resnet.data.cifar import data_directory
+from cifar_resnet.data.datasets import DIGITS_MEAN, DIGITS_STD, load, with_statistics
+from cifar_resnet.data.splits import stratified
 from cifar_resnet.errors import DataError, UsageError
 
 
@@ -240,6 +242,9 @@ def test_a_folder_of_ones_own_gives_its_images_classes_and_statistics(own_images
     assert loaded.evaluation.labels.tolist() == [0, 0, 1, 1]
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(own_images.glob("train/*/*.png"))])
     assert np.array_equal(loaded.train.images, pixels)
+    names = [path.relative_to(own_images / "train").as_posix() for path in sorted(own_images.glob("train/*/*.png"))]
+    assert loaded.train.names.tolist() == names
+    assert loaded.train.take(np.array([7, 2])).names.tolist() == ["dogs/1.png", "cats/2.png"]
     filled = with_statistics(recipe, loaded.train)
     assert filled.mean == pytest.approx(pixels.mean((0, 1, 2)) / 255, abs=1e-4)
     assert filled.std == pytest.approx(pixels.std((0, 1, 2)) / 255, abs=1e-4)

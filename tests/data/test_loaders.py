@@ -11,8 +11,9 @@ import torch
 
 from cifar_resnet import Recipe
 from cifar_resnet.data.augment import Choices, draw
-from cifar_resnet.data.datasets import Split, with_statistics
+from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import AlbumentationsLoader, Share, TensorLoader, make_loader
+from cifar_resnet.data.splits import Split
 from cifar_resnet.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -180,7 +181,8 @@ def test_a_process_that_ends_inside_an_epoch_ends_its_workers():
     code = """
 import numpy as np, torch
 from cifar_resnet import Recipe
-from cifar_resnet.data.datasets import Split, with_statistics
+from cifar_resnet.data.datasets import with_statistics
+from cifar_resnet.data.splits import Split
 from cifar_resnet.data.loaders import AlbumentationsLoader
 split = Split(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64), np.arange(64))
 loader = AlbumentationsLoader(split, with_statistics(Recipe.build(batch_size=16)), torch.device("cpu"), 1)

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from cifar_resnet import Recipe, load_checkpoint, predict, train
-from cifar_resnet.data.datasets import load, read_image
+from cifar_resnet.data.datasets import load
+from cifar_resnet.data.images import read_image
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.jobs import predict as job
 

@@ -16,7 +16,7 @@ import torch
 from run_helpers import FILES, Listener, StopAfter, assert_same_run, content, equal_weights
 
 from cifar_resnet import Recipe, Watcher, load_checkpoint, run_dir, train
-from cifar_resnet.data.datasets import read_image
+from cifar_resnet.data.images import read_image
 from cifar_resnet.errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
 from cifar_resnet.jobs.interrupt import Interrupted, signals
 from cifar_resnet.look import console

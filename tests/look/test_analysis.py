@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from cifar_resnet import Recipe, build_model
-from cifar_resnet.data.datasets import Split
+from cifar_resnet.data.splits import Split
 from cifar_resnet.errors import UsageError
 from cifar_resnet.look import analysis
 

@@ -10,8 +10,9 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar_resnet import Recipe
-from cifar_resnet.data.datasets import Split, load, with_statistics
+from cifar_resnet.data.datasets import load, with_statistics
 from cifar_resnet.data.loaders import TensorLoader, make_loader
+from cifar_resnet.data.splits import Split
 from cifar_resnet.errors import NonFiniteLossError
 from cifar_resnet.training import engine, runtime
 from cifar_resnet.training.engine import Clock, Epoch, Rates, Step, rates_at, train_step

@@ -14,8 +14,9 @@ from plain import muon
 from torch import nn
 
 from cifar_resnet import PRESETS, Recipe
-from cifar_resnet.data.datasets import Split, with_statistics
+from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.data.splits import Split
 from cifar_resnet.training import engine
 from cifar_resnet.training.model import build_model
 from cifar_resnet.training.optim import (

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from cifar_resnet import Recipe
-from cifar_resnet.data.datasets import Split, with_statistics
+from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.data.splits import Split
 from cifar_resnet.errors import CifarResnetError, UsageError
 from cifar_resnet.training import engine
 from cifar_resnet.training.model import build_model

@@ -1,0 +1,48 @@
+"""What a data set is once it is read: images, labels, and where each image comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: uint8 (N, 32, 32, 3); labels: int64 (N,); indices: int64 (N,), each image's place in the published split.
+
+    names: str (N,), each image's file relative to the split's folder, with slashes; None where images have no files.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    names: np.ndarray | None = None
+
+    def take(self, positions: np.ndarray | slice) -> Split:
+        names = None if self.names is None else self.names[positions]
+        return Split(self.images[positions], self.labels[positions], self.indices[positions], names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and what it is judged by; `evaluated_on` is "test" or "holdout"."""
+
+    train: Split
+    evaluation: Split
+    classes: tuple[str, ...]
+    evaluated_on: str
+
+
+def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Sorted positions of `count` images, each class in proportion to its size; a smaller count gives a subset."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    place = np.empty(len(labels))  # of each image among its class, from 0 to 1
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        place[members[0]] = 0  # so that the rarest class has one too
+    return np.sort(order[np.argsort(place[order], kind="stable")[:count]])
