@@ -31,7 +31,8 @@ def image_folder(folder: Path, moved_to: Path | None) -> tuple[Split, Split, tup
             raise DataError(f"{folder} must hold {part}/CLASS/*, at least one PNG, JPEG or WebP image in each class") from None
         images = np.stack([read_image(Path(path)) for path, _ in found.samples])
         names = np.array([Path(path).relative_to(folder / part).as_posix() for path, _ in found.samples])
-        splits.append((Split(images, np.array(found.targets, np.int64), np.arange(len(images)), names), tuple(found.classes)))
+        labels = np.array(found.targets, np.int64)
+        splits.append((Split(images, labels, np.arange(len(images)), names, folder / part), tuple(found.classes)))
     (train, classes), (test, of_test) = splits
     if classes != of_test or len(classes) < 2:
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -11,17 +12,18 @@ import numpy as np
 class Split:
     """images: uint8 (N, 32, 32, 3); labels: int64 (N,); indices: int64 (N,), each image's place in the published split.
 
-    names: str (N,), each image's file relative to the split's folder, with slashes; None where images have no files.
+    names: str (N,), each image's file relative to `folder`, with slashes; both are None where images have no files.
     """
 
     images: np.ndarray
     labels: np.ndarray
     indices: np.ndarray
     names: np.ndarray | None = None
+    folder: Path | None = None
 
     def take(self, positions: np.ndarray | slice) -> Split:
         names = None if self.names is None else self.names[positions]
-        return Split(self.images[positions], self.labels[positions], self.indices[positions], names)
+        return Split(self.images[positions], self.labels[positions], self.indices[positions], names, self.folder)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -245,6 +245,7 @@ def test_a_folder_of_ones_own_gives_its_images_classes_and_statistics(own_images
     names = [path.relative_to(own_images / "train").as_posix() for path in sorted(own_images.glob("train/*/*.png"))]
     assert loaded.train.names.tolist() == names
     assert loaded.train.take(np.array([7, 2])).names.tolist() == ["dogs/1.png", "cats/2.png"]
+    assert loaded.train.take(np.array([7, 2])).folder == own_images / "train"
     filled = with_statistics(recipe, loaded.train)
     assert filled.mean == pytest.approx(pixels.mean((0, 1, 2)) / 255, abs=1e-4)
     assert filled.std == pytest.approx(pixels.std((0, 1, 2)) / 255, abs=1e-4)
