@@ -1,0 +1,130 @@
+"""Compares recipes over several seeds, and says by how much they differ.
+
+    python tests/trial.py docs/results/even-batches.json              # trains what the file still lacks
+    python tests/trial.py docs/results/even-batches.json --show       # only prints the table
+
+The file is question and answer in one. It is written by hand up to "results":
+
+    {
+      "question": "Do batches of equal size train better?",
+      "expected": "No difference that three seeds could show.",
+      "common": {"epochs": 4, "holdout": 5000},
+      "arms": {"fixed": {"batches": "fixed"}, "even": {"batches": "even"}},
+      "seeds": 3
+    }
+
+"common" and each arm hold fields of a `Recipe`, "recipe" among them; "holdout" must be above 0, so that no choice is made on the test set.
+The first arm is the control. The arms take turns: seed 0 of each, then seed 1 of each. Every run is added to the file when it
+ends. A call that was interrupted goes on where it stopped: unfinished runs lie in --runs.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+from scipy import stats
+
+from cifar_resnet import CifarResnetError, Recipe, train
+from cifar_resnet.jobs.bench import training_flop
+from cifar_resnet.run_dir import write_json
+
+
+def recipe_of(trial, arm, seed):
+    fields = {**trial["common"], **trial["arms"][arm]}
+    recipe = Recipe.build(fields.pop("recipe", None), seed=seed, **fields)
+    if not recipe.holdout:
+        sys.exit("a trial is judged on held-out images: give common a holdout, such as 5000")
+    return recipe
+
+
+def pflop(recipe, images):
+    """PFLOP of training with `images` over all epochs. A sharpness-aware step counts twice."""
+    return training_flop(recipe) * images * (1 + recipe.sam_share) / 1e15
+
+
+def run(trial, arm, seed, runs, device, captured):
+    """Trains one recipe, or goes on with its run, and gives its row."""
+    recipe, folder = recipe_of(trial, arm, seed), runs / f"{arm}-s{seed}"
+    begun = (folder / "recipe.json").exists()
+    how = dict(resume=folder) if begun else dict(recipe=recipe, run_dir=folder)
+    checkpoint = train(**how, device=device, captured=captured)
+    last, at = checkpoint.history[-1], checkpoint.environment
+    images = sum(row["images_per_second"] * row["seconds"] for row in checkpoint.history)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "accuracy": last["test_accuracy"],
+        "loss": last["test_loss"],
+        "train_accuracy": last["train_accuracy"],
+        "seconds": sum(row["seconds"] for row in checkpoint.history),
+        "pflop": pflop(checkpoint.recipe, images),
+        "environment": {name: at[name] for name in ("cifar_resnet", "python", "torch", "device", "device_name", "threads")},
+    }
+
+
+def interval(values):
+    """Mean, and half of its 95 % interval by Student's t: infinite for one value."""
+    count = len(values)
+    if count < 2:
+        return statistics.fmean(values), math.inf
+    return statistics.fmean(values), float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+
+
+def summary(trial):
+    """A row an arm: n, means, and the difference to the control over the seeds that both have."""
+    by_arm = {arm: {row["seed"]: row for row in trial["results"] if row["arm"] == arm} for arm in trial["arms"]}
+    control, rows = next(iter(by_arm.values())), []
+    for arm, found in by_arm.items():
+        if not found:
+            continue
+        paired = [found[seed]["accuracy"] - control[seed]["accuracy"] for seed in found if seed in control]
+        difference = interval(paired) if found is not control and paired else None
+        means = {key: statistics.fmean(row[key] for row in found.values()) for key in ("accuracy", "loss", "seconds", "pflop")}
+        rows.append({"arm": arm, "n": len(found), **means, "difference": difference, "pairs": len(paired)})
+    return rows
+
+
+def table(trial):
+    """The summary as a Markdown table."""
+    lines = ["| arm | n | accuracy | loss | against the control | PFLOP | seconds |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in summary(trial):
+        against = "control"
+        if row["difference"]:
+            mean, half = row["difference"]
+            spread = f"{mean - half:+.2f} to {mean + half:+.2f}" if math.isfinite(half) else "no interval"
+            against = f"{mean:+.2f} ({spread}; {row['pairs']} pairs)"
+        figures = f"{row['accuracy']:.2f} % | {row['loss']:.4f} | {against} | {row['pflop']:.3g} | {row['seconds']:,.0f}"
+        lines.append(f"| {row['arm']} | {row['n']} | {figures} |")
+    return "\n".join(lines)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Compares recipes over paired seeds.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: the file's name without its ending, in runs/)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--show", action="store_true", help="only print the table")
+    given = parser.parse_args(arguments)
+    trial = json.loads(given.file.read_text(encoding="utf-8"))
+    if missing := [key for key in ("question", "expected", "common", "arms", "seeds") if key not in trial]:
+        sys.exit(f"{given.file} lacks {', '.join(missing)}")
+    trial.setdefault("results", [])
+    runs, captured = given.runs or Path("runs") / given.file.stem, {}
+    done = {(row["arm"], row["seed"]) for row in trial["results"]}
+    wanted = [] if given.show else [(arm, seed) for seed in range(trial["seeds"]) for arm in trial["arms"]]
+    for arm, seed in wanted:
+        if (arm, seed) not in done:
+            trial["results"].append(run(trial, arm, seed, runs, given.device, captured))
+            write_json(given.file, trial)
+            print(f"{arm}, seed {seed}: {trial['results'][-1]['accuracy']:.2f} %", flush=True)
+    print(table(trial))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CifarResnetError as error:
+        sys.exit(str(error))
