@@ -1,0 +1,47 @@
+"""The tables of results are what the files of results say."""
+
+import importlib.util
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from cifar_resnet import PRESETS
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+specification = importlib.util.spec_from_file_location("tables", RESULTS / "tables.py")
+tables = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(tables)
+
+
+def test_every_table_in_readme_and_docs_is_up_to_date(capsys):
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_every_mark_has_an_end():
+    for path in (tables.ROOT / "README.md", *(tables.ROOT / "docs").rglob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        assert len(re.findall("<!-- table: ", text)) == len(tables.MARKED.findall(text)), path
+
+
+def test_the_headline_has_mean_and_deviation_of_the_runs():
+    rows = json.loads((RESULTS / "accuracy.json").read_text())
+    runs = max((row["accuracy"] for row in rows if row["recipe"] == "page"), key=len)
+    line = next(line for line in tables.headline().splitlines() if line.startswith("| `page`"))
+    assert f"{sum(runs) / len(runs):.2f} ± {statistics.stdev(runs):.2f} %" in line
+    assert line.endswith(f"| {len(runs)} |")
+
+
+def test_rows_name_recipes_that_there_are_and_their_commands():
+    for row in json.loads((RESULTS / "accuracy.json").read_text()):
+        assert row["recipe"] in PRESETS
+        named = re.search(r"--(?:recipe|dataset) (\S+)", row["command"])
+        assert (named[1] if named else "default") == row["recipe"]
+        assert not named or row["epochs"] == PRESETS[row["recipe"]].fields["epochs"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, "not measured"), (4.64, "4.6 s"), (94, "94 s"), (1884, "31 min"), (19980, "5.5 h")])
+def test_durations_are_short(seconds, text):
+    assert tables.duration(seconds) == text
