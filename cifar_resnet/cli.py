@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from . import __version__
 from .errors import CifarResnetError, UsageError
@@ -35,9 +36,55 @@ app = typer.Typer(
 
 STEPS, AFTER, BEFORE = "The four steps", "After a run", "Before a run"
 WHERE, RANGE, CHOICE, DRAWING, MEASURE = "Where and how", "Range test", "Which mistakes", "Drawing", "What to measure"
+NAME = "<name>"  # in place of choices, which would leave a narrow terminal no room: the help names them
+
+# What --help shows of a command that takes a recipe's fields, in this order.
+USUAL = (
+    "recipe", "dataset", "epochs", "batch_size", "max_lr", "seed", "rounds", "reference", "profile", "policy", "sweep",
+    "views", "device", "run_dir", "output", "json_output", "json_file", "resume", "repeat", "help_all",
+)  # fmt: skip
 
 
-def _option(help: str, panel: str = WHERE, *flags: str, **more: Any) -> Any:
+class BriefCommand(TyperCommand):
+    """A command whose --help shows the usual options in one panel, and whose --help-all shows every option by panel.
+
+    Both end with the command's examples, which are what Typer takes as its epilog.
+    """
+
+    whole = False
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.examples, self.epilog = self.epilog, None
+
+    def format_help(self, context: Any, formatter: Any) -> None:
+        if not self.whole:
+            options: list[Any] = self.params
+            usual = {each.name: each for each in options if each.name in USUAL and each.rich_help_panel != "Model"}
+            self.params = [usual[name] for name in USUAL if name in usual]
+            for each in usual.values():
+                each.rich_help_panel = None
+        super().format_help(context, formatter)
+        formatter.write(f"Examples:\n{self.examples}\n")
+
+
+def _show_all(context: typer.Context, asked: bool) -> None:
+    if asked:
+        assert isinstance(context.command, BriefCommand)
+        context.command.whole = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+def _command(panel: str, *examples: str) -> Any:
+    """Registers a command that takes a recipe's fields."""
+    return app.command(cls=BriefCommand, rich_help_panel=panel, epilog="\n".join(f"  cifar-resnet {each}" for each in examples))
+
+
+def _option(help: str, panel: str = WHERE, *flags: str, default: str | None = None, **more: Any) -> Any:
+    """`default` says in words what holds where the option is not given."""
+    if default is not None:
+        help, more["show_default"] = f"{help} [dim]\\[default: {default}][/dim]", False
     return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
 
 
@@ -49,91 +96,102 @@ def _argument(help: str) -> Any:
 # fmt: off
 Checkpoint = Annotated[Path, _argument("A checkpoint file, or the folder of a run.")]
 RecipeFile = Annotated[Path | None, _option(
-    "recipe.json of a run, or a part of one, to start from.", "Recipe", show_default="none"
+    "recipe.json of a run, or a part of one, to start from.", "Recipe", default="none"
 )]
 Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _option(
-    "Rule to go by; minimum is a tenth of the lowest point's.", RANGE
+    "Rule to go by: recommended, steepest, valley, or minimum, a tenth of the lowest point's.", RANGE, metavar=NAME
 )]
-RunDir = Annotated[Path | None, _option("Folder for what is written.", show_default="beside the checkpoint")]
+RunDir = Annotated[Path | None, _option("Folder for what is written.", default="beside the checkpoint")]
 DataDir = Annotated[Path | None, _option(
     "Folder with CIFAR-10, downloaded there if missing; or that a folder of your own images is now in.",
-    envvar="CIFAR_RESNET_DATA_DIR", show_default="the user's cache folder",
+    envvar="CIFAR_RESNET_DATA_DIR", default="the user's cache folder",
 )]
-Device = Annotated[str, _option("auto, cpu, cuda, cuda:N or mps; auto is the first there of cuda, mps, cpu.")]
+Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: the first there of cuda, mps, cpu.")]
 Loader = Annotated[Literal["auto", "tensor", "albumentations"], _option(
-    "tensor: the split on the device, augmented a batch at a time. albumentations: image by image in worker processes. auto: tensor."
+    "What augments: tensor, a batch at a time on the device; albumentations, image by image in worker processes; auto is tensor.",
+    metavar=NAME,
 )]
 Workers = Annotated[int | None, _option(
-    "Worker processes of the albumentations loader.", show_default="1 on a CPU, 4 beside a GPU"
+    "Worker processes of the albumentations loader.", default="1 on a CPU, 4 beside a GPU"
 )]
 Compile = Annotated[Literal["auto", "on", "off"], _option(
-    "Compile the model by torch.compile before the first step; auto does not."
+    "Whether torch.compile compiles the model before the first step: on, off, or auto, which is off.", metavar=NAME
 )]
-Format = Annotated[Literal["png", "svg", "pdf"], _option("Format of the pictures.")]
+Format = Annotated[Literal["png", "svg", "pdf"], _option("Format of the pictures: png, svg or pdf.", metavar=NAME)]
 Tta = Annotated[Literal["none", "flip", "flip-shift"], _option(
-    "Mean logits of several views: the image and its mirror image; or these, and each shifted by a pixel both ways."
+    "Test-time augmentation, the mean logits of several views: none, flip for the image and its mirror image, or flip-shift for "
+    "these and each shifted by a pixel both ways.", metavar=NAME
 )]
-Json = Annotated[bool, _option("Print it as JSON.", WHERE, "--json")]
-Picture = Annotated[Path, _option("The picture: .png, .svg or .pdf.", DRAWING)]
+Json = Annotated[bool, _option("Print the result as JSON.", WHERE, "--json")]
+Picture = Annotated[Path, _option("Where the picture goes: a .png, .svg or .pdf.", DRAWING)]
 
 StartLR = Annotated[float, _option("Learning rate of the first step.", RANGE)]
 EndLR = Annotated[float, _option("Learning rate of the last step.", RANGE)]
-NumIter = Annotated[int, _option("Steps.", RANGE)]
-StepMode = Annotated[Literal["exp", "linear"], _option("How the LR rises.", RANGE)]
+NumIter = Annotated[int, _option("Steps of the range test.", RANGE)]
+StepMode = Annotated[Literal["exp", "linear"], _option("How the LR rises: exp or linear.", RANGE, metavar=NAME)]
 TrialSteps = Annotated[int | None, _option(
     "Steps of each of the short trainings, three to six, that find the maximum; 0 for no such trainings.", RANGE,
-    show_default="25,600 images, half of the run at most, at least 50 steps",
+    default="25,600 images, half of the run at most, at least 50 steps",
 )]
 Sweep = Annotated[int | None, _option(
     "Also train this many epochs at each of nine maxima, judged on held-out images: what the rules are worth.", RANGE
 )]
 FinderDir = Annotated[Path | None, _option(
-    "Folder for lr_finder.json and its picture.", show_default="runs/find-lr-<recipe>-<dataset>-s<seed>-<UTC time>"
+    "Folder for lr_finder.json and its picture.", default="a new one in runs/"
 )]
 
 MaxLR = Annotated[str | None, _option(
-    "Learning rate at the peak of the schedule; find does what find-lr does first, and takes its minimum and maximum.",
-    "Optimizer", metavar="<float|find>", show_default=str(Recipe.model_fields["max_lr"].default),
+    "Learning rate at the peak of the schedule. With find in place of a number the search of find-lr comes first.",
+    "Optimizer", metavar="<float>", default=str(Recipe.model_fields["max_lr"].default),
 )]
 NewRunDir = Annotated[Path | None, _option(
-    "Empty or new folder for what the run writes.", show_default="runs/<recipe>-<dataset>-s<seed>-<UTC time>"
+    "Empty or new folder for what the run writes.", default="a new one in runs/"
 )]
 Resume = Annotated[Path | None, _option("Go on with the run in this folder.", show_default=False)]
-Repeat = Annotated[int | None, _option("Train this many seeds in a row, each in a folder of its own.", show_default="1")]
+Repeat = Annotated[int | None, _option("Train this many seeds in a row, each in a folder of its own.", default="1")]
 SaveEveryMinutes = Annotated[float, _option("Minutes inside an epoch between two checkpoints.")]
 TF32 = Annotated[bool, _option(
-    "Let float32 matrix products and convolutions use TF32 on NVIDIA GPUs.", WHERE, "--tf32/--no-tf32"
+    "Let float32 matrix products and convolutions use TF32 on NVIDIA GPUs.", WHERE, "--tf32"
 )]
 Target = Annotated[float | None, _option("Accuracy in percent, drawn as a line into the accuracy curve.", min=0, max=100)]
 
 Count = Annotated[int, _option("Images in the two pictures.", CHOICE)]
-Sort = Annotated[Literal["confidence", "class", "random"], _option("confidence: the surest mistakes first.", CHOICE)]
-TrueClass = Annotated[str | None, _option("Only images of this class.", CHOICE, metavar="CLASS", show_default="all")]
-PredictedClass = Annotated[str | None, _option("Only images taken for this class.", CHOICE, metavar="CLASS", show_default="all")]
+Sort = Annotated[Literal["confidence", "class", "random"], _option(
+    "Order of the mistakes: confidence, the surest first; class; or random.", CHOICE, metavar=NAME
+)]
+TrueClass = Annotated[str | None, _option("Only images of this class.", CHOICE, metavar="CLASS", default="all")]
+PredictedClass = Annotated[str | None, _option("Only images taken for this class.", CHOICE, metavar="CLASS", default="all")]
 Layer = Annotated[Literal["prep", "layer1", "layer2", "layer3"], _option(
-    "Whose output Grad-CAM weighs: 32x32, 16x16, 8x8 or 4x4.", CHOICE
+    "Layer whose output Grad-CAM weighs: prep (32x32), layer1 (16x16), layer2 (8x8) or layer3 (4x4).", CHOICE, metavar=NAME
 )]
 
 Runs = Annotated[list[Path], _argument("Folders of finished runs, or checkpoint files.")]
-Page = Annotated[Path | None, _option("The file.", show_default="report.html beside the checkpoint")]
+Page = Annotated[Path | None, _option("Where the page goes.", default="report.html beside the checkpoint")]
 Images = Annotated[list[Path], _argument("Image files, or folders of them.")]
 Top = Annotated[int, _option("Classes shown for each image.")]
-Exported = Annotated[Path | None, _option("The file.", show_default="model.<format> beside the checkpoint")]
-ExportFormat = Annotated[Literal["onnx", "safetensors"], _option("The extra export has the packages that they need.")]
+Exported = Annotated[Path | None, _option("Where the model goes.", default="model.<format> beside the checkpoint")]
+ExportFormat = Annotated[Literal["onnx", "safetensors"], _option(
+    "Kind of file: onnx or safetensors. Both need the packages of the extra named export.", metavar=NAME
+)]
 WithPreprocessing = Annotated[bool, _option(
-    "Normalise inside the graph: it takes uint8 (N, 32, 32, 3).", WHERE, "--with-preprocessing"
+    "Normalise inside the ONNX graph, which then takes uint8 (N, 32, 32, 3).", WHERE, "--with-preprocessing"
 )]
 
 Views = Annotated[int, _option("Augmented views of each image.", DRAWING)]
-Policy = Annotated[Literal["one-cycle", "triangular"], _option("The recipe's own, or the cyclical zigzag.", DRAWING)]
+Policy = Annotated[Literal["one-cycle", "triangular"], _option(
+    "Schedule to draw: one-cycle, the recipe's own; or triangular, the cyclical zigzag.", DRAWING, metavar=NAME
+)]
 MinLR = Annotated[float, _option("Lower bound of the triangular policy.", DRAWING)]
-StepSize = Annotated[int, _option("Steps from one bound to the other.", DRAWING)]
-Cycles = Annotated[int, _option("Times up and down.", DRAWING)]
+StepSize = Annotated[int, _option("Steps of the triangular policy from one bound to the other.", DRAWING)]
+Cycles = Annotated[int, _option("How often the triangular policy goes up and down.", DRAWING)]
 Rounds = Annotated[int, _option("Times that everything is measured.", MEASURE)]
 Reference = Annotated[bool, _option("Measure a plain loop too, as notebooks have it.", MEASURE, "--reference")]
 Profile = Annotated[bool, _option("Show which operators take the time of training.", MEASURE, "--profile")]
-JsonFile = Annotated[Path | None, _option("File for all that was measured.", MEASURE, "--json", show_default="none")]
+JsonFile = Annotated[Path | None, _option("File for all that was measured.", MEASURE, "--json", default="none")]
 RecipeName = Annotated[str | None, _argument("Print every field of this one, as recipe.json.")]
+HelpAll = Annotated[bool | None, typer.Option(
+    "--help-all", help="Show every option, by subject, and exit.", callback=_show_all, is_eager=True
+)]
 # fmt: on
 
 
@@ -147,13 +205,13 @@ def with_fields(taken: Callable[[str, str], bool]) -> Callable[[Callable[..., No
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = dict(inspect.signature(function, eval_str=True).parameters)
         built = own.pop("options", None) is None
-        added = {"recipe_file": RecipeFile} if built else {}
+        added: dict[str, Any] = {"help_all": HelpAll, **({"recipe_file": RecipeFile} if built else {})}
         own.pop("recipe", None)
         fields = [name for name in Recipe.model_fields if name == "recipe" or (name not in own and taken(name, _panel(name)))]
         added |= {name: _field_option(name) for name in fields}
 
         @functools.wraps(function)
-        def run(**given: Any) -> None:
+        def run(help_all: None, **given: Any) -> None:
             options = {name: given.pop(name) for name in fields}
             if built:
                 function(recipe=Recipe.build(options.pop("recipe"), given.pop("recipe_file"), **options), **given)
@@ -177,9 +235,12 @@ def _field_option(name: str) -> Any:
     if type(None) in get_args(kind):
         kind = next(part for part in get_args(kind) if part is not type(None))
     default = {"None": "none", "True": "yes", "False": "no"}.get(str(field.default), str(field.default))
+    shown, choices = {}, get_args(kind) if get_origin(kind) is Literal else ()
+    if choices:
+        default, shown = f"{default}; or: {', '.join(each for each in choices if each != field.default)}", {"metavar": NAME}
     flag = name.replace("_", "-")
     flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
-    return Annotated[kind | None, _option(str(field.description), _panel(name), flags, show_default=default)]
+    return Annotated[kind | None, _option(str(field.description), _panel(name), flags, default=default, **shown)]
 
 
 def _panel(name: str) -> str:
@@ -207,7 +268,7 @@ def _written(folder: Path, *names: str) -> str:
 NOT_SWEPT = ("holdout", "test_limit", "max_lr", "div_factor", "sam_share", "sam_radius", "ema_decay", "ema_every")
 
 
-@app.command(rich_help_panel=STEPS)
+@_command(STEPS, "find-lr", "find-lr --dataset digits", "find-lr --sweep 2")
 @with_fields(lambda name, panel: name not in NOT_SWEPT)
 def find_lr(
     recipe: Recipe, start_lr: StartLR = 1e-4, end_lr: EndLR = 10.0, num_iter: NumIter = 100, step_mode: StepMode = "exp",
@@ -216,8 +277,7 @@ def find_lr(
 ) -> None:  # fmt: skip
     """Find the learning rate: a range test, then short trainings around its bottom.
 
-    A fresh model is trained for some steps while the LR rises; the loss tells at which LRs it learns. Then three to six short
-    trainings with whole schedules tell which maximum trains well.
+    The loss of a fresh model, while the LR rises, tells where it learns. Then short trainings tell which maximum is best.
     """
     from .jobs.common import command_line
     from .jobs.find_lr import with_found_lr
@@ -241,7 +301,7 @@ def _find_lr(recipe: Recipe, folder: Path | None, **settings: Any) -> FoundLR:
         return find_lr(recipe, folder, **settings, progress=progress, notify=console.say)
 
 
-@app.command(rich_help_panel=STEPS)
+@_command(STEPS, "train --dataset digits", "train --epochs 24 --batch-size 512 --seed 1", "train --resume runs/default-1")
 @with_fields(lambda name, panel: True)
 def train(
     options: dict[str, Any], recipe_file: RecipeFile = None, max_lr: MaxLR = None, suggest: Suggest = "recommended",
@@ -407,7 +467,7 @@ def export(
         console.say(f"input images: {pixels if with_preprocessing else normalised}; output logits: float32 (N, classes)")
 
 
-@app.command(rich_help_panel=BEFORE)
+@_command(BEFORE, "samples", "samples --dataset digits --views 12 --output digits.png")
 @with_fields(lambda name, panel: panel in ("Recipe", "Augmentation") or name in ("dataset", "mean", "std", "seed"))
 def samples(
     recipe: Recipe, views: Views = 8, output: Picture = Path("samples.png"), data_dir: DataDir = None, loader: Loader = "auto",
@@ -420,7 +480,7 @@ def samples(
     console.say(_written(output.parent, output.name))
 
 
-@app.command(rich_help_panel=BEFORE)
+@_command(BEFORE, "summary", "summary --recipe page --json")
 @with_fields(lambda name, panel: panel in ("Recipe", "Model") or name == "batch_size")
 def summary(recipe: Recipe, json_output: Json = False) -> None:
     """Show the network layer by layer: shapes, parameters, multiply-adds, receptive field."""
@@ -433,7 +493,7 @@ def summary(recipe: Recipe, json_output: Json = False) -> None:
         console.summary(content)
 
 
-@app.command(rich_help_panel=BEFORE)
+@_command(BEFORE, "schedule", "schedule --recipe page --epochs 12", "schedule --policy triangular --max-lr 0.1")
 @with_fields(lambda name, panel: panel in ("Recipe", "Schedule") or name == "max_lr")
 def schedule(
     recipe: Recipe, policy: Policy = "one-cycle", min_lr: MinLR = 0.001, step_size: StepSize = 490, cycles: Cycles = 3,
@@ -455,7 +515,7 @@ def schedule(
     console.say(_written(output.parent, output.name))
 
 
-@app.command(rich_help_panel=BEFORE)
+@_command(BEFORE, "bench", "bench --reference --json bench.json")
 @with_fields(lambda name, panel: name not in ("dataset", "holdout", "train_limit", "test_limit"))
 def bench(
     recipe: Recipe, rounds: Rounds = 9, reference: Reference = False, profile: Profile = False, json_file: JsonFile = None,
@@ -481,7 +541,7 @@ def bench(
 
 @app.command(rich_help_panel=BEFORE)
 def recipes(name: RecipeName = None) -> None:
-    """List the named recipes, their origin and what was assumed; or print one."""
+    """List the named recipes, or print one."""
     if name is None:
         console.recipes()
     else:

@@ -63,10 +63,10 @@ class Recipe(BaseModel):
     fc_bias: bool = _field(True, "Model", "Bias on the fully connected layer.")
     prep_order: Literal["bn-relu", "relu-bn"] = _field("bn-relu", "Model", "What follows the first convolution, in which order.")
     pool_position: Literal["before-bn", "after-relu"] = _field("before-bn", "Model", "Where the three layers max-pool.")
-    output: Literal["logits", "softmax", "log-softmax"] = _field("logits", "Model", "What the model puts after its logits.")
+    output: Literal["logits", "softmax", "log-softmax"] = _field("logits", "Model", "What follows the logits of the model.")
     logit_scale: float = _field(0.125, "Model", "Constant that the logits are multiplied by.", gt=0)
     init: Literal["default", "dirac"] = _field(
-        "dirac", "Model", "Initial weights: torch's own, or all kernels but the first passing their inputs on."
+        "dirac", "Model", "Initial weights: default is torch's own; with dirac all kernels but the first pass their inputs on."
     )
 
     optimizer: Literal["sgd", "muon", "adam", "adamw"] = _field(
@@ -109,7 +109,7 @@ class Recipe(BaseModel):
     flip_order: Literal["random", "alternating"] = _field(
         "alternating",
         "Augmentation",
-        "alternating: each image's first flip is random, then it turns every epoch; where the probability is not 0.5, as random.",
+        "Which epochs flip an image. alternating: every second one, after a random start; random where the probability is not 0.5.",
     )
     cutout_size: int = _field(8, "Augmentation", "Side of the square holes, in pixels.", ge=1, le=32)
     cutout_count: int = _field(1, "Augmentation", "Holes an image; 0 for no cutout.", ge=0, le=16)
@@ -120,7 +120,7 @@ class Recipe(BaseModel):
 
     seed: int = _field(0, "Run", "Seed of the weights, the order of the images and the augmentations.", ge=0, lt=2**32)
     precision: Literal["auto", "float32", "bfloat16"] = _field(
-        "auto", "Run", "Arithmetic; auto is bfloat16 where the hardware multiplies in it."
+        "auto", "Run", "Arithmetic of the network; auto is bfloat16 where the hardware multiplies in it."
     )
 
     @field_validator("grad_clip", mode="before")

@@ -1,14 +1,18 @@
 """What all commands share: help, usage errors, options, plain output. What a command does is tested with its job."""
 
+import inspect
 import json
 import re
 import subprocess
 import sys
+from typing import Literal, get_args, get_origin
 
 import pytest
+import typer
 
 import cifar_resnet
 from cifar_resnet import Recipe, load_checkpoint
+from cifar_resnet import cli as command_line
 
 SMALL = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--width", 4)
 
@@ -54,13 +58,68 @@ def test_every_public_name_is_there():
         _ = cifar_resnet.nothing
 
 
-def test_help_names_every_field_with_its_default(cli):
-    code, out, _ = cli("train", "--help")
-    assert code == 0
-    text = " ".join(re.sub(r"[│╭╰─╮╯]", " ", out).split())
+COMMANDS = typer.main.get_command(command_line.app).commands
+BRIEF = [name for name, command in COMMANDS.items() if isinstance(command, command_line.BriefCommand)]
+
+
+@pytest.fixture
+def helped(cli, monkeypatch):
+    """What a command's help says in 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(command, option="--help"):
+        code, out, err = cli(command, option)
+        assert (code, err) == (0, "")
+        assert max(map(len, out.splitlines())) <= 80
+        return out
+
+    return run
+
+
+def words(out):
+    return " ".join(re.sub(r"[│╭╰─╮╯]", " ", out).split())
+
+
+def test_all_help_names_every_field_with_its_default(helped):
+    text = words(helped("train", "--help-all"))
     for name, field in Recipe.model_fields.items():
         default = {"None": "none", "True": "yes", "False": "no"}.get(str(field.default), str(field.default))
-        assert re.search(rf"--{name.replace('_', '-')} .*?\[default: \(?{re.escape(default)}\)?\]", text), name
+        assert re.search(rf"--{name.replace('_', '-')} .*?\[default: {re.escape(default)}[;\]]", text), name
+    assert "--save-every-minutes" in text
+
+
+def test_help_begins_with_what_one_uses(helped):
+    lines = helped("train").splitlines()
+    assert len(lines) < 50
+    shown = re.findall(r"^│ (--[a-z-]+)", "\n".join(lines), re.MULTILINE)
+    assert shown[:4] == ["--recipe", "--dataset", "--epochs", "--batch-size"]
+    assert {"--max-lr", "--seed", "--device", "--resume", "--help-all"} < set(shown)
+    assert "--weight-decay" not in shown
+    assert len([line for line in lines if line.startswith("  cifar-resnet train ")]) == 3
+
+
+def choices(command):
+    """The values that an option of the command takes, by option."""
+    function = next(each.callback for each in command_line.app.registered_commands if each.callback.__name__ == command)
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        kind = get_args(parameter.annotation)[0]
+        for part in (kind, *get_args(kind)):
+            yield name.replace("_", "-"), [str(value) for value in get_args(part)] if get_origin(part) is Literal else []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_choice_and_cuts_nothing(helped, command):
+    brief = helped(command)
+    whole = helped(command, "--help-all") if command in BRIEF else brief
+    assert len(brief.splitlines()) < 50
+    assert "[default: (" not in whole
+    assert "…" not in whole
+    for option, values in choices(command.replace("-", "_")):
+        assert all(re.search(rf"--{option} .*{value}", words(whole)) for value in values), option
+    examples = re.findall(r"^  cifar-resnet (.*)$", brief, re.MULTILINE)
+    assert bool(examples) == (command in BRIEF)
+    for name, *arguments in map(str.split, examples):
+        COMMANDS[name].make_context(name, arguments)
 
 
 def test_recipes_are_listed_with_origin_and_assumptions(cli):

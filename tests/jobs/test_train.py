@@ -503,7 +503,7 @@ def tf32():
 def test_float32_is_float32_unless_tf32_is_asked_for(cli, tf32, tmp_path, monkeypatch, no_figures):
     during = []
     monkeypatch.setattr(console.TrainingTable, "step", lambda self, step, state: during.append(tf32()))
-    for number, (option, expected) in enumerate(((("--tf32",), True), ((), False), (("--no-tf32",), False))):
+    for number, (option, expected) in enumerate(((("--tf32",), True), ((), False))):
         assert cli("train", *DIGITS, "--epochs", 1, *option, "--run-dir", tmp_path / str(number))[0] == 0
         assert set(during) == {(expected, expected)}
         during.clear()
