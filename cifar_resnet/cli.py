@@ -88,13 +88,18 @@ def _option(help: str, panel: str = WHERE, *flags: str, default: str | None = No
     return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
 
 
-def _argument(help: str) -> Any:
-    return typer.Argument(help=help, show_default=False)
+def _argument(help: str, metavar: str | None = None) -> Any:
+    return typer.Argument(help=help, metavar=metavar, show_default=False)
 
 
 # What commands take beside the fields of a recipe: first what several of them share, then by command.
 # fmt: off
-Checkpoint = Annotated[Path, _argument("A checkpoint file, or the folder of a run.")]
+Checkpoint = Annotated[list[Path] | None, _argument(
+    "The folder of a run, or its checkpoint file; latest, or nothing, is the newest run in runs/.", "[RUN]"
+)]
+Checkpoints = Annotated[list[Path] | None, _argument(
+    "Folders of runs or of repetitions, or checkpoint files; latest, or nothing, is the newest run in runs/.", "[RUN]..."
+)]
 RecipeFile = Annotated[Path | None, _option(
     "recipe.json of a run, or a part of one, to start from.", "Recipe", default="none"
 )]
@@ -137,7 +142,7 @@ Sweep = Annotated[int | None, _option(
     "Also train this many epochs at each of nine maxima, judged on held-out images: what the rules are worth.", RANGE
 )]
 FinderDir = Annotated[Path | None, _option(
-    "Folder for lr_finder.json and its picture.", default="a new one in runs/"
+    "Folder for lr_finder.json and its picture.", default="runs/find-lr-<recipe>-<n>"
 )]
 
 MaxLR = Annotated[str | None, _option(
@@ -145,9 +150,9 @@ MaxLR = Annotated[str | None, _option(
     "Optimizer", metavar="<float>", default=str(Recipe.model_fields["max_lr"].default),
 )]
 NewRunDir = Annotated[Path | None, _option(
-    "Empty or new folder for what the run writes.", default="a new one in runs/"
+    "Empty or new folder for what the run writes.", default="runs/<recipe>-<n>"
 )]
-Resume = Annotated[Path | None, _option("Go on with the run in this folder.", show_default=False)]
+Resume = Annotated[Path | None, _option("Go on with the run in this folder; latest is the newest run in runs/.", show_default=False)]
 Repeat = Annotated[int | None, _option("Train this many seeds in a row, each in a folder of its own.", default="1")]
 SaveEveryMinutes = Annotated[float, _option("Minutes inside an epoch between two checkpoints.")]
 TF32 = Annotated[bool, _option(
@@ -165,9 +170,12 @@ Layer = Annotated[Literal["prep", "layer1", "layer2", "layer3"], _option(
     "Layer whose output Grad-CAM weighs: prep (32x32), layer1 (16x16), layer2 (8x8) or layer3 (4x4).", CHOICE, metavar=NAME
 )]
 
-Runs = Annotated[list[Path], _argument("Folders of finished runs, or checkpoint files.")]
+Runs = Annotated[list[Path], _argument("Folders of finished runs or of repetitions, or checkpoint files.", "RUN...")]
 Page = Annotated[Path | None, _option("Where the page goes.", default="report.html beside the checkpoint")]
-Images = Annotated[list[Path], _argument("Image files, or folders of them.")]
+RunAndImages = Annotated[list[Path], _argument(
+    "The folder of a run, or its checkpoint file; then image files, or folders of them. Without a run: the newest one in runs/.",
+    "[RUN] IMAGE...",
+)]
 Top = Annotated[int, _option("Classes shown for each image.")]
 Exported = Annotated[Path | None, _option("Where the model goes.", default="model.<format> beside the checkpoint")]
 ExportFormat = Annotated[Literal["onnx", "safetensors"], _option(
@@ -281,12 +289,12 @@ def find_lr(
     """
     from .jobs.common import command_line
     from .jobs.find_lr import with_found_lr
-    from .run_dir import default_directory
+    from .run_dir import directory_for
 
-    folder = run_dir or default_directory(recipe, "find-lr-")
     swept = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, trial_steps=trial_steps, sweep=sweep)
     where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, format=format)
-    found = _find_lr(recipe, folder, **swept, **where)
+    with directory_for(run_dir, recipe, "find-lr-") as folder:
+        found = _find_lr(recipe, folder, **swept, **where)
     then = ""
     if found.suggestions.by(suggest):
         chosen = with_found_lr(recipe, found.suggestions, suggest)
@@ -324,6 +332,11 @@ def train(
     began = time.perf_counter()
     from .jobs import repeat as repetition
     from .jobs import train as training
+    from .run_dir import REPEAT, find_run
+
+    if resume is not None:
+        given, resume = resume, find_run(resume, repetition=True)
+        _say_newest(given != resume, resume)
 
     watch: Any = console.TrainingTable  # a Watcher by its methods: look/ imports no jobs
     watcher = watch(began)
@@ -333,7 +346,7 @@ def train(
     must_match = {name: value for name, value in options.items() if value is not None}
     how = dict(save_every_minutes=save_every_minutes, compile=compile, tf32=tf32, target=target, format=format)
     settings: dict[str, Any] = dict(resume=resume, must_match=must_match, **where, **how)
-    if repeat is not None or (resume is not None and (resume / repetition.REPEAT).exists()):
+    if repeat is not None or (resume is not None and (resume / REPEAT).exists()):
         console.repetition(repetition.repeat(recipe, repeat, run_dir, watch=watch, **settings))
         return
     with watcher:
@@ -374,24 +387,68 @@ def _with_found_lr(recipe: Recipe, suggest: str, run_dir: Path | None, **where: 
     return recipe
 
 
+def _say_newest(chosen: bool, run: Path) -> None:
+    """On standard error, as standard output may be read by a program."""
+    if chosen and not console.console.quiet:
+        print(f"cifar-resnet: the newest run is {run}", file=sys.stderr)
+
+
+def _runs(given: list[Path] | None) -> list[Path]:
+    """The runs that a command was given; the newest one, where it was given none."""
+    from .run_dir import find_runs
+
+    runs = find_runs(given)
+    _say_newest(len(runs) == 1 and runs != given, runs[0])
+    return runs
+
+
+def _one_run(given: list[Path] | None, command: str) -> Path:
+    from .run_dir import find_run
+
+    if given and len(given) > 1:
+        raise UsageError(f"{command} takes one run, not {len(given)}: {', '.join(map(str, given))}")
+    run = find_run(given[0] if given else None)
+    _say_newest([run] != given, run)
+    return run
+
+
 @app.command(rich_help_panel=STEPS)
 def evaluate(
-    checkpoint: Checkpoint, tta: Tta = "none", run_dir: RunDir = None, data_dir: DataDir = None, device: Device = "auto",
-    format: Format = "png",
+    checkpoints: Checkpoints = None, tta: Tta = "none", run_dir: RunDir = None, data_dir: DataDir = None,
+    device: Device = "auto", format: Format = "png",
 ) -> None:  # fmt: skip
-    """Evaluate a checkpoint: loss, accuracy, calibration, a table by class, the confusion matrix."""
+    """Evaluate checkpoints: loss, accuracy, calibration, a table by class, the confusion matrix.
+
+    Of several runs, one that fails is named, and the others are evaluated; the exit code is then 1.
+    """
     from .jobs.evaluate import evaluate
 
-    with console.console.status("evaluating"):
-        content = evaluate(checkpoint, run_dir, tta=tta, data_dir=data_dir, device=device, format=format, notify=console.say)
-    pictures = [f"{name}.{format}" for name in ("confusion_matrix", "class_accuracy", "reliability")]
-    folder = run_dir or Path(content["checkpoint"]).parent
-    console.evaluation(content, _written(folder, "evaluation.json", *pictures))
+    runs, done = _runs(checkpoints), []
+    if run_dir and len(runs) > 1:
+        raise UsageError(f"--run-dir takes the files of one run, not of {len(runs)}; without it they go beside each checkpoint")
+    for run in runs:
+        if len(runs) > 1:
+            console.say(str(run), style="bold")
+        try:
+            with console.console.status("evaluating"):
+                content = evaluate(run, run_dir, tta=tta, data_dir=data_dir, device=device, format=format, notify=console.say)
+        except CifarResnetError as error:
+            if len(runs) == 1:
+                raise
+            print(f"cifar-resnet: {error}", file=sys.stderr)
+            continue
+        pictures = [f"{name}.{format}" for name in ("confusion_matrix", "class_accuracy", "reliability")]
+        console.evaluation(content, _written(run_dir or Path(content["checkpoint"]).parent, "evaluation.json", *pictures))
+        done.append(content)
+    if len(runs) > 1:
+        console.evaluations(done)
+    if len(done) < len(runs):
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=STEPS)
 def misclassified(
-    checkpoint: Checkpoint, count: Count = 25, sort: Sort = "confidence", true: TrueClass = None,
+    checkpoint: Checkpoint = None, count: Count = 25, sort: Sort = "confidence", true: TrueClass = None,
     predicted: PredictedClass = None, layer: Layer = "layer2", run_dir: RunDir = None, data_dir: DataDir = None,
     device: Device = "auto", format: Format = "png",
 ) -> None:  # fmt: skip
@@ -399,11 +456,12 @@ def misclassified(
     from .jobs.misclassified import misclassified
     from .run_dir import find_checkpoint
 
+    run = _one_run(checkpoint, "misclassified")
     choice: dict[str, Any] = dict(count=count, sort=sort, true=true, predicted=predicted, layer=layer)
     with console.console.status("looking for mistakes"):
-        chosen = misclassified(checkpoint, run_dir, **choice, data_dir=data_dir, device=device, format=format, notify=console.say)
+        chosen = misclassified(run, run_dir, **choice, data_dir=data_dir, device=device, format=format, notify=console.say)
     pictures = [f"misclassified.{format}", f"gradcam.{format}"] if chosen else []
-    console.mistakes(chosen, _written(run_dir or find_checkpoint(checkpoint).parent, "misclassified.json", *pictures))
+    console.mistakes(chosen, _written(run_dir or find_checkpoint(run).parent, "misclassified.json", *pictures))
 
 
 @app.command(rich_help_panel=AFTER)
@@ -420,18 +478,19 @@ def compare(runs: Runs, output: Picture = Path("comparison.png"), json_output: J
 
 
 @app.command(rich_help_panel=AFTER)
-def report(checkpoint: Checkpoint, output: Page = None, data_dir: DataDir = None, device: Device = "auto") -> None:
+def report(checkpoint: Checkpoint = None, output: Page = None, data_dir: DataDir = None, device: Device = "auto") -> None:
     """Write a finished run as one HTML page: figures, pictures, mistakes, recipe, and the command that repeats it."""
     from .jobs.report import report
 
+    run = _one_run(checkpoint, "report")
     with console.console.status("writing the report"):
-        path = report(checkpoint, output, data_dir=data_dir, device=device, notify=console.say)
+        path = report(run, output, data_dir=data_dir, device=device, notify=console.say)
     console.say(_written(path.parent, path.name))
 
 
 @app.command(rich_help_panel=AFTER)
 def predict(
-    checkpoint: Checkpoint, images: Images, top: Top = 3, json_output: Json = False, tta: Tta = "none", device: Device = "auto"
+    run_and_images: RunAndImages, top: Top = 3, json_output: Json = False, tta: Tta = "none", device: Device = "auto"
 ) -> None:
     """Name what is on image files: each one's centred square, scaled to 32x32, through the model.
 
@@ -439,10 +498,11 @@ def predict(
     """
     from .jobs.predict import predict
 
+    run, images = _run_and_images(run_and_images)
     skipped: list[str] = []
     with console.progress("predicting", "images") as progress:
         how: dict[str, Any] = dict(top=top, tta=tta, device=device)
-        found = list(predict(checkpoint, images, **how, progress=progress, skipped=skipped.append))
+        found = list(predict(run, images, **how, progress=progress, skipped=skipped.append))
     if json_output:
         print(json.dumps(found, indent=2))
     else:
@@ -453,14 +513,26 @@ def predict(
         raise typer.Exit(1)
 
 
+def _run_and_images(given: list[Path]) -> tuple[Path, list[Path]]:
+    """The run, which may be left out, and what follows. Where much follows, what is not there is meant as a run."""
+    from .run_dir import is_run
+
+    if not is_run(given[0]) and (len(given) == 1 or given[0].exists()):
+        return _one_run(None, "predict"), given
+    if len(given) == 1:
+        raise UsageError(f"predict {given[0]}: that is a run, and no image is given")
+    return _one_run(given[:1], "predict"), given[1:]
+
+
 @app.command(rich_help_panel=AFTER)
 def export(
-    checkpoint: Checkpoint, output: Exported = None, format: ExportFormat = "onnx", with_preprocessing: WithPreprocessing = False
-) -> None:
+    checkpoint: Checkpoint = None, output: Exported = None, format: ExportFormat = "onnx",
+    with_preprocessing: WithPreprocessing = False,
+) -> None:  # fmt: skip
     """Export the model for other programs: as an ONNX graph, or its weights as safetensors."""
     from .jobs.export import export
 
-    path = export(checkpoint, output, format=format, with_preprocessing=with_preprocessing)
+    path = export(_one_run(checkpoint, "export"), output, format=format, with_preprocessing=with_preprocessing)
     console.say(_written(path.parent, path.name))
     if format == "onnx":
         pixels, normalised = "uint8 (N, 32, 32, 3), pixels", "float32 (N, 3, 32, 32), normalised by the recipe's mean and std"

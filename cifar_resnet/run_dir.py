@@ -6,13 +6,13 @@ import io
 import json
 import math
 import os
+import re
 import socket
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from .training.engine import State, finite, start
 from .training.model import ResNet, build_model
 from .training.optim import make_optimizer
 
-CHECKPOINT, LOCK, HOLDER = "checkpoint.pt", ".lock", ".lock-holder"
+CHECKPOINT, RECIPE, REPEAT, LOCK, HOLDER = "checkpoint.pt", "recipe.json", "repeat.json", ".lock", ".lock-holder"
+RUNS, LATEST = Path("runs"), "latest"
 ROW = {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second"}
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
 
@@ -61,7 +62,74 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def default_directory(recipe: Recipe, prefix: str = "") -> Path:
-    return Path("runs") / f"{prefix}{recipe.recipe}-{recipe.dataset_name}-s{recipe.seed}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    """Makes a folder for what has not been given one, `runs/<name>-<n>`, with n above those of that name which are there.
+
+    The name is the recipe's; where that is `default`, and the images are not CIFAR-10, the data set's. Of several processes that
+    ask at the same time each gets a folder of its own.
+
+    Raises:
+        RunDirectoryError: it cannot be made.
+    """
+    name = recipe.dataset_name if recipe.recipe == "default" and recipe.dataset != "cifar10" else recipe.recipe
+    name = prefix + (re.sub(r"[^\w.-]+", "-", name).strip("-.")[:60] or "images")
+    while True:
+        with suppress(FileExistsError, FileNotFoundError):  # another process was sooner, or removed `runs` that was empty
+            taken = (re.fullmatch(rf"{re.escape(name)}-(\d+)", each) for each in os.listdir(writable(RUNS)))
+            folder = RUNS / f"{name}-{1 + max((int(match[1]) for match in taken if match), default=0)}"
+            folder.mkdir()
+            return folder
+
+
+@contextmanager
+def directory_for(path: Path | None, recipe: Recipe, prefix: str) -> Iterator[Path]:
+    """The folder given, else a default one, which goes again if nothing was written into it."""
+    folder = path or default_directory(recipe, prefix)
+    try:
+        yield folder
+    finally:
+        if path is None:
+            with suppress(OSError):  # one that is not empty stays
+                folder.rmdir()
+                RUNS.rmdir()
+
+
+def find_run(path: Path | str | None = None, *, repetition: bool = False) -> Path:
+    """The run directory or checkpoint file that was given; for `latest`, or None, the newest run in `runs`.
+
+    The newest run is the one whose recipe.json or checkpoint.pt was written last, whether it has ended or not. Those of a repetition
+    count. A file or folder of the name `latest` goes before.
+
+    Args:
+        repetition: gives the folder of the repetition, where the newest run is one of it.
+
+    Raises:
+        UsageError: there is no run in `runs`.
+    """
+    if path is not None and (str(path) != LATEST or Path(path).exists()):
+        return Path(path)
+    written = [file for folder in ("*", "*/s*") for name in (RECIPE, CHECKPOINT) for file in RUNS.glob(f"{folder}/{name}")]
+    if not written:
+        raise UsageError(f"there is no run in {RUNS.absolute()}; give the folder of one, or make one: cifar-resnet train")
+    newest = max(written, key=lambda file: file.stat().st_mtime_ns).parent
+    return newest.parent if repetition and (newest.parent / REPEAT).exists() else newest
+
+
+def find_runs(paths: Sequence[Path | str] | None = None) -> list[Path]:
+    """What `find_run` gives for each, the newest run where there is none; for a repetition the folders of its runs."""
+    return [run for path in paths or [LATEST] for run in (seeds_of(Path(path)) or [find_run(path)])]
+
+
+def seeds_of(folder: Path) -> list[Path]:
+    """The folders of the runs of a repetition, by seed; none where the folder is not one's."""
+    there = folder.glob("s*") if (folder / REPEAT).exists() else ()
+    seeds = sorted(int(each.name[1:]) for each in there if each.name[1:].isdecimal() and (each / RECIPE).exists())
+    return [folder / f"s{seed}" for seed in seeds]
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is meant as a run: a folder with a file of one, or a file that is an archive, as a checkpoint is."""
+    in_folder = any((path / name).exists() for name in (CHECKPOINT, RECIPE, REPEAT))
+    return in_folder or path.suffix == ".pt" or str(path) == LATEST or (path.is_file() and zipfile.is_zipfile(path))
 
 
 def check_free(path: Path) -> None:
@@ -72,7 +140,7 @@ def check_free(path: Path) -> None:
     """
     check_writable(path)
     if path.exists() and any(name not in (LOCK, HOLDER) and not name.endswith(".part") for name in os.listdir(path)):
-        go_on = f", or go on with the run in it: cifar-resnet train --resume {path}" if (path / "recipe.json").exists() else ""
+        go_on = f", or go on with the run in it: cifar-resnet train --resume {path}" if (path / RECIPE).exists() else ""
         raise RunDirectoryError(f"run directory {path} is not empty; choose another{go_on}")
 
 
@@ -165,18 +233,20 @@ def save_checkpoint(path: Path, state: State, classes: tuple[str, ...], evaluate
     write_whole(path, buffer.getvalue())
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint of a run directory, or the file itself."""
-    return path / CHECKPOINT if path.is_dir() else path
+def find_checkpoint(path: Path | str | None = None) -> Path:
+    """The checkpoint of a run directory, or the file itself; see `find_run`."""
+    run = find_run(path)
+    return run / CHECKPOINT if run.is_dir() else run
 
 
-def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Reads a checkpoint file, or that of a run directory, trusting nothing in it.
+def load_checkpoint(path: Path | str = LATEST) -> Checkpoint:
+    """Reads a checkpoint file, or that of a run directory, trusting nothing in it; see `find_run` for `latest`.
 
     Raises:
         CheckpointError: it is missing, damaged, of another kind, or holds anything but tensors and plain values.
+        UsageError: there is no latest run.
     """
-    path = find_checkpoint(Path(path))
+    path = find_checkpoint(path)
     content = _read_archive(path)
     try:
         if content["kind"] != KIND:
@@ -194,9 +264,21 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     return checkpoint
 
 
+def _instead(missing: Path) -> str:
+    """What the folder of a missing checkpoint holds instead, and what to do."""
+    folder = missing.parent
+    if missing.name != CHECKPOINT:
+        return ""
+    if runs := seeds_of(folder):
+        return f": {folder} is a repetition of several runs; give one of them, {runs[0]} for example"
+    if (folder / RECIPE).exists():
+        return f": the run has not come to its first one; go on with: cifar-resnet train --resume {folder}"
+    return ": the folder holds a search for the learning rate, no run" if (folder / "lr_finder.json").exists() else ""
+
+
 def _read_archive(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}")
+        raise CheckpointError(f"there is no checkpoint {path}{_instead(path)}")
     try:
         # torch.load would accept a flipped bit in a tensor, and unpack a deflated archive of any size.
         with zipfile.ZipFile(path) as archive:
@@ -308,8 +390,8 @@ class RunDir:
         if (self.path / CHECKPOINT).exists():
             checkpoint = load_checkpoint(self.path)
             recipe = checkpoint.recipe
-        elif (self.path / "recipe.json").exists():
-            checkpoint, recipe = None, Recipe.load(read_json(self.path / "recipe.json", "recipe file"))
+        elif (self.path / RECIPE).exists():
+            checkpoint, recipe = None, Recipe.load(read_json(self.path / RECIPE, "recipe file"))
         else:
             raise UsageError(f"--resume {self.path}: holds neither {CHECKPOINT} nor recipe.json, so no run to go on with")
         check_match(recipe, must_match or {}, self.path)
@@ -356,7 +438,7 @@ class RunDir:
     def begin(self, recipe: Recipe) -> None:
         """Writes `recipe.json`, and removes what a killed writer left; with the lock held."""
         self.remove_parts()
-        write_whole(self.path / "recipe.json", recipe.to_json())
+        write_whole(self.path / RECIPE, recipe.to_json())
 
     def remove_parts(self) -> None:
         """Removes what a killed writer left under temporary names; with the lock held."""

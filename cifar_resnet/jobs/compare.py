@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UsageError
 from ..look import figures
 from ..recipe import Recipe
-from ..run_dir import SCHEMA, Checkpoint
+from ..run_dir import SCHEMA, Checkpoint, find_runs
 from .common import finished, save_figure
 
 
@@ -20,7 +20,7 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
     Two recipes train alike where they differ only in fields that change nothing under them; see `Recipe.canonical`.
 
     Args:
-        runs: checkpoint files or run directories.
+        runs: checkpoint files, run directories, or those of repetitions, which stand for all their runs; "latest" is the newest run.
         path: where the picture goes (.png, .svg or .pdf), if anywhere.
 
     Returns:
@@ -31,7 +31,7 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
         CifarResnetError: a run cannot be read or has not ended.
         UsageError: a run is given twice, or two of them are of one recipe and seed, or holdout and test figures would mix.
     """
-    loaded = [finished(run) for run in runs]
+    loaded = [finished(run) for run in find_runs(runs)]
     _check_evaluated_alike(loaded)
     together: dict[Recipe, list[Checkpoint]] = {}
     for checkpoint in loaded:

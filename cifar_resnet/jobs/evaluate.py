@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..look import analysis, figures
-from ..run_dir import writable, write_json
+from ..run_dir import LATEST, writable, write_json
 from .common import content_of, logits_of, save_figure
 
 
 def evaluate(
-    checkpoint: Path | str,
+    checkpoint: Path | str = LATEST,
     run_dir: Path | str | None = None,
     *,
     data_dir: Path | str | None = None,
@@ -24,7 +24,7 @@ def evaluate(
     """What `evaluation.json` holds: loss, accuracy, calibration and the report by class, of the single view.
 
     Args:
-        checkpoint: a checkpoint file, or a run directory.
+        checkpoint: a checkpoint file, a run directory, or "latest": the newest run in `runs`.
         run_dir: where `evaluation.json` and the pictures go; beside the checkpoint if not given.
         tta: "flip" or "flip-shift" add loss and accuracy of the mean logits of several views; see `analysis.views`.
         format: of the pictures: "png", "svg" or "pdf".

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CifarResnetError, UsageError
-from ..run_dir import Checkpoint, load_checkpoint, write_whole
+from ..run_dir import LATEST, Checkpoint, load_checkpoint, write_whole
 from ..training.model import ResNet
 
 
@@ -29,7 +29,7 @@ class _Exported(nn.Module):
 
 
 def export(
-    checkpoint: Path | str, path: Path | str | None = None, *, format: str = "onnx", with_preprocessing: bool = False
+    checkpoint: Path | str = LATEST, path: Path | str | None = None, *, format: str = "onnx", with_preprocessing: bool = False
 ) -> Path:
     """Writes the model that is evaluated in float32 for other programs, and gives the path.
 
@@ -38,7 +38,7 @@ def export(
     classes as metadata.
 
     Args:
-        checkpoint: a checkpoint file, or a run directory.
+        checkpoint: a checkpoint file, a run directory, or "latest": the newest run in `runs`.
         path: the file; `model.onnx` or `model.safetensors` beside the checkpoint if not given.
 
     Raises:

@@ -8,12 +8,12 @@ from typing import Any
 
 from ..errors import UsageError
 from ..look import analysis, figures
-from ..run_dir import SCHEMA, writable, write_json
+from ..run_dir import LATEST, SCHEMA, writable, write_json
 from .common import Prediction, grad_cams, logits_of, save_figure
 
 
 def misclassified(
-    checkpoint: Path | str,
+    checkpoint: Path | str = LATEST,
     run_dir: Path | str | None = None,
     *,
     count: int = 25,
@@ -29,7 +29,7 @@ def misclassified(
     """The mistakes chosen, in order; writes `misclassified.json` (every mistake), and pictures of the first of those chosen.
 
     Args:
-        checkpoint: a checkpoint file, or a run directory.
+        checkpoint: a checkpoint file, a run directory, or "latest": the newest run in `runs`.
         run_dir: where the files go; beside the checkpoint if not given.
         count: how many of the mistakes the two pictures show.
         layer: whose output Grad-CAM weighs; see `analysis.grad_cam`.

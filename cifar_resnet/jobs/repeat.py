@@ -11,14 +11,12 @@ from typing import Any
 
 from ..errors import UsageError
 from ..recipe import Recipe, read_json
-from ..run_dir import SCHEMA, check_free, check_match, default_directory, writable, write_json
+from ..run_dir import RECIPE, REPEAT, SCHEMA, check_free, check_match, default_directory, find_run, writable, write_json
 from ..training import distributed
 from ..training.capture import CapturedEpoch
 from ..training.runtime import resolve_device, resolve_precision
 from .interrupt import Interrupted, signals
 from .train import Watcher, train
-
-REPEAT = "repeat.json"
 
 
 def repeat(
@@ -37,7 +35,7 @@ def repeat(
 
     Args:
         recipe, run_dir, must_match, options: as `train` takes them.
-        resume: the folder of a repetition to go on with, which knows recipe and count.
+        resume: the folder of a repetition to go on with, or "latest"; it knows recipe and count.
         watch: gives a context with a watcher for each run.
 
     Returns:
@@ -52,12 +50,12 @@ def repeat(
     if resume is None:
         folder, recipe, count = _begin(recipe or Recipe(), count or 1, run_dir, options.get("device", "auto"))
     else:
-        folder, recipe, count = _standing(Path(resume), must_match or {}, options.get("device", "auto"))
+        folder, recipe, count = _standing(find_run(resume, repetition=True), must_match or {}, options.get("device", "auto"))
     done, captured = [], dict[Recipe, CapturedEpoch]()
     with signals() as received:
         for seed in range(recipe.seed, recipe.seed + count):
             one = folder / f"s{seed}"
-            how = dict(resume=one) if (one / "recipe.json").exists() else dict(recipe=recipe.replace(seed=seed), run_dir=one)
+            how = dict(resume=one) if (one / RECIPE).exists() else dict(recipe=recipe.replace(seed=seed), run_dir=one)
             with suppress(Interrupted), watch() as watcher:
                 done.append(train(**how, watcher=watcher, captured=captured, **options))  # type: ignore[arg-type]
             if received and len(done) < count:
@@ -71,8 +69,8 @@ def repeat(
 def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) -> tuple[Path, Recipe, int]:
     if count < 2:
         raise UsageError(f"--repeat {count} must be at least 2")
-    folder = Path(run_dir or default_directory(recipe, "repeat-"))
     recipe = resolve_precision(recipe, resolve_device(device))
+    folder = Path(run_dir or default_directory(recipe, "repeat-"))
     check_free(folder)
     write_json(writable(folder) / REPEAT, _content(recipe, count))
     return folder, recipe, count
@@ -87,7 +85,7 @@ def _standing(folder: Path, must_match: dict[str, Any], device: str) -> tuple[Pa
         raise UsageError(f"{path} has the count {count!r}, not a number of runs")
     check_match(recipe, must_match, folder)
     if recipe.precision == "auto":  # begun by a version that left it to each run: the first one's holds
-        files = [folder / f"s{seed}" / "recipe.json" for seed in range(recipe.seed, recipe.seed + count)]
+        files = [folder / f"s{seed}" / RECIPE for seed in range(recipe.seed, recipe.seed + count)]
         first = next((Recipe.load(read_json(file, "recipe file")).precision for file in files if file.exists()), "auto")
         recipe = resolve_precision(recipe.replace(precision=first), resolve_device(device))
     write_json(path, {**written, **_content(recipe, count)})

@@ -11,14 +11,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from ..look import analysis, figures
-from ..run_dir import write_whole
+from ..run_dir import LATEST, write_whole
 from .common import Prediction, command_line, content_of, finished, grad_cams, logits_of
 
 SHOWN = 8  # of the mistakes
 
 
 def report(
-    run: Path | str,
+    run: Path | str = LATEST,
     path: Path | str | None = None,
     *,
     data_dir: Path | str | None = None,
@@ -28,7 +28,7 @@ def report(
     """Writes a finished run as one HTML file, images inside, and gives its path.
 
     Args:
-        run: a checkpoint file, or a run directory.
+        run: a checkpoint file, a run directory, or "latest": the newest run in `runs`.
         path: the file; `report.html` beside the checkpoint if not given.
 
     Raises:

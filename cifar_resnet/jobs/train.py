@@ -19,7 +19,7 @@ from ..errors import CifarResnetError, RunDirectoryError, UsageError
 from ..look import figures
 from ..presets import PRESETS
 from ..recipe import Recipe
-from ..run_dir import Checkpoint, RunDir, SavePolicy, default_directory
+from ..run_dir import Checkpoint, RunDir, SavePolicy, default_directory, find_run
 from ..training import distributed, engine
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step
@@ -63,8 +63,8 @@ def train(
 
     Args:
         recipe: what to train; `Recipe()` if not given. Left out where `resume` is given.
-        run_dir: an empty or new folder; `runs/<recipe>-<dataset>-s<seed>-<UTC time>` if not given.
-        resume: the folder of a run to go on with; a run that is finished is returned as it is.
+        run_dir: an empty or new folder; a new one in `runs` if not given, see `default_directory`.
+        resume: the folder of a run to go on with, or "latest"; a run that is finished is returned as it is.
         must_match: recipe fields that the resumed run must have.
         loader: "auto", "tensor" or "albumentations".
         workers: processes of the albumentations loader.
@@ -125,7 +125,7 @@ class _Run:
         asked: dict[str, Any], watcher: Watcher | None,
     ) -> None:  # fmt: skip
         self.asked_recipe, self.run_dir, self.must_match, self.asked = recipe, run_dir, must_match, asked
-        self.resume = RunDir(resume) if resume is not None else None
+        self.resume = RunDir(find_run(resume)) if resume is not None else None
         self.watcher = watcher if watcher and distributed.rank() == 0 else Watcher()
         self.began, self.seconds = time.perf_counter(), dict[str, float]()
         self.read_data: Data | None = None  # on rank 0, before the others have the recipe
@@ -171,23 +171,24 @@ class _Run:
 
     def claim_folder(self, held: ExitStack) -> None:
         """Locks the run directory. What it says once nobody else can write it is what is trained."""
-        self.folder = self.resume or RunDir(self.run_dir or default_directory(self.recipe))
-        self.recipe, self.checkpoint = distributed.on_first(partial(self._claim, held))
+        path, self.recipe, self.checkpoint = distributed.on_first(partial(self._claim, held))
+        self.folder = RunDir(path)
         if self.checkpoint and self.checkpoint.classes != self.data.classes:
             trained, found = (", ".join(classes) for classes in (self.checkpoint.classes, self.data.classes))
             raise CifarResnetError(f"{self.folder.path} was trained on the classes {trained}, not {found}")
 
-    def _claim(self, held: ExitStack) -> tuple[Recipe, Checkpoint | None]:
+    def _claim(self, held: ExitStack) -> tuple[Path, Recipe, Checkpoint | None]:
         planned, checkpoint = self.recipe, None
+        folder = self.resume or RunDir(self.run_dir or default_directory(self.recipe))
         if self.resume is None:
-            taken_over = held.enter_context(self.folder.create(planned))
+            taken_over = held.enter_context(folder.create(planned))
         else:
-            planned, checkpoint, taken_over = held.enter_context(self.folder.resume(self.must_match))
+            planned, checkpoint, taken_over = held.enter_context(folder.resume(self.must_match))
             planned = with_statistics(resolve_precision(planned, self.device), self.data.train)
-            self.folder.begin(planned)
+            folder.begin(planned)
         if taken_over:
             self.watcher.warn(taken_over)
-        return planned, checkpoint
+        return folder.path, planned, checkpoint
 
     def make_state(self) -> None:
         classes = len(self.data.classes)

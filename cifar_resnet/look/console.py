@@ -209,6 +209,14 @@ def evaluation(content: dict[str, Any], written: str) -> None:
     say(written)
 
 
+def evaluations(contents: list[dict[str, Any]]) -> None:
+    """Several runs, a row each."""
+    table = table_of(">accuracy", ">loss", "checkpoint")
+    for content in contents:
+        table.add_row(f"{content['accuracy']:.2f} %", f"{content['loss']:.4f}", content["checkpoint"])
+    console.print("", table)
+
+
 def mistakes(chosen: list[Mistake], written: str) -> None:
     """The first of the mistakes chosen."""
     if not chosen:

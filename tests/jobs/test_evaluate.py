@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cifar_resnet import CifarResnetError, Recipe, evaluate, load_checkpoint, pr
 from cifar_resnet.data.datasets import load
 from cifar_resnet.data.loaders import make_loader
 from cifar_resnet.errors import UsageError
+from cifar_resnet.look import console
 
 CPU = torch.device("cpu")
 
@@ -110,3 +112,47 @@ def test_own_images_that_were_moved_are_found_and_others_refused(own_images, tmp
         (tmp_path / "elsewhere" / "own" / part / "dark").rename(tmp_path / "elsewhere" / "own" / part / "cold")
     with pytest.raises(CifarResnetError, match="knows bright, dark; the images are of bright, cold"):
         evaluate(tmp_path / "run", data_dir=tmp_path / "elsewhere")
+
+
+# Which runs
+
+
+@pytest.fixture
+def two_runs(tiny_run, tmp_path, monkeypatch):
+    """The tiny run as runs/digits-1 and, the newer one, runs/digits-2 of the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        shutil.copytree(tiny_run, f"runs/digits-{number}")
+        for file in Path(f"runs/digits-{number}").iterdir():
+            os.utime(file, (10**9 + number, 10**9 + number))
+
+
+@pytest.mark.parametrize("given", [[], ["latest"]])
+def test_the_newest_run_is_evaluated_and_named(two_runs, cli, no_figures, monkeypatch, given):
+    code, _, err = cli("evaluate", *given)
+    assert (code, err) == (0, "cifar-resnet: the newest run is runs/digits-2\n")
+    assert [path.parent.name for path in Path("runs").glob("*/evaluation.json")] == ["digits-2"]
+    monkeypatch.setattr(console.console, "quiet", False)  # set back at the end
+    assert cli("--quiet", "evaluate", *given) == (0, "", "")
+
+
+def test_each_of_several_runs_is_evaluated_and_one_that_fails_is_named(two_runs, cli, no_figures):
+    Path("runs/find-lr-digits-1").mkdir()
+    Path("runs/find-lr-digits-1/lr_finder.json").write_text("{}")
+    runs = sorted(Path("runs").iterdir())
+    code, out, err = cli("evaluate", *runs)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "find-lr-digits-1/checkpoint.pt: the folder holds a search for the learning rate, no run" in err
+    assert sorted(path.parent.name for path in Path("runs").glob("*/evaluation.json")) == ["digits-1", "digits-2"]
+    assert out.count("most confused") == 2
+    assert [line.split()[-1] for line in out.splitlines()[-2:]] == [f"runs/digits-{number}/checkpoint.pt" for number in (1, 2)]
+
+
+def test_evaluate_takes_a_repetition_as_its_runs(two_runs, cli, no_figures):
+    Path("runs/many").mkdir()
+    Path("runs/many/repeat.json").write_text("{}")
+    Path("runs/digits-1").rename("runs/many/s9")
+    Path("runs/digits-2").rename("runs/many/s10")
+    code, out, err = cli("evaluate", "runs/many")
+    assert (code, err) == (0, "")
+    assert [line.split()[-1] for line in out.splitlines()[-2:]] == ["runs/many/s9/checkpoint.pt", "runs/many/s10/checkpoint.pt"]

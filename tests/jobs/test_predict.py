@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,3 +103,20 @@ def test_images_are_turned_cut_and_laid_on_white(tmp_path):
     assert (read_image(tmp_path / "clear.png") == 255).all()
     Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "float.tiff")
     assert (read_image(tmp_path / "float.tiff") == 127).all()
+
+
+# Which run
+
+
+def test_predict_takes_the_newest_run_where_none_is_given(tiny_run, tmp_path, cli, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, "runs/digits-1")
+    Path("photos").mkdir()
+    Image.new("RGB", (32, 32)).save("photos/black.png")
+    expected = cli("predict", tiny_run, "photos/black.png", "photos", "--json")
+    assert (expected[0], expected[2], len(json.loads(expected[1]))) == (0, "", 2)
+    said = "cifar-resnet: the newest run is runs/digits-1\n"
+    assert cli("predict", "photos/black.png", "photos", "--json") == (0, expected[1], said)
+    assert cli("predict", "latest", "photos/black.png", "photos", "--json") == (0, expected[1], said)
+    assert "that is a run, and no image is given" in refused(2, "predict", "runs/digits-1")
+    assert "there is no checkpoint runs/digit-1" in refused(1, "predict", "runs/digit-1", "photos/black.png")

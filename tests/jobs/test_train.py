@@ -262,6 +262,16 @@ def test_resuming(tiny_run, tmp_path, refused, cli):
         train(Recipe(), resume=tiny_run)
 
 
+def test_the_newest_run_goes_on(unfinished, tiny_run, tmp_path, cli, monkeypatch, no_figures):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, "runs/digits-2")
+    shutil.copytree(unfinished, "runs/digits-1", copy_function=shutil.copyfile)  # written now
+    code, out, err = cli("train", "--resume", "latest")
+    assert (code, err) == (0, "cifar-resnet: the newest run is runs/digits-1\n")
+    assert "going on after epoch 1, step 1" in out
+    assert_same_run(content("runs/digits-1"), content(tiny_run))
+
+
 # Images of one's own
 
 
