@@ -17,6 +17,7 @@ from torch import Tensor
 from ..recipe import Recipe
 
 AUGMENT, FIRST_FLIP = 1, 2  # purposes of a random stream
+CONSTANT, REFLECT_101 = 0, 4  # OpenCV's numbers of what padding shows, which Albumentations takes
 
 
 def stream(recipe: Recipe, epoch: int, step: int, purpose: int) -> np.random.Generator:
@@ -114,13 +115,11 @@ def albumentations() -> ModuleType:
 
 def train_transform(recipe: Recipe, **compose: Any) -> Any:
     """Pad, random crop 32, flip, cutout, normalise, to tensor. Takes image=uint8 (32, 32, 3), gives float32 (3, 32, 32)."""
-    import cv2
-
     A = albumentations()
     steps = []
     if recipe.pad:
         side = 32 + 2 * recipe.pad
-        border = cv2.BORDER_REFLECT_101 if recipe.pad_mode == "reflect" else cv2.BORDER_CONSTANT
+        border = REFLECT_101 if recipe.pad_mode == "reflect" else CONSTANT
         steps += [A.PadIfNeeded(side, side, border_mode=border, fill=pad_pixel(recipe)), A.RandomCrop(32, 32)]
     if recipe.flip_probability and not recipe.alternates:  # else the loader does it
         steps.append(A.HorizontalFlip(p=recipe.flip_probability))
