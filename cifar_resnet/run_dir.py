@@ -8,6 +8,7 @@ import math
 import os
 import re
 import socket
+import sys
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -45,16 +46,26 @@ def write_whole(path: Path, content: bytes | str) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _replace(part, path)
+        if sys.platform != "win32":  # where a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise RunDirectoryError(f"{path} could not be written: {error.strerror}") from None
+
+
+def _replace(part: Path, path: Path) -> None:
+    """Renames. Windows refuses while another program reads the old file, often a virus scanner for a moment: two seconds of tries."""
+    for _ in range(20 if sys.platform == "win32" else 0):
+        with suppress(PermissionError):
+            return os.replace(part, path)
+        time.sleep(0.1)
+    return os.replace(part, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -162,7 +173,10 @@ def writable(path: Path) -> Path:
         RunDirectoryError: it cannot be made or written.
     """
     check_writable(path)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"folder {path} cannot be made: {error.strerror}") from None
     return path
 
 

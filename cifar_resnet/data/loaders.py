@@ -10,6 +10,7 @@ import atexit
 import math
 import os
 import signal
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -190,13 +191,15 @@ def leave_signals(_worker: int) -> None:
     """Ctrl-C, or a SIGTERM to the whole group, reaches the workers too: the training process, whose step needs them, ends
     them. Of a SIGTERM they die half a minute later, so that nobody who waits for them waits for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    if sys.platform != "win32":  # where a SIGTERM ends a process at once
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def give_way(worker: int) -> None:
     """Works while the training process leaves a core free: a convolution is as slow as its slowest thread."""
     leave_signals(worker)
-    os.nice(19)
+    if sys.platform != "win32":
+        os.nice(19)
 
 
 class _Order(torch.utils.data.Sampler):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -75,7 +74,7 @@ def bench(
     Returns:
         `rounds`: what was measured by contestant, images a second, or FLOP/s of the matrix product; `medians` of these;
         `ratios` with `median`, `low` and `high`; `predicted_seconds` of the recipe's epochs on CIFAR-10; `peak_memory`:
-        bytes of this process, and on CUDA of the device, over all that was measured; `profile`: see `_operators`.
+        bytes of this process (null on Windows), and on CUDA of the device, over all that was measured; `profile`: see `_operators`.
 
     Raises:
         UsageError: the rounds are too few for an interval.
@@ -98,11 +97,20 @@ def bench(
         "recipe": recipe.to_dict(),
         **_conclusions(recipe, measured),
         "peak_memory": {
-            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "process": _peak_memory(),
             "device": torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None,
         },
         "profile": operators,
     }
+
+
+def _peak_memory() -> int | None:
+    """The most memory that this process has held, in bytes; None on Windows."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _whole(recipe: Recipe) -> int:

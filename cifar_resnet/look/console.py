@@ -347,8 +347,9 @@ def bench(content: dict[str, Any]) -> None:
         f"{expected['evaluation'] / 60:,.1f} min of evaluation",
         style="bold",
     )
-    of_device = f", {memory['device'] / 2**30:.1f} GiB of the device" if memory["device"] else ""
-    say(f"peak memory over all of it: {memory['process'] / 2**30:.1f} GiB{of_device}")
+    peaks = [f"{memory[of] / 2**30:.1f} GiB of the {of}" for of in ("process", "device") if memory[of]]
+    if peaks:
+        say(f"peak memory over all of it: {', '.join(peaks)}")
 
 
 def recipes() -> None:

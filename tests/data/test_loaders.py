@@ -102,6 +102,17 @@ def test_0_1_and_3_workers_give_the_same_batches():
         loader.close()
 
 
+def test_a_worker_that_starts_afresh_gives_the_same_batches():
+    """As every worker does on Windows and macOS."""
+    split, recipe = random_split(20), of_recipe(batch_size=16)
+    alone, spawned = (AlbumentationsLoader(split, recipe, CPU, workers) for workers in (0, 1))
+    spawned.loader.multiprocessing_context = "spawn"
+    for one, other in zip(alone.epoch(1), spawned.epoch(1), strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+    spawned.close()
+
+
 @pytest.mark.parametrize("fields", [dict(), dict(cutout_count=2, cutout_probability=0.5, flip_order="random"), dict(cutout_count=0)], ids=str)  # fmt: skip
 def test_a_step_on_the_device_chooses_the_same_batch_as_a_number(fields):
     loader = TensorLoader(random_split(70), of_recipe(batch_size=16, **fields), CPU)
