@@ -166,6 +166,12 @@ Sort = Annotated[Literal["confidence", "class", "random"], _option(
 )]
 TrueClass = Annotated[str | None, _option("Only images of this class.", CHOICE, metavar="CLASS", default="all")]
 PredictedClass = Annotated[str | None, _option("Only images taken for this class.", CHOICE, metavar="CLASS", default="all")]
+CopyTo = Annotated[Path | None, _option(
+    "New folder to copy the files of all these mistakes into, as true/predicted/file.", CHOICE, default="none"
+)]
+SaveImages = Annotated[Path | None, _option(
+    "New folder for all these mistakes as PNG files of 32x32 pixels, in the same layout.", CHOICE, default="none"
+)]
 Layer = Annotated[Literal["prep", "layer1", "layer2", "layer3"], _option(
     "Layer whose output Grad-CAM weighs: prep (32x32), layer1 (16x16), layer2 (8x8) or layer3 (4x4).", CHOICE, metavar=NAME
 )]
@@ -449,8 +455,8 @@ def evaluate(
 @app.command(rich_help_panel=STEPS)
 def misclassified(
     checkpoint: Checkpoint = None, count: Count = 25, sort: Sort = "confidence", true: TrueClass = None,
-    predicted: PredictedClass = None, layer: Layer = "layer2", run_dir: RunDir = None, data_dir: DataDir = None,
-    device: Device = "auto", format: Format = "png",
+    predicted: PredictedClass = None, layer: Layer = "layer2", copy_to: CopyTo = None, save_images: SaveImages = None,
+    run_dir: RunDir = None, data_dir: DataDir = None, device: Device = "auto", format: Format = "png",
 ) -> None:  # fmt: skip
     """Show what a checkpoint gets wrong, and where it looked: Grad-CAM of the class predicted and of the true one."""
     from .jobs.misclassified import misclassified
@@ -458,10 +464,13 @@ def misclassified(
 
     run = _one_run(checkpoint, "misclassified")
     choice: dict[str, Any] = dict(count=count, sort=sort, true=true, predicted=predicted, layer=layer)
+    choice |= dict(copy_to=copy_to, save_images=save_images)
     with console.console.status("looking for mistakes"):
         chosen = misclassified(run, run_dir, **choice, data_dir=data_dir, device=device, format=format, notify=console.say)
     pictures = [f"misclassified.{format}", f"gradcam.{format}"] if chosen else []
     console.mistakes(chosen, _written(run_dir or find_checkpoint(run).parent, "misclassified.json", *pictures))
+    for folder in filter(None, (copy_to, save_images) if chosen else ()):
+        console.say(f"{len(chosen)} images written in {folder}")
 
 
 @app.command(rich_help_panel=AFTER)

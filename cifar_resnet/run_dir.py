@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 import time
@@ -70,6 +71,39 @@ def _replace(part: Path, path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill beside `path`, which then becomes `path`: what fails leaves nothing behind.
+
+    Raises:
+        RunDirectoryError: as from `check_new_folder`, or it cannot be written.
+    """
+    check_new_folder(path)
+    path = Path(os.path.realpath(path))
+    part = writable(path.parent) / f".{path.name}.{os.getpid()}.part"
+    try:
+        part.mkdir()
+        yield part
+        if path.exists():
+            path.rmdir()
+        part.rename(path)
+    except OSError as error:
+        raise RunDirectoryError(f"folder {path} could not be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Whether a folder of this name can be made, or is there and empty.
+
+    Raises:
+        RunDirectoryError: it holds something, is no folder, or cannot be made.
+    """
+    check_writable(path)
+    if path.exists() and os.listdir(path):
+        raise RunDirectoryError(f"folder {path} is not empty; choose a new one")
 
 
 def default_directory(recipe: Recipe, prefix: str = "") -> Path:

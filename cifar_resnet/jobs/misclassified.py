@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from PIL import Image
+
+from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures
-from ..run_dir import LATEST, SCHEMA, writable, write_json
+from ..recipe import DATASETS
+from ..run_dir import LATEST, SCHEMA, check_new_folder, load_checkpoint, new_folder, writable, write_json
 from .common import Prediction, grad_cams, logits_of, save_figure
 
 
@@ -21,6 +27,8 @@ def misclassified(
     sort: str = "confidence",
     true: str | None = None,
     predicted: str | None = None,
+    copy_to: Path | str | None = None,
+    save_images: Path | str | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
     format: str = "png",
@@ -36,6 +44,8 @@ def misclassified(
         sort: "confidence" (surest first), "class" or "random".
         true: only mistakes on images of this class.
         predicted: only images that were taken for this class.
+        copy_to: a new folder, into which the files of all mistakes chosen are copied, as `true/predicted/file`.
+        save_images: a new folder for all mistakes chosen as PNG files of 32x32 pixels, in the same layout.
         format: of the pictures: "png", "svg" or "pdf".
 
     Raises:
@@ -46,6 +56,7 @@ def misclassified(
     if layer not in analysis.LAYERS:
         raise UsageError(f"--layer {layer}: it is {', '.join(analysis.LAYERS)}")
     figures.check_format(format)
+    _check_folders(checkpoint, copy_to, save_images)
     found = logits_of(checkpoint, data_dir, device, notify)
     wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes)
     chosen = analysis.choose(wrong, found.data.classes, sort, true, predicted)
@@ -57,7 +68,59 @@ def misclassified(
         looked = figures.grad_cam(images, of_predicted, of_true, shown, f"Grad-CAM at {layer}: {title}")
         save_figure(figures.misclassified(images, shown, title), folder / f"misclassified.{format}")
         save_figure(looked, folder / f"gradcam.{format}")
+    if chosen and copy_to:
+        _copy_files(found, chosen, Path(copy_to))
+    if chosen and save_images:
+        _save_images(found, chosen, Path(save_images))
     return chosen
+
+
+def _check_folders(checkpoint: Path | str, copy_to: Path | str | None, save_images: Path | str | None) -> None:
+    for folder in (copy_to, save_images):
+        if folder:
+            check_new_folder(Path(folder))
+    if copy_to and (dataset := load_checkpoint(checkpoint).recipe.dataset) in DATASETS:
+        raise UsageError(f"--copy-to {copy_to}: the images of {dataset} have no files to copy; use --save-images {copy_to}")
+
+
+def _copy_files(found: Prediction, chosen: list[analysis.Mistake], folder: Path) -> None:
+    for split in (found.data.train, found.data.evaluation):
+        if split.folder and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(split.folder)):
+            raise UsageError(f"--copy-to {folder} lies in {split.folder}, whose files are the data set; choose a folder outside")
+    source, files = found.data.evaluation.folder or Path(), [Path(mistake.name or "") for mistake in chosen]
+    with new_folder(folder) as part:
+        for file, path in zip(files, _places(part, found, chosen, [file.name for file in files]), strict=True):
+            try:
+                content = (source / file).read_bytes()
+            except OSError as error:
+                raise CifarResnetError(f"{source / file} cannot be copied: {error.strerror}") from None
+            path.write_bytes(content)
+
+
+def _save_images(found: Prediction, chosen: list[analysis.Mistake], folder: Path) -> None:
+    names = [f"{Path(mistake.name or str(mistake.index)).stem}.png" for mistake in chosen]
+    with new_folder(folder) as part:
+        for mistake, path in zip(chosen, _places(part, found, chosen, names), strict=True):
+            Image.fromarray(found.data.evaluation.images[mistake.position]).save(path)
+
+
+def _places(folder: Path, found: Prediction, chosen: list[analysis.Mistake], names: list[str]) -> Iterator[Path]:
+    """For each mistake `folder/true/predicted/name`, no two the same; makes the folders."""
+    taken: set[str] = set()
+    class_folders = {name: _free(name, taken) for name in found.data.classes}
+    for mistake, name in zip(chosen, names, strict=True):
+        inside = Path(class_folders[mistake.true], class_folders[mistake.predicted])
+        (folder / inside).mkdir(parents=True, exist_ok=True)
+        yield folder / inside / _free(name, taken, str(inside))
+
+
+def _free(name: str, taken: set[str], inside: str = "") -> str:
+    """The name as every file system takes it, numbered where it is taken in the folder `inside`; then it is taken."""
+    path = Path(re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]', "_", name).rstrip(". ") or "_")
+    numbered = (path.name if number == 1 else f"{path.stem}-{number}{path.suffix}" for number in itertools.count(1))
+    free = next(each for each in numbered if f"{inside}/{each.casefold()}" not in taken)
+    taken.add(f"{inside}/{free.casefold()}")
+    return free
 
 
 def _content(found: Prediction, wrong: list[analysis.Mistake]) -> dict[str, Any]:

@@ -34,6 +34,12 @@ class Mistake(NamedTuple):
     predicted: str
     confidence: float  # probability of the predicted class
     probabilities: dict[str, float]  # of every class
+    name: str | None = None  # its file, relative to the split's folder; None where images have no files
+
+    @property
+    def caption(self) -> str:
+        """What the image is called under a picture of it."""
+        return self.name or f"image {self.index}"
 
 
 def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
@@ -152,6 +158,7 @@ def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, .
             classes[predicted[i]],
             float(confidence[i]),
             dict(zip(classes, probabilities[i].tolist(), strict=True)),
+            None if split.names is None else str(split.names[i]),
         )
         for i in wrong
     ]

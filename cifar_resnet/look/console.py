@@ -225,7 +225,8 @@ def mistakes(chosen: list[Mistake], written: str) -> None:
         shown = min(len(chosen), 10)
         table = table_of(">image", "true class", "predicted", ">confidence", title=f"{shown} of {len(chosen)} mistakes")
         for mistake in chosen[:shown]:
-            table.add_row(str(mistake.index), mistake.true, mistake.predicted, f"{100 * mistake.confidence:.1f} %")
+            name = mistake.name or str(mistake.index)
+            table.add_row(name, mistake.true, mistake.predicted, f"{100 * mistake.confidence:.1f} %")
         console.print(table)
         console.print()
     say(written)

@@ -232,12 +232,10 @@ def reliability(bins: Sequence[dict[str, Any]], calibration_error: float, loss: 
 
 
 def _cells(count: int, columns: int, width: float, title: str) -> tuple[Figure, list[Axes]]:
-    """Axes without frames in rows, for `count` images of that width in inches, each with two lines of text above."""
+    """Axes without frames in rows, for `count` images of that width in inches, each with up to three lines of text above."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(
-        figsize=(max(width * columns, 5.1 if title else 0), 2.05 * rows + (0.4 if title else 0)), layout="constrained"
-    )
+    figure = Figure(figsize=(max(width * columns, 5.1 if title else 0), 2.2 * rows + (0.4 if title else 0)), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
@@ -247,11 +245,12 @@ def _cells(count: int, columns: int, width: float, title: str) -> tuple[Figure, 
 
 
 def misclassified(images: np.ndarray, shown: Sequence[Mistake], title: str) -> Figure:
-    """A grid of mistakes, uint8 images (N, 32, 32, 3): the class predicted with its confidence, and the true one."""
+    """A grid of mistakes, uint8 images (N, 32, 32, 3): the class predicted with its confidence, the true one, and the image's name."""
     figure, axes = _cells(len(shown), 5, 1.7, title)
     for axis, image, mistake in zip(axes, images, shown, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(_plain(f"{mistake.predicted}, {100 * mistake.confidence:.0f} %\ntrue: {mistake.true}"), fontsize=9)
+        lines = f"{mistake.predicted}, {100 * mistake.confidence:.0f} %", f"true: {mistake.true}", mistake.caption
+        axis.set_title(_plain("\n".join(lines)), fontsize=9)
     return figure
 
 

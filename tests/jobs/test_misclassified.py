@@ -1,9 +1,14 @@
 import json
 import os
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from cifar_resnet import load_checkpoint, misclassified
+from cifar_resnet import CifarResnetError, Recipe, load_checkpoint, misclassified, train
 from cifar_resnet.data.datasets import load
 from cifar_resnet.errors import UsageError
 from cifar_resnet.look import figures
@@ -73,3 +78,93 @@ def test_what_cannot_be_chosen_is_refused(refused, tiny_run, tmp_path):
         with pytest.raises(UsageError, match=word):
             misclassified(tiny_run, tmp_path / "none", **options)
     assert not (tmp_path / "none").exists()
+
+
+# Mistakes by name
+
+
+@pytest.fixture
+def own_run(own_images, tmp_path, no_figures):
+    """A run on a folder whose bright test images are also in a folder inside, under the same names, and a file with a hostile one."""
+    bright = own_images / "test" / "bright"
+    shutil.copytree(bright, bright / "more")
+    shutil.copy(bright / "0.png", bright / 'a"b<c>|.png')
+    train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def files_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+
+
+def all_wrong(monkeypatch, then=lambda: None):
+    """Makes every prediction the class after the true one, and does `then` when the images have been read."""
+    from cifar_resnet.jobs import common
+
+    found = common.predict_logits
+
+    def turned(*given):
+        logits, labels = found(*given)
+        then()
+        return torch.nn.functional.one_hot((labels + 1) % logits.shape[1], logits.shape[1]).float(), labels
+
+    monkeypatch.setattr(common, "predict_logits", turned)
+
+
+def test_the_files_of_mistakes_are_copied_by_class(own_images, own_run, tmp_path, monkeypatch, cli):
+    all_wrong(monkeypatch)
+    code, out, _ = cli("misclassified", own_run, "--copy-to", tmp_path / "new" / "copies", "--save-images", tmp_path / "small")
+    assert code == 0
+    assert f"19 images written in {tmp_path / 'new' / 'copies'}" in out
+    listed = json.loads((own_run / "misclassified.json").read_text())["mistakes"]
+    originals = {path.relative_to(own_images / "test").as_posix(): path for path in own_images.glob("test/**/*.png")}
+    assert sorted(each["name"] for each in listed) == sorted(originals)
+    bright = [*(f"{i}{which}.png" for i in range(6) for which in ("", "-2")), "a_b_c__.png"]
+    expected = sorted([f"bright/dark/{name}" for name in bright] + [f"dark/bright/{i}.png" for i in range(6)])
+    for folder in (tmp_path / "new" / "copies", tmp_path / "small"):
+        assert files_in(folder) == expected
+    copied = sorted(path.read_bytes() for path in (tmp_path / "new" / "copies").rglob("*.png"))
+    assert copied == sorted(path.read_bytes() for path in originals.values())
+    split = load(load_checkpoint(own_run).recipe).evaluation
+    shown = sorted(np.asarray(Image.open(path)).tobytes() for path in (tmp_path / "small").rglob("*.png"))
+    assert shown == sorted(image.tobytes() for image in split.images)
+    assert not list(tmp_path.rglob(".*.part"))
+
+
+def test_images_without_files_are_written_by_their_index(tiny_run, tmp_path, refused, no_figures):
+    chosen = misclassified(tiny_run, tmp_path, save_images=tmp_path / "images")
+    expected = sorted(f"{each.true}/{each.predicted}/{each.index}.png" for each in chosen)
+    assert files_in(tmp_path / "images") == expected
+    images = load(load_checkpoint(tiny_run).recipe).evaluation
+    first = tmp_path / "images" / chosen[0].true / chosen[0].predicted / f"{chosen[0].index}.png"
+    assert np.array_equal(np.asarray(Image.open(first)), images.images[chosen[0].position])
+    line = refused(2, "misclassified", tiny_run, "--copy-to", tmp_path / "copies")
+    assert "the images of digits have no files to copy" in line
+    assert not (tmp_path / "copies").exists()
+
+
+def test_images_go_into_a_new_folder_alone(own_images, own_run, tmp_path, monkeypatch, refused):
+    all_wrong(monkeypatch)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for folder in (tmp_path / "full", tmp_path / "file"):
+        for option in ("--copy-to", "--save-images"):
+            assert str(folder) in refused(1, "misclassified", own_run, option, folder)
+    assert files_in(tmp_path / "full") == ["mine.txt"]
+    inside = own_images / "train" / "copies"
+    assert "choose a folder outside" in refused(2, "misclassified", own_run, "--copy-to", inside)
+    assert not inside.exists()
+    misclassified(own_run, copy_to=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert len(files_in(tmp_path / "empty")) == 19
+
+
+def test_a_file_that_is_gone_leaves_no_half_of_a_folder(own_images, own_run, tmp_path, monkeypatch):
+    all_wrong(monkeypatch, then=(own_images / "test" / "bright" / "3.png").unlink)
+    with pytest.raises(CifarResnetError, match=r"3\.png cannot be copied: No such file"):
+        misclassified(own_run, copy_to=tmp_path / "copies")
+    assert not (tmp_path / "copies").exists()
+    assert not list(tmp_path.glob(".*.part"))
