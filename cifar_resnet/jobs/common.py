@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..data import datasets
+from ..data import datasets, label_errors
 from ..data.loaders import Loader, make_loader
 from ..data.splits import Data
 from ..errors import CifarResnetError, UsageError
@@ -114,6 +114,7 @@ def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
         "precision": loaded.recipe.precision,
         "environment": environment(found.device),
         **analysis.report(found.logits, found.labels, found.data.classes),
+        "without_label_errors": _without_label_errors(found),
         "tta": None,
     }
     if tta != "none":
@@ -121,6 +122,14 @@ def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
         score = scores(logits, found.labels)
         content["tta"] = {tta: {"loss": score["test_loss"], "accuracy": score["test_accuracy"]}}
     return content
+
+
+def _without_label_errors(found: Prediction) -> dict[str, Any] | None:
+    """Accuracy without the images of CIFAR-10's test split whose label is known to be wrong; None for other images."""
+    if found.checkpoint.recipe.dataset != "cifar10" or found.data.evaluated_on != "test":
+        return None
+    right = torch.tensor([index not in label_errors.CIFAR10_TEST for index in found.data.evaluation.indices.tolist()])
+    return {"images": int(right.sum()), "accuracy": scores(found.logits[right], found.labels[right])["test_accuracy"]}
 
 
 def grad_cams(found: Prediction, shown: Sequence[analysis.Mistake], layer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -204,6 +204,9 @@ def evaluation(content: dict[str, Any], written: str) -> None:
         f"expected calibration error {content['calibration_error']:.2f} %",
         style="bold",
     )
+    if kept := content["without_label_errors"]:
+        left_out = content["images"] - kept["images"]
+        say(f"without the {left_out} images whose label is known to be wrong: accuracy {kept['accuracy']:.2f} %")
     for name, score in (content["tta"] or {}).items():
         say(f"with test-time augmentation ({name}): accuracy {score['accuracy']:.2f} %, loss {score['loss']:.4f}")
     say(written)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_resnet import CifarResnetError, Recipe, evaluate, load_checkpoint, predict, train
+from cifar_resnet import CifarResnetError, Recipe, evaluate, load_checkpoint, misclassified, predict, train
+from cifar_resnet.data import label_errors
 from cifar_resnet.data.datasets import load
 from cifar_resnet.data.loaders import make_loader
 from cifar_resnet.errors import UsageError
@@ -156,3 +157,28 @@ def test_evaluate_takes_a_repetition_as_its_runs(two_runs, cli, no_figures):
     code, out, err = cli("evaluate", "runs/many")
     assert (code, err) == (0, "")
     assert [line.split()[-1] for line in out.splitlines()[-2:]] == ["runs/many/s9/checkpoint.pt", "runs/many/s10/checkpoint.pt"]
+
+
+def test_a_second_figure_leaves_out_labels_known_to_be_wrong(fake_cifar10, tmp_path, cli, monkeypatch, no_figures):
+    monkeypatch.setenv("CIFAR_RESNET_DATA_DIR", str(fake_cifar10))
+    monkeypatch.setattr(label_errors, "CIFAR10_TEST", frozenset({3, 4, 17, 2000}))
+    small = dict(epochs=1, batch_size=16, width=4)
+    for name, more in (("test", {}), ("holdout", dict(holdout=20))):
+        train(Recipe.build(**small, **more), tmp_path / name)
+    code, out, _ = cli("evaluate", tmp_path / "test")
+    assert code == 0
+    found = json.loads((tmp_path / "test" / "evaluation.json").read_text())
+    wrong = {mistake.index for mistake in misclassified(tmp_path / "test")}
+    assert found["accuracy"] == pytest.approx(100 * (20 - len(wrong)) / 20)
+    expected = 100 * (17 - len(wrong - {3, 4, 17})) / 17
+    assert found["without_label_errors"] == {"images": 17, "accuracy": pytest.approx(expected)}
+    assert f"test accuracy {found['accuracy']:.2f} % of 20 images" in out
+    assert f"without the 3 images whose label is known to be wrong: accuracy {expected:.2f} %" in out
+    assert evaluate(tmp_path / "holdout")["without_label_errors"] is None
+
+
+def test_the_labels_known_to_be_wrong_are_those_published(tiny_run, tmp_path, no_figures):
+    """54 of the 10,000, among them the frog that is called a cat; no other data set has any."""
+    assert len(label_errors.CIFAR10_TEST) == 54
+    assert {2405, 165, 9793} < label_errors.CIFAR10_TEST < set(range(10_000))
+    assert evaluate(tiny_run, tmp_path)["without_label_errors"] is None
