@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import UsageError
 from .presets import PRESETS, preset
 
-DATASETS = ("cifar10", "digits")  # anything else is a folder
+DATASETS = ("cifar10", "cifar100", "digits")  # anything else is a folder
 SCHEMA = 2  # of a recipe in a file
 # What a recipe of schema 1 may lack, with the value that reproduces its run. Files of schema 1 bear no number.
 MISSING_IN_SCHEMA_1: dict[str, Any] = dict(
@@ -47,8 +47,15 @@ class Recipe(BaseModel):
     dataset: str = _field(
         "cifar10",
         "Data",
-        "cifar10, digits (scikit-learn's, no download), or a folder of your own images: train/CLASS/* and test/CLASS/*.",
+        "cifar10, cifar100, digits (scikit-learn's, no download), or a folder of your own images: train/CLASS/* and test/CLASS/*.",
         min_length=1,
+    )
+    split: float | None = _field(
+        None,
+        "Data",
+        "Share of a folder's images set apart for evaluation, where it has only train/CLASS/* or CLASS/*.",
+        gt=0,
+        lt=1,
     )
     holdout: int = _field(0, "Data", "Training images kept back and evaluated on instead of the test set.", ge=0)
     train_limit: int | None = _field(None, "Data", "Train on a subset of this many images, each class in proportion.", ge=1)
@@ -139,6 +146,10 @@ class Recipe(BaseModel):
             if wrong:
                 raise ValueError(message)
 
+        refuse(
+            self.split is not None and self.dataset in DATASETS,
+            f"--split {self.split} is for a folder of images; {self.dataset} has its own for evaluation",
+        )
         refuse(self.peak_epoch >= self.epochs, f"peak_epoch {self.peak_epoch:g} is not before the last of {self.epochs} epochs")
         refuse(
             (self.loss == "nll") != (self.output == "log-softmax"),
@@ -161,8 +172,8 @@ class Recipe(BaseModel):
     def build(cls, recipe: str | None = None, file: Path | None = None, **options: Any) -> Recipe:
         """Preset < recipe file < options; an option of None is one not given.
 
-        Without a preset's name the dataset chooses it: `digits` for the digits, else `default`. Where only --epochs is given
-        the peak moves in proportion.
+        Without a preset's name the dataset chooses it: the one of its name, else `default`. Where only --epochs is given the
+        peak moves in proportion.
         """
         options = {name: value for name, value in options.items() if value is not None}
         from_file = _filled(read_json(file, "recipe file"), SCHEMA, f"{file}: ") if file else {}
@@ -170,7 +181,7 @@ class Recipe(BaseModel):
             raise UsageError(f"--recipe {recipe} contradicts {file}, which is of recipe {from_file['recipe']}; leave it out")
         if recipe is None:
             dataset = options.get("dataset", from_file.get("dataset"))
-            recipe = from_file.get("recipe") or ("digits" if dataset == "digits" else "default")
+            recipe = from_file.get("recipe") or (dataset if dataset in DATASETS and dataset in PRESETS else "default")
         fields = {**preset(recipe).fields, "recipe": recipe, **from_file}
         if "epochs" in options and "peak_epoch" not in options:
             before = cls.parse(fields)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cifar_resnet import Recipe, train
-from cifar_resnet.data import cifar, datasets
+from cifar_resnet.data import cache, cifar, datasets
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -28,6 +28,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(missing)
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def images_kept_for_the_tests_alone(tmp_path_factory):
+    """What is read of folders is kept, but not in the user's cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    cache.directory = lambda: folder
 
 
 @pytest.fixture

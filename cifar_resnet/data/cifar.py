@@ -1,4 +1,4 @@
-"""CIFAR-10 as torchvision reads it, downloaded once."""
+"""CIFAR-10 and CIFAR-100 as torchvision reads them: from files that lie there, from the published archive, or downloaded once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -17,66 +18,165 @@ from filelock import FileLock
 from ..errors import DataError
 from .splits import Split
 
+_ADVICE = "or use --dataset digits, which needs no download"
+
+
+def user_cache() -> Path:
+    """`cifar-resnet` in the user's cache folder.
+
+    Raises:
+        DataError: the user has no home.
+    """
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "cifar-resnet"
+    try:
+        return Path.home() / ".cache" / "cifar-resnet"
+    except RuntimeError:
+        raise DataError("this user has no home folder for images; give a folder for them with --data-dir") from None
+
 
 def data_directory(data_dir: Path | None = None) -> Path:
-    """The folder given, else CIFAR_RESNET_DATA_DIR, else `cifar-resnet` in the user's cache folder."""
-    if chosen := data_dir or os.environ.get("CIFAR_RESNET_DATA_DIR"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar-resnet"
+    """The folder given, else CIFAR_RESNET_DATA_DIR, else `user_cache`."""
+    chosen = data_dir or os.environ.get("CIFAR_RESNET_DATA_DIR")
+    return Path(chosen) if chosen else user_cache()
 
 
-def cifar10(folder: Path, notify: Callable[[str], None]) -> tuple[Split, Split, tuple[str, ...]]:
-    from torchvision.datasets import CIFAR10
+def cifar(name: str, data_dir: Path | None, notify: Callable[[str], None]) -> tuple[Split, Split, tuple[str, ...]]:
+    """Training and test images of "cifar10" or "cifar100", checked against the published checksums, and the classes.
 
-    if not (folder / CIFAR10.base_folder).exists():
-        _download(folder, notify)
-    splits = []
-    for train in (True, False):
-        try:
-            dataset = CIFAR10(folder, train=train)
-        except (RuntimeError, OSError):
-            raise _damage(folder) from None
-        splits.append(Split(dataset.data, np.array(dataset.targets, np.int64), np.arange(len(dataset.targets))))
+    They are looked for in `data_directory(data_dir)`: the folder of the published archive, also where that is the folder given
+    or lies in one of the same name; else the archive itself; else they are downloaded.
+
+    Raises:
+        DataError: a file is damaged, or they are not there and cannot be downloaded.
+    """
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    published = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    with _unpacked(published, data_directory(data_dir), notify) as folder:
+        # torchvision looks in a folder of one name; this one may have another.
+        dataset_class = type(published.__name__, (published,), {"base_folder": folder.name})
+        splits = []
+        for train in (True, False):
+            try:
+                dataset = dataset_class(folder.parent, train=train)
+            except (RuntimeError, OSError):
+                raise _damage(published, folder) from None
+            splits.append(Split(dataset.data, np.array(dataset.targets, np.int64), np.arange(len(dataset.targets))))
     return splits[0], splits[1], tuple(dataset.classes)
 
 
-def _damage(folder: Path) -> DataError:
+def _files(published: Any) -> list[tuple[str, str]]:
+    """Names and MD5 checksums."""
+    return [*published.train_list, *published.test_list, (published.meta["filename"], published.meta["md5"])]
+
+
+@contextmanager
+def _unpacked(published: Any, folder: Path, notify: Callable[[str], None]) -> Iterator[Path]:
+    """The folder with the files themselves, for as long as they are read."""
+    target = folder / published.base_folder
+    if held := _holding(published, folder):
+        yield held
+    elif (folder / published.filename).exists():
+        with _from_archive(published, folder, notify) as unpacked:
+            yield unpacked
+    else:
+        _download(published, folder, notify)
+        yield target
+
+
+def _holding(published: Any, folder: Path) -> Path | None:
+    """Where files of the archive lie: in its folder, in one of that name in it, or in `folder` itself."""
+    target = folder / published.base_folder
+    for place in (target, folder, target / published.base_folder):
+        found = [os.path.isfile(place / name) for name, _ in _files(published)]
+        if all(found) or (any(found) and place.name == target.name):
+            return place
+    return target if target.exists() else None
+
+
+@contextmanager
+def _from_archive(published: Any, folder: Path, notify: Callable[[str], None]) -> Iterator[Path]:
+    """Unpacks the published archive that lies in the folder: into it, or for this once where nothing can be written."""
+    from torchvision.datasets.utils import calculate_md5, extract_archive
+
+    archive, target = folder / published.filename, folder / published.base_folder
+    try:
+        if (found := calculate_md5(archive)) != published.tgz_md5:
+            raise DataError(
+                f"{archive} is damaged or another: expected MD5 {published.tgz_md5}, found {found}. Remove it to have it "
+                f"downloaded, {_ADVICE}"
+            )
+        notify(f"unpacking {archive}")
+        writable = os.access(folder, os.W_OK)
+        with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder if writable else None) as part:
+            extract_archive(str(archive), part)
+            unpacked = Path(part) / published.base_folder
+            yield _put(unpacked, target) if writable else unpacked
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise DataError(f"{archive} cannot be unpacked: {_first_line(error)}") from None
+
+
+def _damage(published: Any, folder: Path) -> DataError:
     """What is wrong in a folder that torchvision's integrity check turned down."""
-    from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import calculate_md5
 
-    for name, expected in [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]:
-        path = folder / CIFAR10.base_folder / name
+    advice = f"Remove its folder to have it downloaded again, {_ADVICE}"
+    for name, expected in _files(published):
+        path = folder / name
         try:
             found = calculate_md5(path)
         except OSError as error:
-            return DataError(f"{path} cannot be read ({error.strerror}); expected a file of MD5 {expected}. {_ADVICE}")
+            return DataError(f"{path} cannot be read ({error.strerror}); expected a file of MD5 {expected}. {advice}")
         if found != expected:
-            return DataError(f"{path} is damaged: expected MD5 {expected}, found {found}. {_ADVICE}")
-    return DataError(f"{folder / CIFAR10.base_folder} was changed while it was read; try again")
+            return DataError(f"{path} is damaged: expected MD5 {expected}, found {found}. {advice}")
+    return DataError(f"{folder} was changed while it was read; try again")
 
 
-_ADVICE = "Remove its folder to have it downloaded again, or use --dataset digits, which needs no download"
-
-
-def _download(folder: Path, notify: Callable[[str], None]) -> None:
+def _download(published: Any, folder: Path, notify: Callable[[str], None]) -> None:
     """Into a temporary folder beside it, checked, then renamed; a second process waits for the first."""
-    from torchvision.datasets import CIFAR10
-
-    target = folder / CIFAR10.base_folder
+    target, name = folder / published.base_folder, published.__name__.replace("CIFAR", "CIFAR-")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".download.lock"):
+        with _alone(folder):
             if target.exists():
                 return
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as part:
-                notify(f"CIFAR-10 is not in {folder}; downloading {CIFAR10.url}")
+                notify(f"{name} is not in {folder}; downloading {published.url}")
                 with redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # where its bar goes
-                    CIFAR10(part, download=True)
-                os.replace(Path(part) / CIFAR10.base_folder, target)
+                    published(part, download=True)
+                _put(Path(part) / published.base_folder, target)
     except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
         raise DataError(
-            f"CIFAR-10 is not in {folder} (expected {target / 'data_batch_1'} and the others), and downloading "
-            f"{CIFAR10.url} there failed: {(str(error) or type(error).__name__).splitlines()[0]}. Give its folder with --data-dir, "
-            "or use --dataset digits, which needs no download"
+            f"{name} is not in {folder} (expected {target / published.train_list[0][0]} and the others), and downloading "
+            f"{published.url} there failed: {_first_line(error)}. Give its folder with --data-dir, {_ADVICE}"
         ) from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a lock that other users can take too. One that another user made for himself alone is done without."""
+    lock = FileLock(folder / ".download.lock", mode=0o666)
+    try:
+        lock.acquire()
+    except PermissionError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _put(unpacked: Path, target: Path) -> Path:
+    """Renames it, unless another process was sooner."""
+    try:
+        os.replace(unpacked, target)
+    except OSError:
+        if not target.exists():
+            raise
+    return target
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

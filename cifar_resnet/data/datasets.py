@@ -11,30 +11,50 @@ import numpy as np
 from ..errors import UsageError
 from ..presets import CIFAR10_MEAN, CIFAR10_STD
 from ..recipe import DATASETS, Recipe
-from .cifar import cifar10, data_directory
-from .folders import image_folder
+from .cifar import cifar
+from .folders import image_folder, some
 from .splits import Data, Split, stratified
 
-DIGITS_MEAN, DIGITS_STD = (0.3054,) * 3, (0.3237,) * 3  # of the 1,437 training images, scaled to 32x32
+# Mean and standard deviation by channel of the training images: CIFAR's, and the 1,437 digits scaled to 32x32.
+STATISTICS = {
+    "cifar10": (CIFAR10_MEAN, CIFAR10_STD),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "digits": ((0.3054,) * 3, (0.3237,) * 3),
+}
 HOLDOUT_SEED, SUBSET_SEED = 20_09, 20_12  # fixed, so that runs with different seeds hold out the same images
 
 
-def load(recipe: Recipe, data_dir: Path | None = None, notify: Callable[[str], None] = print) -> Data:
+def load(
+    recipe: Recipe,
+    data_dir: Path | None = None,
+    notify: Callable[[str], None] = print,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Data:
     """The recipe's images, its holdout and its limits applied.
+
+    Args:
+        notify: called with a line for what the user should know: a download, files that are left out.
+        progress: called with how many image files of a folder are read, of how many.
 
     Raises:
         DataError: a file is missing and cannot be downloaded, or is damaged.
         UsageError: the holdout, a limit or the batch does not fit the split.
     """
+    whites: dict[str, int] = {}
     if recipe.dataset == "digits":
         train, evaluation, classes = _digits()
-    elif recipe.dataset == "cifar10":
-        train, evaluation, classes = cifar10(data_directory(data_dir), notify)
+    elif recipe.dataset in DATASETS:
+        train, evaluation, classes = cifar(recipe.dataset, data_dir, notify)
     else:
-        train, evaluation, classes = image_folder(Path(recipe.dataset), data_dir)
+        train, evaluation, classes, whites = image_folder(Path(recipe.dataset), data_dir, recipe.split, notify, progress)
     if recipe.holdout:
-        _check_size("--holdout", recipe.holdout, len(train) - 1, len(classes))
-        held = stratified(train.labels, recipe.holdout, HOLDOUT_SEED)
+        _check_size("--holdout", recipe.holdout, len(train) - len(classes), len(classes))
+        single = [classes[label] for label, count in enumerate(np.bincount(train.labels)) if count == 1]
+        if single:
+            notify(
+                f"a single training image in {some(single)}: training keeps it, and --holdout {recipe.holdout} has none of these"
+            )
+        held = stratified(train.labels, recipe.holdout, HOLDOUT_SEED, keep_one=True)
         evaluation, train = train.take(held), train.take(np.setdiff1d(np.arange(len(train)), held))
     if recipe.train_limit:
         _check_size("--train-limit", recipe.train_limit, len(train), len(classes))
@@ -44,7 +64,7 @@ def load(recipe: Recipe, data_dir: Path | None = None, notify: Callable[[str], N
         evaluation = evaluation.take(stratified(evaluation.labels, recipe.test_limit, SUBSET_SEED))
     if recipe.batch_size > len(train):
         raise UsageError(f"--batch-size {recipe.batch_size} is more than the {len(train)} training images")
-    return Data(train, evaluation, classes, "holdout" if recipe.holdout else "test")
+    return Data(train, evaluation, classes, "holdout" if recipe.holdout else "test", whites)
 
 
 def with_statistics(recipe: Recipe, train: Split | None = None) -> Recipe:
@@ -52,7 +72,7 @@ def with_statistics(recipe: Recipe, train: Split | None = None) -> Recipe:
     mean: Any
     std: Any
     if recipe.dataset in DATASETS or train is None:
-        mean, std = (DIGITS_MEAN, DIGITS_STD) if recipe.dataset == "digits" else (CIFAR10_MEAN, CIFAR10_STD)
+        mean, std = STATISTICS.get(recipe.dataset, STATISTICS["cifar10"])
     else:
         pixels = train.images.reshape(-1, 3) / 255
         mean, std = (tuple(round(float(value), 4) for value in each) for each in (pixels.mean(0), pixels.std(0).clip(0.01)))

@@ -1,33 +1,165 @@
-"""How an image file becomes 32x32 pixels."""
+"""How an image file becomes 32x32 pixels. Training, evaluation and `predict` all read files by this rule."""
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
 
+RULE = 2  # of reading; a new number makes kept images be read again
+# The value of white in images of more than 8 bits: the first of these that no pixel exceeds by more than a hundredth.
+WHITES, EXCESS = (1, 255, 4095, 65535), 1.01
+ORIENTATION = 0x0112  # the EXIF tag
+DRAFT = 128  # pixels a side: what a JPEG's own decoder may reduce a large image to, four times what is wanted
+SUFFIXES = {  # whose files are taken for images without a look at their content
+    ".apng", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".pbm", ".pgm", ".png", ".pnm",
+    ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+with suppress(ImportError):  # HEIC, where the user has the package
+    import pillow_heif
 
-def read_image(path: Path) -> np.ndarray:
+    pillow_heif.register_heif_opener()
+
+
+class Decoded(NamedTuple):
+    """An image file's pixels before they are scaled: `image` of 8 bits, or `values` of more with the value of white unknown."""
+
+    image: Image.Image | None
+    values: np.ndarray | None = None  # uint16, int32 or float32 (H, W) or (H, W, 3)
+    alpha: np.ndarray | None = None  # uint8 (H, W), of `values`
+    orientation: int = 1  # of `values`, as EXIF counts
+
+    @property
+    def kind(self) -> str | None:
+        """The type of `values`. Images of one type share one value of white."""
+        return None if self.values is None else self.values.dtype.name
+
+    @property
+    def top(self) -> float:
+        """The highest of `values` where they are not wholly transparent."""
+        assert self.values is not None
+        seen = self.values if self.alpha is None else self.values[self.alpha > 0]
+        return float(seen.max(initial=0))
+
+
+def read_image(path: Path, whites: Mapping[str, int] | None = None) -> np.ndarray:
     """An image file as uint8 (32, 32, 3): turned as EXIF says, white where transparent, its centred square scaled to 32x32.
 
-    Raises:
-        DataError: it is no image that Pillow can read.
-    """
-    from PIL import Image, ImageOps
+    Args:
+        whites: the value of white of images of more than 8 bits, by type. For a type that it lacks the image itself decides.
 
+    Raises:
+        DataError: it is no image that Pillow can read, or holds values that no image has.
+    """
+    return scaled(decode(path), whites or {}, path)
+
+
+def decode(path: Path) -> Decoded:
+    """The pixels of an image file. A JPEG that is far too large is decoded at an eighth to a half of its size.
+
+    Raises:
+        DataError: as from `read_image`, with the reason.
+    """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode[0] in "IF":  # more than 8 bits
-                pixels = np.asarray(image, np.float64)
-                most = 1 if image.mode[0] == "F" and pixels.max() <= 1 else 65535
-                image = Image.fromarray((pixels.clip(0, most) * (255 / most)).astype(np.uint8))
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image).convert("RGB")
-            return np.asarray(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                file.draft(None, (DRAFT, DRAFT))
+                found = _deep(file, path) or Decoded(ImageOps.exif_transpose(file))
     except Exception as error:  # whatever a damaged file makes its decoder raise
-        reason = "is a folder" if path.is_dir() else getattr(error, "strerror", None) or "not an image that can be read"
-        raise DataError(f"{path}: {reason}") from None
+        raise DataError(f"{path}: {_reason(path, error)}") from None
+    if found.values is not None:
+        _check_values(found.values, path)
+    return found
+
+
+def white_of(top: float) -> int:
+    """The value of white for images whose highest value is `top`, at most 65535."""
+    return next(white for white in WHITES if top <= EXCESS * white)
+
+
+def scaled(found: Decoded, whites: Mapping[str, int], path: Path) -> np.ndarray:
+    """Decoded pixels as `read_image` gives them.
+
+    Raises:
+        DataError: a value is above the type's value of white.
+    """
+    image = found.image or _in_8_bits(found, whites, path)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.LANCZOS))
+
+
+def _deep(file: Image.Image, path: Path) -> Decoded | None:
+    """What a file of more than 8 bits a channel holds, else None."""
+    tiles = file.tile if isinstance(file, ImageFile.ImageFile) else []  # none once the file is loaded, as for its EXIF
+    several = file.mode[0] != "I" and bool(tiles) and ";16" in str(tiles[0][3])
+    orientation = file.getexif().get(ORIENTATION, 1)
+    if file.mode[0] in "IF":
+        values = np.asarray(file)
+        transparent = file.info.get("transparency")
+        alpha = np.where(values == transparent, 0, 255).astype(np.uint8) if isinstance(transparent, int) else None
+        return Decoded(None, values.astype(np.uint16) if values.dtype.kind == "u" else values, alpha, orientation)
+    channels = _channels_of_16_bits(path) if several else None
+    if channels is None:
+        return None
+    alpha = (channels[..., 3] >> 8).astype(np.uint8) if channels.shape[2] == 4 else None
+    return Decoded(None, channels[..., 2::-1], alpha, orientation)
+
+
+def _channels_of_16_bits(path: Path) -> np.ndarray | None:
+    """Blue, green, red and perhaps alpha, uint16 (H, W, 3 or 4), by OpenCV, as Pillow keeps the upper 8 bits alone.
+
+    None where OpenCV is not there, as it is with Albumentations, or cannot read the file.
+    """
+    try:
+        import cv2
+    except ImportError:
+        return None
+    found: np.ndarray | None = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    return found if found is not None and found.dtype == np.uint16 and found.shape[2:] in ((3,), (4,)) else None
+
+
+def _check_values(values: np.ndarray, path: Path) -> None:
+    if not np.isfinite(values).all():
+        raise DataError(f"{path}: holds values that are no numbers (NaN or infinite)")
+    low, high = values.min(initial=0), values.max(initial=0)
+    if low < 0 or high > WHITES[-1]:
+        raise DataError(f"{path}: holds values from {low:g} to {high:g}; an image's are within 0 to {WHITES[-1]}")
+
+
+def _in_8_bits(found: Decoded, whites: Mapping[str, int], path: Path) -> Image.Image:
+    assert found.values is not None
+    white = whites.get(str(found.kind)) or white_of(found.top)
+    if found.top > EXCESS * white:
+        raise DataError(f"{path}: holds values up to {found.top:g}, where white is {white} in the training images of its type")
+    image = Image.fromarray((found.values.clip(0, white).astype(np.float64) * (255 / white)).astype(np.uint8))
+    if found.alpha is not None:
+        image.putalpha(Image.fromarray(found.alpha))
+    image.getexif()[ORIENTATION] = found.orientation
+    return ImageOps.exif_transpose(image)
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why an image cannot be read, in a few words."""
+    if os.path.isdir(path):
+        return "is a folder"
+    if known := getattr(error, "strerror", None):
+        return str(known)
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return "is empty"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, the most that are read"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that can be read"
+    message = (str(error) or type(error).__name__).splitlines()[0]
+    return message if "truncated" in message else f"damaged ({message})"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,20 @@ class Data:
     evaluation: Split
     classes: tuple[str, ...]
     evaluated_on: str
+    whites: Mapping[str, int] = field(default_factory=dict)  # of images of more than 8 bits; see `images.read_image`
 
 
-def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Sorted positions of `count` images, each class in proportion to its size; a smaller count gives a subset."""
+def stratified(labels: np.ndarray, count: int, seed: int, keep_one: bool = False) -> np.ndarray:
+    """Sorted positions of `count` images, each class in proportion to its size; a smaller count gives a subset.
+
+    With `keep_one` an image of each class is taken only after all others.
+    """
     order = np.random.default_rng(seed).permutation(len(labels))
     place = np.empty(len(labels))  # of each image among its class, from 0 to 1
     for label in np.unique(labels):
         members = order[labels[order] == label]
         place[members] = (np.arange(len(members)) + 0.5) / len(members)
         place[members[0]] = 0  # so that the rarest class has one too
+        if keep_one:
+            place[members[-1]] = 1
     return np.sort(order[np.argsort(place[order], kind="stable")[:count]])

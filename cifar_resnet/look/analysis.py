@@ -226,7 +226,7 @@ def summary(recipe: Recipe, batch_size: int = 512) -> dict[str, Any]:
 
     `receptive_field` is the last layer's, in pixels of the image.
     """
-    rows = layers(recipe, batch_size)
+    rows = layers(recipe, batch_size, 100 if recipe.dataset == "cifar100" else 10)
     multiply_adds = sum(row["multiply_adds"] for row in rows)
     totals = {
         "parameters": sum(row["parameters"] for row in rows),

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from torchvision.datasets import CIFAR10
 
-from cifar_resnet import Recipe
+from cifar_resnet import Recipe, samples
 from cifar_resnet.data.cifar import data_directory
-from cifar_resnet.data.datasets import DIGITS_MEAN, DIGITS_STD, load, with_statistics
+from cifar_resnet.data.datasets import STATISTICS, load, with_statistics
 from cifar_resnet.data.splits import stratified
 from cifar_resnet.errors import DataError, UsageError
 
@@ -33,8 +33,8 @@ def test_digits_are_split_1437_to_360_and_stratified():
     shares = [np.bincount(split.labels) / len(split) for split in (loaded.train, loaded.evaluation)]
     assert np.abs(shares[0] - shares[1]).max() < 0.005
     pixels = loaded.train.images / 255
-    assert pixels.mean((0, 1, 2)) == pytest.approx(DIGITS_MEAN, abs=1e-4)
-    assert pixels.std((0, 1, 2)) == pytest.approx(DIGITS_STD, abs=1e-4)
+    assert pixels.mean((0, 1, 2)) == pytest.approx(STATISTICS["digits"][0], abs=1e-4)
+    assert pixels.std((0, 1, 2)) == pytest.approx(STATISTICS["digits"][1], abs=1e-4)
 
 
 def test_digits_are_scikit_learns_enlarged():
@@ -72,6 +72,29 @@ def test_the_holdout_is_disjoint_and_the_same_for_every_seed():
     assert set(a.train.indices).isdisjoint(a.evaluation.indices)
     assert np.array_equal(a.evaluation.indices, b.evaluation.indices)
     assert set(a.train.indices) | set(a.evaluation.indices) == set(load(Recipe.build("digits")).train.indices)
+
+
+def test_a_holdout_leaves_every_class_an_image_to_train_on(own_images, tmp_path):
+    (own_images / "train" / "birds").mkdir()
+    shutil.copy(own_images / "train" / "cats" / "0.png", own_images / "train" / "birds")
+    shutil.copytree(own_images / "train" / "birds", own_images / "test" / "birds")
+    said = []
+    for holdout in (3, 6, 10):
+        loaded = load(Recipe.build(dataset=str(own_images), batch_size=1, holdout=holdout), notify=said.append)
+        assert np.bincount(loaded.train.labels).tolist()[0] == 1
+        assert np.bincount(loaded.train.labels).min() >= 1
+        assert len(loaded.evaluation) == holdout
+    assert said == [f"a single training image in birds: training keeps it, and --holdout {each} has none of these" for each in (3, 6, 10)]
+    with pytest.raises(UsageError, match="--holdout 11 does not fit: it takes 3 to 10 images here"):
+        load(Recipe.build(dataset=str(own_images), batch_size=1, holdout=11), notify=silent)
+    figure = samples(Recipe.build(dataset=str(own_images), holdout=10), views=1)
+    assert len(figure.axes) >= 3
+
+
+@pytest.mark.parametrize("count", [10, 300, 900])
+def test_keeping_one_image_of_each_class_changes_no_selection_that_kept_one_anyway(count):
+    labels = np.random.default_rng(1).choice(5, 1000, p=[0.4, 0.3, 0.15, 0.1, 0.05])
+    assert np.array_equal(stratified(labels, count, seed=3), stratified(labels, count, seed=3, keep_one=True))
 
 
 @pytest.mark.parametrize(

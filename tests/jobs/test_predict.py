@@ -2,14 +2,12 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cifar_resnet import Recipe, load_checkpoint, predict, train
 from cifar_resnet.data.datasets import load
-from cifar_resnet.data.images import read_image
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.jobs import predict as job
 
@@ -71,38 +69,6 @@ def test_what_cannot_be_predicted_is_refused(tiny_run, tmp_path, refused):
     assert "--top 0 must be at least 1" in refused(2, "predict", tiny_run, tmp_path, "--top", 0)
     (tmp_path / "empty").mkdir()
     assert "there are no files in" in refused(2, "predict", tiny_run, tmp_path / "empty")
-
-
-# How a file becomes 32x32 pixels
-
-
-@pytest.mark.parametrize("kind", ["L", "LA", "P", "RGBA", "I;16", "CMYK", "1"])
-def test_images_of_every_mode_are_read(kind, tmp_path):
-    grey = np.linspace(0, 255, 64 * 48).reshape(64, 48).astype(np.uint8)
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if kind == "I;16" else Image.fromarray(grey).convert(kind)
-    path = tmp_path / ("x.jpg" if kind == "CMYK" else "x.png")
-    image.save(path)
-    found = read_image(path)
-    assert (found.shape, found.dtype) == ((32, 32, 3), np.uint8)
-    if kind != "1":  # the centred 48x48, from grey 32 to 223
-        assert found[0].mean() == pytest.approx(34, abs=4)
-        assert found[-1].mean() == pytest.approx(221, abs=4)
-
-
-def test_images_are_turned_cut_and_laid_on_white(tmp_path):
-    wide = np.zeros((32, 96, 3), np.uint8)
-    wide[:, 32:64, 0] = 200  # the centred square is red
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert (read_image(tmp_path / "wide.png") == [200, 0, 0]).all()
-    small = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    Image.fromarray(small).save(tmp_path / "turned.webp", exif=exif, lossless=True)
-    np.testing.assert_array_equal(read_image(tmp_path / "turned.webp"), np.rot90(small, -1))
-    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read_image(tmp_path / "clear.png") == 255).all()
-    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "float.tiff")
-    assert (read_image(tmp_path / "float.tiff") == 127).all()
 
 
 # Which run
