@@ -95,10 +95,10 @@ def _argument(help: str, metavar: str | None = None) -> Any:
 # What commands take beside the fields of a recipe: first what several of them share, then by command.
 # fmt: off
 Checkpoint = Annotated[list[Path] | None, _argument(
-    "The folder of a run, or its checkpoint file; latest, or nothing, is the newest run in runs/.", "[RUN]"
+    "The folder of a run, or its checkpoint file; latest, or nothing, is the newest run in runs/.", "RUN"
 )]
 Checkpoints = Annotated[list[Path] | None, _argument(
-    "Folders of runs or of repetitions, or checkpoint files; latest, or nothing, is the newest run in runs/.", "[RUN]..."
+    "Folders of runs or of repetitions, or checkpoint files; latest, or nothing, is the newest run in runs/.", "RUN"
 )]
 RecipeFile = Annotated[Path | None, _option(
     "recipe.json of a run, or a part of one, to start from.", "Recipe", default="none"
@@ -176,11 +176,11 @@ Layer = Annotated[Literal["prep", "layer1", "layer2", "layer3"], _option(
     "Layer whose output Grad-CAM weighs: prep (32x32), layer1 (16x16), layer2 (8x8) or layer3 (4x4).", CHOICE, metavar=NAME
 )]
 
-Runs = Annotated[list[Path], _argument("Folders of finished runs or of repetitions, or checkpoint files.", "RUN...")]
+Runs = Annotated[list[Path], _argument("Folders of finished runs or of repetitions, or checkpoint files.", "RUN")]
 Page = Annotated[Path | None, _option("Where the page goes.", default="report.html beside the checkpoint")]
 RunAndImages = Annotated[list[Path], _argument(
     "The folder of a run, or its checkpoint file; then image files, or folders of them. Without a run: the newest one in runs/.",
-    "[RUN] IMAGE...",
+    "RUN IMAGE",
 )]
 Top = Annotated[int, _option("Classes shown for each image.")]
 Exported = Annotated[Path | None, _option("Where the model goes.", default="model.<format> beside the checkpoint")]

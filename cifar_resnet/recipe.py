@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .arguments import checked
 from .errors import UsageError
 from .presets import PRESETS, preset
 
@@ -36,8 +38,7 @@ class Recipe(BaseModel):
     """A run's hyperparameters. `Recipe()` is the default recipe, `Recipe.build("page", epochs=8)` another.
 
     Raises:
-        UsageError: from `build`, `load` and `parse`, where a value is out of its range or two contradict. The constructor itself
-            raises pydantic's ValidationError.
+        UsageError: a value is out of its range or two contradict.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -130,6 +131,14 @@ class Recipe(BaseModel):
         "auto", "Run", "Arithmetic of the network; auto is bfloat16 where the hardware multiplies in it."
     )
 
+    if not TYPE_CHECKING:  # for which the constructor takes the fields
+
+        def __init__(self, /, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise UsageError("; ".join(_one_line(problem) for problem in error.errors())) from None
+
     @field_validator("grad_clip", mode="before")
     @classmethod
     def _null_is_none(cls, value: Any) -> Any:
@@ -169,7 +178,8 @@ class Recipe(BaseModel):
         return self
 
     @classmethod
-    def build(cls, recipe: str | None = None, file: Path | None = None, **options: Any) -> Recipe:
+    @checked
+    def build(cls, recipe: str | None = None, file: Path | str | None = None, **options: Any) -> Recipe:
         """Preset < recipe file < options; an option of None is one not given.
 
         Without a preset's name the dataset chooses it: the one of its name, else `default`. Where only --epochs is given the
@@ -185,7 +195,8 @@ class Recipe(BaseModel):
         fields = {**preset(recipe).fields, "recipe": recipe, **from_file}
         if "epochs" in options and "peak_epoch" not in options:
             before = cls.parse(fields)
-            options["peak_epoch"] = before.peak_epoch * max(options["epochs"], 1) / before.epochs
+            with suppress(TypeError, ValueError, OverflowError):  # of what is no number, which is refused below
+                options["peak_epoch"] = before.peak_epoch * max(int(options["epochs"]), 1) / before.epochs
         return cls.parse({**fields, **options})
 
     @classmethod
@@ -214,10 +225,12 @@ class Recipe(BaseModel):
         Raises:
             UsageError: one line that names each wrong field as its option, with its value.
         """
+        if not isinstance(fields, dict):
+            raise UsageError(f"{source}a recipe is an object with its fields, not {fields!r:.60}")
         try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise UsageError(source + "; ".join(_one_line(problem) for problem in error.errors())) from None
+            return cls(**fields)
+        except UsageError as error:
+            raise UsageError(f"{source}{error}") from None
 
     def replace(self, **changes: Any) -> Recipe:
         return self.parse({**self.model_dump(), **changes})
@@ -276,7 +289,7 @@ def _filled(fields: dict[str, Any], unnumbered: int, source: str) -> dict[str, A
     return {**missing, **{name: value for name, value in fields.items() if name != "schema"}}
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path | str, what: str) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:

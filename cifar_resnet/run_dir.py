@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from . import __version__
+from .arguments import checked
 from .data.splits import Data
 from .errors import CheckpointError, RunDirectoryError, UsageError
 from .recipe import Recipe, read_json
@@ -287,6 +288,7 @@ def find_checkpoint(path: Path | str | None = None) -> Path:
     return run / CHECKPOINT if run.is_dir() else run
 
 
+@checked
 def load_checkpoint(path: Path | str = LATEST) -> Checkpoint:
     """Reads a checkpoint file, or that of a run directory, trusting nothing in it; see `find_run` for `latest`.
 
@@ -529,6 +531,8 @@ def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> Non
         UsageError: names the first field that has another one.
     """
     for name, value in must_match.items():
+        if name not in Recipe.model_fields:
+            raise UsageError(f"{name} is no field of a recipe")
         planned = getattr(recipe, name)
         same = value == planned or (name, value) == ("precision", "auto")
         if isinstance(value, list | tuple):

@@ -22,9 +22,10 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, default_collate
 
+from ..arguments import checked
 from ..data.augment import train_transform
 from ..data.datasets import with_statistics
-from ..data.loaders import Batch, Loader, TensorLoader, leave_signals, make_loader
+from ..data.loaders import Batch, Loader, TensorLoader, check_loader, leave_signals, make_loader
 from ..data.splits import Split
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis
@@ -35,7 +36,7 @@ from ..training.capture import CapturedEpoch, capturable, graph_of
 from ..training.engine import State, rates_at, train_step
 from ..training.model import build_model
 from ..training.optim import make_optimizer, set_rates
-from ..training.runtime import compiled, environment, resolve_device, resolve_precision, wait_for
+from ..training.runtime import check_compile_mode, compiled, environment, resolve_device, resolve_precision, wait_for
 
 MIN_ROUNDS, TRAIN_IMAGES, TEST_IMAGES, CPU_SIDE = 6, 50_000, 10_000, 4096
 RATIOS = (
@@ -49,6 +50,7 @@ RATIOS = (
 )
 
 
+@checked
 def bench(
     recipe: Recipe | None = None,
     *,
@@ -81,6 +83,10 @@ def bench(
     """
     if rounds < MIN_ROUNDS:
         raise UsageError(f"--rounds {rounds} must be at least {MIN_ROUNDS}: fewer give no 95 % interval of a median")
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"seconds {seconds:g} must be above 0")
+    check_compile_mode(compile)
+    check_loader("albumentations", workers)
     place = resolve_device(device)
     recipe = resolve_precision(with_statistics(recipe or Recipe()), place)
     contestants, used = _contestants(recipe, place, workers, compile)

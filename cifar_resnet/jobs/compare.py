@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arguments import checked
 from ..errors import UsageError
 from ..look import figures
 from ..recipe import Recipe
@@ -14,6 +15,7 @@ from ..run_dir import SCHEMA, Checkpoint, find_runs
 from .common import finished, save_figure
 
 
+@checked
 def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[str, Any]:
     """Finished runs side by side; those that train alike but for the seed are one group, with mean and standard deviation.
 
@@ -31,6 +33,8 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
         CifarResnetError: a run cannot be read or has not ended.
         UsageError: a run is given twice, or two of them are of one recipe and seed, or holdout and test figures would mix.
     """
+    if not runs:
+        raise UsageError("compare takes at least one run")
     loaded = [finished(run) for run in find_runs(runs)]
     _check_evaluated_alike(loaded)
     together: dict[Recipe, list[Checkpoint]] = {}

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..arguments import checked
 from ..look import analysis, figures
 from ..run_dir import LATEST, writable, write_json
 from .common import content_of, logits_of, save_figure
 
 
+@checked
 def evaluate(
     checkpoint: Path | str = LATEST,
     run_dir: Path | str | None = None,

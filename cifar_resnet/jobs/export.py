@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import CifarResnetError, UsageError
 from ..run_dir import LATEST, Checkpoint, load_checkpoint, write_whole
 from ..training.model import ResNet
@@ -28,6 +29,7 @@ class _Exported(nn.Module):
         return self.model.logits(images)
 
 
+@checked
 def export(
     checkpoint: Path | str = LATEST, path: Path | str | None = None, *, format: str = "onnx", with_preprocessing: bool = False
 ) -> Path:

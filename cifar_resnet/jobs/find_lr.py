@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..arguments import checked
 from ..data.datasets import load
 from ..data.loaders import Loader, make_loader
 from ..data.splits import Data
@@ -28,6 +29,7 @@ SWEPT = 9  # short trainings of a sweep at most
 Progress = Callable[[int, int], None]
 
 
+@checked
 def find_lr(
     recipe: Recipe | None = None,
     run_dir: Path | str | None = None,
@@ -83,8 +85,8 @@ def find_lr(
 def _check(
     start_lr: float, end_lr: float, num_iter: int, step_mode: str, trial_steps: int | None, sweep: int | None, format: str
 ) -> None:
-    if not 0 < start_lr < end_lr:
-        raise UsageError(f"--start-lr {start_lr:g} must be above 0 and below --end-lr {end_lr:g}")
+    if not 0 < start_lr < end_lr < math.inf:
+        raise UsageError(f"--start-lr {start_lr:g} must be above 0 and below --end-lr {end_lr:g}, which is finite")
     if step_mode not in ("exp", "linear"):
         raise UsageError(f"--step-mode {step_mode}: it is exp or linear")
     figures.check_format(format)

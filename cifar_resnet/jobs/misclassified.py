@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..arguments import checked
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures
 from ..recipe import DATASETS
@@ -18,6 +19,7 @@ from ..run_dir import LATEST, SCHEMA, check_new_folder, load_checkpoint, new_fol
 from .common import Prediction, grad_cams, logits_of, save_figure
 
 
+@checked
 def misclassified(
     checkpoint: Path | str = LATEST,
     run_dir: Path | str | None = None,

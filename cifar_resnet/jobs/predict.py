@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..arguments import checked
 from ..data.images import read_image
 from ..data.loaders import make_loader
 from ..data.splits import Split
 from ..errors import DataError, UsageError
 from ..look import analysis
+from ..run_dir import Checkpoint
 from .common import opened
 
 CHUNK = 1000  # images in memory at a time
 
 
+@checked
 def predict(
     checkpoint: Path | str,
-    images: Sequence[Path | str],
+    images: Path | str | Sequence[Path | str],
     *,
     top: int = 3,
     tta: str = "none",
@@ -32,7 +36,8 @@ def predict(
     """For each image file its most probable classes: {"image": path, "classes": [{"class", "probability"}, ...]}.
 
     Args:
-        images: files, or folders, whose files are taken in the order of their names. Files are read as `images.read_image` says.
+        images: a file or a folder, or several. A folder's files are taken in the order of their names. Files are read as
+            `images.read_image` says.
         top: how many classes.
         tta: "none", "flip" or "flip-shift"; see `analysis.views`.
         progress: called with how many files are done, of how many.
@@ -41,12 +46,21 @@ def predict(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    loaded, resolved = opened(checkpoint, device)
     if top < 1:
         raise UsageError(f"--top {top} must be at least 1")
-    files = [file for path in map(Path, images) for file in _files(path)]
+    analysis.views(tta)
+    opened_run = opened(checkpoint, device)
+    given = [images] if isinstance(images, str | Path) else images
+    files = [file for path in map(Path, given) for file in _files(path)]
     if not files:
-        raise UsageError(f"there are no files in {', '.join(map(str, images))}")
+        raise UsageError(f"there are no files in {', '.join(map(str, given))}")
+    return _predictions(*opened_run, files, top, tta, progress, skipped)
+
+
+def _predictions(
+    loaded: Checkpoint, resolved: torch.device, files: list[Path], top: int, tta: str, progress: Callable[[int, int], None],
+    skipped: Callable[[str], object],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     model = loaded.model(resolved)
     for start in range(0, len(files), CHUNK):
         read, pixels = [], []

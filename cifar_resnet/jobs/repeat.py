@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from ..arguments import check, checked
 from ..errors import UsageError
 from ..recipe import Recipe, read_json
-from ..run_dir import RECIPE, REPEAT, SCHEMA, check_free, check_match, default_directory, find_run, writable, write_json
+from ..run_dir import RECIPE, REPEAT, SCHEMA, check_free, check_match, directory_for, find_run, seeds_of, writable, write_json
 from ..training import distributed
 from ..training.capture import CapturedEpoch
 from ..training.runtime import resolve_device, resolve_precision
@@ -19,6 +20,7 @@ from .interrupt import Interrupted, signals
 from .train import Watcher, train
 
 
+@checked
 def repeat(
     recipe: Recipe | None = None,
     count: int | None = None,
@@ -26,7 +28,7 @@ def repeat(
     *,
     resume: Path | str | None = None,
     must_match: dict[str, Any] | None = None,
-    watch: Callable[[], AbstractContextManager[Watcher]] = lambda: nullcontext(Watcher()),
+    watch: Callable[[], AbstractContextManager[object]] = lambda: nullcontext(Watcher()),
     **options: Any,
 ) -> dict[str, Any]:
     """Trains `count` seeds in a row, from the recipe's own upward, each into `s<seed>` of one folder, and sums them up.
@@ -45,14 +47,18 @@ def repeat(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
+    check(train, **options)
+    if resume is not None and (recipe is not None or count is not None or run_dir is not None):
+        raise UsageError("a resumed repetition takes recipe, count and folder from itself; give none of them")
     if distributed.started() > 1:
         raise UsageError("--repeat does not go with torchrun: train one seed after the other")
+    device = options.get("device", "auto")
     if resume is None:
-        folder, recipe, count = _begin(recipe or Recipe(), count or 1, run_dir, options.get("device", "auto"))
+        begun: Any = _begin(recipe or Recipe(), count or 1, run_dir, device)
     else:
-        folder, recipe, count = _standing(find_run(resume, repetition=True), must_match or {}, options.get("device", "auto"))
+        begun = nullcontext(_standing(find_run(resume, repetition=True), must_match or {}, device))
     done, captured = [], dict[Recipe, CapturedEpoch]()
-    with signals() as received:
+    with begun as (folder, recipe, count), signals() as received:
         for seed in range(recipe.seed, recipe.seed + count):
             one = folder / f"s{seed}"
             how = dict(resume=one) if (one / RECIPE).exists() else dict(recipe=recipe.replace(seed=seed), run_dir=one)
@@ -66,14 +72,20 @@ def repeat(
     return content
 
 
-def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) -> tuple[Path, Recipe, int]:
+@contextmanager
+def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) -> Iterator[tuple[Path, Recipe, int]]:
+    """Folder, recipe and count of a new repetition, which leaves nothing where its first run cannot begin."""
     if count < 2:
         raise UsageError(f"--repeat {count} must be at least 2")
     recipe = resolve_precision(recipe, resolve_device(device))
-    folder = Path(run_dir or default_directory(recipe, "repeat-"))
-    check_free(folder)
-    write_json(writable(folder) / REPEAT, _content(recipe, count))
-    return folder, recipe, count
+    with directory_for(Path(run_dir) if run_dir else None, recipe, "repeat-") as folder:
+        check_free(folder)
+        write_json(writable(folder) / REPEAT, _content(recipe, count))
+        try:
+            yield folder, recipe, count
+        finally:
+            if not seeds_of(folder):
+                (folder / REPEAT).unlink(missing_ok=True)
 
 
 def _standing(folder: Path, must_match: dict[str, Any], device: str) -> tuple[Path, Recipe, int]:

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from ..arguments import checked
 from ..look import analysis, figures
 from ..run_dir import LATEST, write_whole
 from .common import Prediction, command_line, content_of, finished, grad_cams, logits_of
@@ -17,6 +18,7 @@ from .common import Prediction, command_line, content_of, finished, grad_cams, l
 SHOWN = 8  # of the mistakes
 
 
+@checked
 def report(
     run: Path | str = LATEST,
     path: Path | str | None = None,

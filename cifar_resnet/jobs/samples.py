@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..arguments import checked
 from ..data.loaders import epoch_order, make_loader
 from ..errors import UsageError
 from ..look import analysis, figures
@@ -15,6 +16,7 @@ from ..recipe import Recipe
 from .common import prepare, save_figure
 
 
+@checked
 def samples(
     recipe: Recipe | None = None,
     path: Path | str | None = None,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..data.datasets import load, with_statistics
 from ..data.loaders import Loader, TensorLoader, check_loader, make_loader
 from ..data.splits import Data
@@ -31,7 +32,15 @@ RunEpoch = Callable[[State, Loader], Iterator[Tensor]]
 
 
 class Watcher:
-    """What `train` tells of its course, on rank 0; each method may be overridden. This one is silent."""
+    """What `train` tells of its course, on rank 0. This one is silent.
+
+    A watcher is any object with some of these methods; it need not be made from this class.
+
+    `begin` is called before the first step, with the recipe that is trained, the folder, what `metrics.json` keeps as
+    `environment`, the images, and where the run stands. `step` is called after every step; reading `step.loss` waits for the
+    device. `epoch` is called after every epoch, once it is evaluated, with what `metrics.json` says of it as `epoch.metrics`.
+    `warn` is called with a line that a user should see.
+    """
 
     def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: Data, state: State) -> None: ...
     def step(self, step: Step, state: State) -> None: ...
@@ -39,6 +48,31 @@ class Watcher:
     def warn(self, message: str) -> None: ...
 
 
+class _Watchers(Watcher):
+    """Hands everything on to several watchers, as far as each has the method for it."""
+
+    def __init__(self, *watchers: object) -> None:
+        self.watchers = watchers
+
+    def _tell(self, method: str, *what: Any) -> None:
+        for watcher in self.watchers:
+            if hasattr(watcher, method):
+                getattr(watcher, method)(*what)
+
+    def begin(self, *what: Any) -> None:
+        self._tell("begin", *what)
+
+    def step(self, *what: Any) -> None:
+        self._tell("step", *what)
+
+    def epoch(self, *what: Any) -> None:
+        self._tell("epoch", *what)
+
+    def warn(self, message: str) -> None:
+        self._tell("warn", message)
+
+
+@checked
 def train(
     recipe: Recipe | None = None,
     run_dir: Path | str | None = None,
@@ -54,7 +88,7 @@ def train(
     tf32: bool = False,
     target: float | None = None,
     format: str = "png",
-    watcher: Watcher | None = None,
+    watcher: object | None = None,
     captured: dict[Recipe, CapturedEpoch] | None = None,
 ) -> Checkpoint:
     """Trains a recipe to its end, or a run on from its checkpoint, and keeps it in a run directory.
@@ -73,6 +107,7 @@ def train(
         tf32: whether an NVIDIA GPU may round the factors of float32 products to TF32.
         target: accuracy in percent, drawn as a line into the accuracy curve.
         format: of the pictures: "png", "svg" or "pdf".
+        watcher: is told of the run's course: an object with any of the methods of `Watcher`.
         captured: steps that earlier calls captured on a GPU, by recipe with seed 0; this call uses and adds to it.
 
     Returns:
@@ -82,7 +117,7 @@ def train(
         CifarResnetError: one line that says what was wrong. A run that had begun can be resumed.
     """
     asked = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, compile=compile, tf32=tf32)
-    _check(recipe, run_dir, resume, save_every_minutes, compile, format)
+    _check(recipe, run_dir, resume, save_every_minutes, compile, target, format)
     with distributed.joined(), ExitStack() as held:
         run = _Run(recipe, run_dir, resume, must_match or {}, asked, watcher)
         if run.is_finished():
@@ -97,12 +132,15 @@ def train(
 
 
 def _check(
-    recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, save_every_minutes: float, compile: str, format: str
+    recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, save_every_minutes: float, compile: str,
+    target: float | None, format: str,
 ) -> None:  # fmt: skip
     if not save_every_minutes > 0:
         raise UsageError(f"--save-every-minutes {save_every_minutes:g} must be above 0")
     if resume is not None and (recipe is not None or run_dir is not None):
         raise UsageError("a resumed run takes recipe and folder from itself; give neither")
+    if target is not None and not 0 <= target <= 100:
+        raise UsageError(f"--target {target:g} must be 0 to 100")
     check_compile_mode(compile)
     figures.check_format(format)
 
@@ -122,11 +160,11 @@ class _Run:
 
     def __init__(
         self, recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, must_match: dict[str, Any],
-        asked: dict[str, Any], watcher: Watcher | None,
+        asked: dict[str, Any], watcher: object | None,
     ) -> None:  # fmt: skip
         self.asked_recipe, self.run_dir, self.must_match, self.asked = recipe, run_dir, must_match, asked
         self.resume = RunDir(find_run(resume)) if resume is not None else None
-        self.watcher = watcher if watcher and distributed.rank() == 0 else Watcher()
+        self.watcher = _Watchers(*([watcher] if watcher is not None and distributed.rank() == 0 else []))
         self.began, self.seconds = time.perf_counter(), dict[str, float]()
         self.read_data: Data | None = None  # on rank 0, before the others have the recipe
 

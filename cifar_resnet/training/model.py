@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
+from ..errors import UsageError
 from ..recipe import Recipe
 from . import fused
 from .convolution import Conv3x3
@@ -80,8 +82,11 @@ class ResNet(nn.Module):
         return function(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+@checked
 def build_model(recipe: Recipe, classes: int = 10) -> ResNet:
     """A ResNet in channels-last layout, initialised from the recipe's seed; torch's random state is left as it was."""
+    if classes < 1:
+        raise UsageError(f"classes {classes} must be at least 1")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
         model = ResNet(recipe, classes)

@@ -1,0 +1,81 @@
+"""Whether a function of the library is given what it takes, as the command line looks at its options: in one line."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from types import GenericAlias, UnionType
+from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, InstanceOf, TypeAdapter, ValidationError
+
+from .errors import UsageError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+HINTS: dict[type, str] = {
+    str: "Recipe.build({})",
+    dict: "Recipe.build(**fields)",
+}  # what was meant by something else than a Recipe
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which then looks at its arguments first: it raises a UsageError as `check` says."""
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
+        check(function, *arguments, **named)
+        return function(*arguments, **named)
+
+    return call
+
+
+def check(function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+    """Whether a function can be called with these arguments, by its annotations. Text is no number here, and a truth value none.
+
+    Raises:
+        UsageError: an argument is missing, not known, or of another type.
+    """
+    signature, types = _taken(inspect.unwrap(function))
+    try:
+        given = signature.bind(*arguments, **named).arguments
+    except TypeError as error:
+        raise UsageError(f"{function.__name__}: {error}") from None
+    for name, value in given.items():
+        try:
+            if name in types:
+                plain = value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
+                types[name].validate_python((plain,))
+        except ValidationError:
+            annotation = str(signature.parameters[name].annotation)
+            hint = HINTS.get(type(value), "").format(_short(value)) if annotation.startswith("Recipe") else ""
+            raise UsageError(
+                f"{function.__name__}: {name} {_short(value)} is of the type {type(value).__name__}; it takes {annotation}"
+                f"{hint and f', such as {hint}'}"
+            ) from None
+
+
+@functools.cache
+def _taken(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, TypeAdapter[Any]]]:
+    """What a function takes, and what looks at each argument that has an annotation."""
+    hints, signature = get_type_hints(function), inspect.signature(function)
+    one_by_one = [name for name, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD and name in hints]
+    adapter: Any = TypeAdapter
+    config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+    # As a tuple of one: a model alone would not take the configuration.
+    return signature, {name: adapter(GenericAlias(tuple, (_of_instances(hints[name]),)), config=config) for name in one_by_one}
+
+
+def _of_instances(hint: Any) -> Any:
+    """The type, in which a model is an instance of that model, and no dictionary of its fields."""
+    instance_of: Any = InstanceOf
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    models = [isinstance(part, type) and issubclass(part, BaseModel) for part in parts]
+    return functools.reduce(operator.or_, (instance_of[part] if each else part for part, each in zip(parts, models, strict=True)))
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:59] + "…"
