@@ -9,6 +9,8 @@ import functools
 import inspect
 import json
 import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from typer.core import TyperCommand
 
 from . import __version__
 from .errors import CifarResnetError, UsageError
-from .look import console
+from .look import console, progress
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -264,14 +266,17 @@ def _panel(name: str) -> str:
 
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what --json asks for.")] = False,
 ) -> None:
-    if quiet:
-        console.console.quiet = True
     if version:
         typer.echo(f"cifar-resnet {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise UsageError("--quiet goes before a command, and none is given; cifar-resnet --help lists them")
+    if quiet:
+        console.console.quiet = True
 
 
 def _written(folder: Path, *names: str) -> str:
@@ -311,8 +316,8 @@ def find_lr(
 def _find_lr(recipe: Recipe, folder: Path | None, **settings: Any) -> FoundLR:
     from .jobs.find_lr import find_lr
 
-    with console.progress("learning rate", "steps") as progress:
-        return find_lr(recipe, folder, **settings, progress=progress, notify=console.say)
+    with progress.progress("learning rate", "steps") as told:
+        return find_lr(recipe, folder, **settings, progress=told, notify=console.say)
 
 
 @_command(STEPS, "train --dataset digits", "train --epochs 24 --batch-size 512 --seed 1", "train --resume runs/default-1")
@@ -344,7 +349,7 @@ def train(
         given, resume = resume, find_run(resume, repetition=True)
         _say_newest(given != resume, resume)
 
-    watch: Any = console.TrainingTable  # a Watcher by its methods: look/ imports no jobs
+    watch: Any = progress.TrainingTable  # a Watcher by its methods: look/ imports no jobs
     watcher = watch(began)
     where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers)
     if recipe and find:
@@ -509,9 +514,9 @@ def predict(
 
     run, images = _run_and_images(run_and_images)
     skipped: list[str] = []
-    with console.progress("predicting", "images") as progress:
+    with progress.progress("predicting", "images") as told:
         how: dict[str, Any] = dict(top=top, tta=tta, device=device)
-        found = list(predict(run, images, **how, progress=progress, skipped=skipped.append))
+        found = list(predict(run, images, **how, progress=told, skipped=skipped.append))
     if json_output:
         print(json.dumps(found, indent=2))
     else:
@@ -612,8 +617,8 @@ def bench(
     if json_file:
         writable(json_file.parent)
     how: dict[str, Any] = dict(reference=reference, profile=profile, device=device, workers=workers, compile=compile)
-    with console.progress("measuring", "rounds", rounds) as progress:
-        content = bench(recipe, rounds=rounds, **how, progress=progress)
+    with progress.progress("measuring", "rounds", rounds) as told:
+        content = bench(recipe, rounds=rounds, **how, progress=told)
     console.bench(content)
     if json_file:
         write_json(json_file, content)
@@ -632,6 +637,7 @@ def recipes(name: RecipeName = None) -> None:
 def main() -> None:
     """Runs the command line; every failure is one line on standard error, with its exit code."""
     os.environ.setdefault("MPLBACKEND", "Agg")
+    console.printable()
     try:
         code = app(standalone_mode=False)
     except CifarResnetError as error:
@@ -642,11 +648,14 @@ def main() -> None:
         _fail("interrupted", 130)
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type
-            before = "; it goes before the command" if "--quiet" in error.format_message() else ""
-            _fail(error.format_message().replace("Value error, ", "") + before, getattr(error, "exit_code", 2))
+            message = error.format_message().replace("Value error, ", "")
+            before = "; it goes before the command" if re.search(r"option:? '?(--quiet|-q)\b", message) else ""
+            _fail(message + before, getattr(error, "exit_code", 2))
         if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
             _fail("out of memory; try a smaller --batch-size", 1)
         raise
+    if code == 130:  # Ctrl-C, which Typer turns into this
+        _fail("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -656,5 +665,6 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     if exit_code == 2 and os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     elif message:
-        print(f"cifar-resnet: {' '.join(message.split())}", file=sys.stderr)
+        line = f"cifar-resnet: {' '.join(message.split())}"
+        print(console.wrapped(line, shutil.get_terminal_size().columns) if sys.stderr.isatty() else line, file=sys.stderr)
     sys.exit(exit_code)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -147,6 +148,8 @@ USAGE_ERRORS = [
     (("train", "--recipe-file", "/nowhere.json"), "/nowhere.json"),
     (("train", "--nonsense"), "--nonsense"),
     (("train", "--quiet"), "it goes before the command"),
+    (("train", "-q"), "it goes before the command"),
+    (("-q",), "--quiet goes before a command, and none is given"),
     (("recipes", "nine"), "nine"),
     (("evaluate",), "there is no run in"),
     (("predict",), "IMAGE"),
@@ -241,13 +244,37 @@ def test_what_ends_a_command_is_one_line_with_its_exit_code(cli, monkeypatch, er
     assert cli("recipes") == (code, "", f"cifar-resnet: {line}\n")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_a_terminal_has_no_letters_for_is_replaced(encoding):
+    code = r"""
+from cifar_resnet.cli import main
+from cifar_resnet.look import console
+import sys
+console.recipes = lambda: console.say("95 \u00b1 1 \u00b7 \u732b \udcff")
+sys.argv = ["cifar-resnet", "recipes", *sys.argv[1:]]
+main()
+"""
+    for arguments in ([], ["\u732b"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, timeout=120,
+            env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        )  # fmt: skip
+        out, err = done.stdout.decode(encoding), done.stderr.decode(encoding)
+        if arguments:
+            assert (done.returncode, out, err.count("\n")) == (2, "", 1)
+            assert err.startswith("cifar-resnet: no recipe '")
+        else:
+            assert (done.returncode, err) == (0, "")
+            assert out.rstrip() == {"ascii": "95 +/- 1 | ? ?", "cp1252": "95 \u00b1 1 \u00b7 ? ?"}[encoding]
+
+
 def test_ctrl_c_is_exit_code_130_without_a_traceback(cli, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cifar_resnet.look.console.recipes", fail)
     code, out, err = cli("recipes")
-    assert (code, out, err.replace("cifar-resnet: interrupted\n", "")) == (130, "", "")
+    assert (code, out, err) == (130, "", "cifar-resnet: interrupted\n")
 
 
 def test_without_a_terminal_there_is_one_plain_line_an_epoch(cli, tmp_path, monkeypatch, no_figures):

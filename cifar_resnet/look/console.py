@@ -1,20 +1,19 @@
-"""What the terminal shows: live tables, bars and one-line messages; plain lines where it is no terminal."""
+"""What commands print: prose, paths, and a table for each result."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import sys
+import textwrap
 from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,9 +21,7 @@ from ..presets import PRESETS
 from ..recipe import Recipe
 
 if TYPE_CHECKING:  # torch stays out of what only prints
-    from ..data.splits import Data
     from ..run_dir import Checkpoint
-    from ..training.engine import Epoch, State, Step
     from ..training.lr_finder import FoundLR, Suggestions
     from .analysis import Mistake
 
@@ -34,36 +31,56 @@ if not console.is_terminal:
     console.width = 120
 
 
+PLAIN = {"±": "+/-", "·": "|", "…": "...", "━": "=", "─": "-"}  # our own signs, where a terminal has no such letters
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    """A codec's error handler that never fails."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("cifar_resnet.plain", _replaced)
+
+
+def printable() -> None:
+    """Lets nothing that is printed fail for the encoding of the terminal: what has no letter there is replaced."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") in ("strict", "surrogateescape") and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="cifar_resnet.plain")
+
+
 def say(message: str, style: str | None = None) -> None:
-    """One line, never wrapped by us: a path in it can be copied."""
-    console.print(message, style=style, soft_wrap=True)
+    """Prose: a terminal wraps it between words, and a path or a command in it stays whole; elsewhere it is one line."""
+    command(wrapped(message, console.width) if console.is_terminal else message, style)
+
+
+def wrapped(message: str, width: int) -> str:
+    """Lines of this width. A command to type, which a message may end with, has a line of its own."""
+    prose, before, typed = message.partition(": cifar-resnet ")
+    lines = textwrap.wrap(prose + before[:1], width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, *([f"  {before[2:]}{typed}"] if before else [])])
+
+
+def command(line: str, style: str | None = None) -> None:
+    """A line to copy: never wrapped by us."""
+    console.print(line, style=style, soft_wrap=True)
+
+
+def show_path(path: Path) -> None:
+    """A path, on a line of its own."""
+    command(f"  {path}")
+
+
+def written(folder: Path, *names: str) -> None:
+    """The files that a command wrote, a line each."""
+    say("written:")
+    for name in names:
+        show_path(folder / name)
 
 
 def warn(message: str) -> None:
     say(message, style="yellow")
-
-
-def bar(unit: str) -> Progress:
-    """Bars of what takes long, in steps of `unit`; nothing without a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-@contextmanager
-def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A bar for a job; gives what the job calls with the count done, and with the total where it alone knows that."""
-    with bar(unit) as shown:
-        task = shown.add_task(what, total=total)
-        yield lambda done, total=total: shown.update(task, completed=done, total=total)
 
 
 def table_of(*columns: str, title: str | None = None, **options: Any) -> Table:
@@ -73,84 +90,6 @@ def table_of(*columns: str, title: str | None = None, **options: Any) -> Table:
         right = name.startswith(">")
         table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
     return table
-
-
-class TrainingTable:
-    """A Watcher that shows one row an epoch and a bar inside it; without a terminal, one plain line an epoch.
-
-    `began` is what `time.perf_counter` said before the imports, whose seconds are then shown with the others of the start.
-    """
-
-    def __init__(self, began: float | None = None) -> None:
-        self.imports = 0.0 if began is None else time.perf_counter() - began
-        self.begun = self.whole = False
-        self.stack = ExitStack()
-        self.evaluated_on = "test"
-        self.progress = bar("steps")
-
-    def __enter__(self) -> TrainingTable:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.stack.close()
-
-    def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: Data, state: State) -> None:
-        self.begun, self.evaluated_on = True, data.evaluated_on
-        where = environment["device_name"]
-        if environment["device"] == "cpu":
-            where += f", {environment['threads']} threads"
-        say(
-            f"{recipe.title}: {len(data.train):,} training images, {recipe.epochs} epochs at batch "
-            f"{recipe.batch_size}, {recipe.optimizer} to LR {recipe.max_lr:.4g} at epoch {recipe.peak_epoch:.4g}, seed {recipe.seed}"
-        )
-        say(
-            f"{len(data.evaluation):,} {data.evaluated_on} images; {recipe.precision} on {environment['device']} ({where}); "
-            f"run directory {run_dir}"
-        )
-        startup = {"imports": self.imports, **environment["startup_seconds"]}
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in startup.items())
-        say(f"ready for the first step after {sum(startup.values()):.1f} s: {parts}")
-        if recipe.sam_share:
-            say(f"sharpness-aware steps, at half the speed, after epoch {recipe.epochs * (1 - recipe.sam_share):.4g}")
-        if state.epoch or state.step:
-            say(f"going on after epoch {state.epoch}, step {state.step}")
-        if console.is_terminal:
-            self.rows = list(state.history)
-            self.task = self.progress.add_task("", total=None)
-            self.stack.enter_context(Live(console=console, refresh_per_second=4, get_renderable=self.screen))
-            self.stack.callback(setattr, self, "whole", True)
-
-    def screen(self) -> Group:
-        """The rows that fit above the bar; at the end all of them."""
-        judged = (f">{self.evaluated_on} loss", f">{self.evaluated_on} acc")
-        table = table_of(">epoch", ">LR", ">train loss", ">train acc", *judged, ">seconds", ">images/s")
-        for m in self.rows if self.whole else self.rows[-max(console.height - 5, 1) :]:
-            table.add_row(
-                f"{m['epoch']}", f"{m['lr']:.5f}", f"{m['train_loss']:.4f}", f"{m['train_accuracy']:.2f} %", f"{m['test_loss']:.4f}",
-                Text(f"{m['test_accuracy']:.2f} %", "bold"), f"{m['seconds']:.1f}", f"{m['images_per_second']:,.0f}",
-            )  # fmt: skip
-        return Group(table) if self.whole else Group(table, self.progress)
-
-    def step(self, step: Step, state: State) -> None:
-        if console.is_terminal:
-            self.progress.update(
-                self.task, description=f"epoch {step.epoch}, LR {step.lr:.4f}", completed=step.step, total=step.steps
-            )
-
-    def epoch(self, epoch: Epoch) -> None:
-        m = epoch.metrics
-        if console.is_terminal:
-            self.rows.append(m)
-            self.progress.reset(self.task)
-            return
-        say(
-            f"epoch {m['epoch']:2d}  LR {m['lr']:.5f}  train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.2f} %  "
-            f"{self.evaluated_on} loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.2f} %  "
-            f"{m['seconds']:.1f} s  {m['images_per_second']:,.0f} images/s"
-        )
-
-    def warn(self, message: str) -> None:
-        warn(message)
 
 
 def training_result(checkpoint: Checkpoint) -> None:

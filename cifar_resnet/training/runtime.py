@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -175,3 +177,39 @@ def _cpu() -> Mapping[str, Any]:
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
+
+
+class Glance:
+    """Reads a small tensor while training goes on, and lets no step wait.
+
+    On CUDA the copy takes its place behind the steps that were launched, and an event tells when it has arrived. Other devices but
+    the CPU would be waited for, and so are read seldom.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        cuda = like.device.type == "cuda"
+        self.every = 0.25 if cuda or like.device.type == "cpu" else 10.0  # seconds
+        self.buffer = torch.empty_like(like, device="cpu", pin_memory=cuda)
+        self.copied = torch.cuda.Event() if cuda else None
+        self.began = -math.inf
+        self.under_way: Any = None
+        self.arrived: tuple[Any, list[float]] | None = None
+
+    def take(self, tensor: Tensor, label: Any) -> None:
+        """Begins to read what the steps so far leave in `tensor`, where the last reading has arrived and is not too recent."""
+        now = time.monotonic()
+        self.read()
+        if self.under_way is not None or now - self.began < self.every:
+            return
+        self.buffer.copy_(tensor, non_blocking=self.copied is not None)
+        if self.copied:
+            self.copied.record(torch.cuda.current_stream(tensor.device))
+        self.began, self.under_way = now, label
+        self.read()
+
+    def read(self) -> tuple[Any, list[float]] | None:
+        """The last reading that has arrived, with its label."""
+        label = self.under_way
+        if label is not None and (self.copied is None or self.copied.query()):
+            self.arrived, self.under_way = (label, self.buffer.tolist()), None
+        return self.arrived

@@ -19,7 +19,7 @@ from cifar_resnet import Recipe, Watcher, load_checkpoint, run_dir, train
 from cifar_resnet.data.images import read_image
 from cifar_resnet.errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
 from cifar_resnet.jobs.interrupt import Interrupted, signals
-from cifar_resnet.look import console
+from cifar_resnet.look import progress
 
 DIGITS = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--width", 4)
 
@@ -130,7 +130,7 @@ def test_every_optimizer_goes_on_where_it_stood(tmp_path, no_figures, fields):
 
 
 def test_sigterm_is_exit_code_143_and_one_line(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(console.TrainingTable, "step", lambda self, step, state: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(progress.TrainingTable, "step", lambda self, step, state: os.kill(os.getpid(), signal.SIGTERM))
     folder = tmp_path / "run"
     code, _, err = cli("train", *DIGITS, "--run-dir", folder)
     assert (code, err) == (143, f"cifar-resnet: stopped by SIGTERM; go on with: cifar-resnet train --resume {folder}\n")
@@ -512,7 +512,7 @@ def tf32():
 
 def test_float32_is_float32_unless_tf32_is_asked_for(cli, tf32, tmp_path, monkeypatch, no_figures):
     during = []
-    monkeypatch.setattr(console.TrainingTable, "step", lambda self, step, state: during.append(tf32()))
+    monkeypatch.setattr(progress.TrainingTable, "step", lambda self, step, state: during.append(tf32()))
     for number, (option, expected) in enumerate(((("--tf32",), True), ((), False))):
         assert cli("train", *DIGITS, "--epochs", 1, *option, "--run-dir", tmp_path / str(number))[0] == 0
         assert set(during) == {(expected, expected)}

@@ -4,13 +4,10 @@ import io
 import re
 
 import pytest
-import torch
 from rich.console import Console
 
-from cifar_resnet import Recipe, load_checkpoint
-from cifar_resnet.data.datasets import load
+from cifar_resnet import Recipe
 from cifar_resnet.look import analysis, console
-from cifar_resnet.training.engine import Epoch, Step
 
 
 @pytest.fixture
@@ -19,40 +16,6 @@ def screen(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(console, "console", Console(file=shown, force_terminal=True, width=120, height=12, highlight=False))
     return lambda: re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
-
-
-def test_on_a_terminal_there_is_a_table_with_a_row_an_epoch(tiny_run, screen):
-    checkpoint = load_checkpoint(tiny_run)
-    state = checkpoint.state(torch.device("cpu"))
-    rows, state.history = state.history, []
-    with console.TrainingTable() as table:
-        table.begin(checkpoint.recipe, tiny_run, checkpoint.environment, load(checkpoint.recipe), state)
-        for row in rows:
-            table.step(Step(row["epoch"], 1, 3, 0.1, torch.tensor(1.0)), state)
-            table.epoch(Epoch(row))
-    for row in rows:
-        assert f"{row['test_accuracy']:.2f} %" in screen()
-    assert "images/s" in screen()
-    assert "sharpness-aware steps, at half the speed, after epoch 1.2" in screen()
-    assert "going on after epoch 2, step 0" in screen()
-
-
-def test_a_long_run_shows_its_last_rows_above_the_bar_and_all_of_them_at_the_end(tiny_run, screen):
-    checkpoint = load_checkpoint(tiny_run)
-    state = checkpoint.state(torch.device("cpu"))
-    row = state.history[-1]
-    state.history = []
-    table = console.TrainingTable()
-    table.begin(checkpoint.recipe, tiny_run, checkpoint.environment, load(checkpoint.recipe), state)
-    for epoch in range(1, 21):
-        table.epoch(Epoch({**row, "epoch": epoch, "lr": epoch / 1000}))
-    during = io.StringIO()
-    Console(file=during, width=120).print(table.screen())
-    assert re.findall(r"0\.0\d\d00", during.getvalue()) == [f"{epoch / 1000:.5f}" for epoch in range(14, 21)]  # 12 lines high
-    table.__exit__()
-    after = io.StringIO()
-    Console(file=after, width=120).print(table.screen())
-    assert re.findall(r"0\.0\d\d00", after.getvalue()) == [f"{epoch / 1000:.5f}" for epoch in range(1, 21)]
 
 
 def test_the_summary_ends_with_its_totals(screen):
@@ -71,3 +34,14 @@ def test_brackets_in_a_message_are_no_markup():
     with console.console.capture() as captured:
         console.say("written in [bold]here[/bold] :smile:")
     assert captured.get() == "written in [bold]here[/bold] :smile:\n"
+
+
+def test_prose_is_wrapped_between_words_and_a_path_stays_whole(monkeypatch):
+    path, shown = "/a" * 40, io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=shown, force_terminal=True, width=40, highlight=False))
+    console.say(f"one two three four five six seven eight nine {path} is not empty; go on: cifar-resnet train --resume {path}")
+    lines = shown.getvalue().splitlines()
+    assert lines[0] == "one two three four five six seven eight"
+    assert f"{path}" in lines
+    assert lines[-1] == f"  cifar-resnet train --resume {path}"
+    assert all(len(line) <= 40 or path in line for line in lines)
