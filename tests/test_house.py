@@ -70,7 +70,7 @@ def imports(path):
 
 def test_the_imports_are_found():
     """So that the next tests look at something."""
-    found = dict(imports(Path("look") / "console.py"))
+    found = dict(imports(Path("look") / "progress.py"))
     assert found[("recipe", "Recipe")] == "top"
     assert found[("data", "splits", "Data")] == "types"
     assert dict(imports(Path("cli.py")))[("jobs", "evaluate", "evaluate")] == "inside"
