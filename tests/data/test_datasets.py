@@ -1,24 +1,14 @@
 """Where images come from: the digits, CIFAR-10 and its download, folders of one's own; and which of them are kept back."""
 
-import functools
-import hashlib
-import http.server
-import multiprocessing
-import os
 import shutil
-import tarfile
-import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
-from torchvision.datasets import CIFAR10
 
 from cifar_resnet import Recipe, samples
-from cifar_resnet.data.cifar import data_directory
 from cifar_resnet.data.datasets import STATISTICS, load, with_statistics
 from cifar_resnet.data.splits import stratified
-from cifar_resnet.errors import DataError, UsageError
+from cifar_resnet.errors import UsageError
 
 
 def silent(message):
@@ -84,7 +74,9 @@ def test_a_holdout_leaves_every_class_an_image_to_train_on(own_images, tmp_path)
         assert np.bincount(loaded.train.labels).tolist()[0] == 1
         assert np.bincount(loaded.train.labels).min() >= 1
         assert len(loaded.evaluation) == holdout
-    assert said == [f"a single training image in birds: training keeps it, and --holdout {each} has none of these" for each in (3, 6, 10)]
+    assert said == [
+        f"a single training image in birds: training keeps it, and --holdout {each} has none of these" for each in (3, 6, 10)
+    ]
     with pytest.raises(UsageError, match="--holdout 11 does not fit: it takes 3 to 10 images here"):
         load(Recipe.build(dataset=str(own_images), batch_size=1, holdout=11), notify=silent)
     figure = samples(Recipe.build(dataset=str(own_images), holdout=10), views=1)
@@ -113,133 +105,6 @@ def test_what_does_not_fit_the_split_is_refused(fields):
     name, value = next(iter(fields.items()))
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}"):
         load(Recipe.build("digits", **fields))
-
-
-def test_cifar10_is_what_torchvision_reads(fake_cifar10):
-    loaded = load(Recipe.build(batch_size=10), fake_cifar10)
-    train, test = CIFAR10(fake_cifar10, train=True), CIFAR10(fake_cifar10, train=False)
-    assert np.array_equal(loaded.train.images, train.data)
-    assert loaded.train.labels.tolist() == train.targets
-    assert np.array_equal(loaded.evaluation.images, test.data)
-    assert loaded.classes == tuple(train.classes)
-    assert loaded.evaluated_on == "test"
-
-
-@pytest.mark.cifar10
-def test_the_real_cifar10():
-    loaded = load(Recipe())
-    assert (len(loaded.train), len(loaded.evaluation)) == (50_000, 10_000)
-    assert np.bincount(loaded.train.labels).tolist() == [5000] * 10
-    pixels = loaded.train.images[::10] / 255
-    assert pixels.mean((0, 1, 2)) == pytest.approx(with_statistics(Recipe()).mean, abs=0.004)
-    assert pixels.std((0, 1, 2)) == pytest.approx(with_statistics(Recipe()).std, abs=0.004)
-
-
-@pytest.mark.parametrize("name", ["data_batch_2", "test_batch", "batches.meta"])
-def test_an_altered_file_is_named_with_both_checksums(fake_cifar10, name):
-    path = fake_cifar10 / CIFAR10.base_folder / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    files = dict([*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]])
-    with pytest.raises(DataError) as error:
-        load(Recipe.build(batch_size=10), fake_cifar10)
-    for word in (str(path), files[name], hashlib.md5(content).hexdigest()):
-        assert word in str(error.value)
-
-
-def test_a_missing_file_of_an_incomplete_folder_is_named_before_anything_is_written(fake_cifar10, tmp_path, refused):
-    path = fake_cifar10 / CIFAR10.base_folder / "data_batch_1"
-    path.unlink()
-    line = refused(1, "train", "--data-dir", fake_cifar10, "--batch-size", 10, "--run-dir", tmp_path / "run")
-    assert str(path) in line
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture
-def server(fake_cifar10, tmp_path, monkeypatch):
-    """Serves the fake archive over HTTP on this machine; gives the list of paths asked for."""
-    (tmp_path / "web").mkdir()
-    archive = tmp_path / "web" / CIFAR10.filename
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(fake_cifar10 / CIFAR10.base_folder, CIFAR10.base_folder)
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            asked.append(self.path)
-
-    handler = functools.partial(Handler, directory=tmp_path / "web")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{httpd.server_port}/{CIFAR10.filename}")
-        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-        yield asked
-        httpd.shutdown()
-
-
-def test_missing_images_are_downloaded_once_and_whole(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("CIFAR_RESNET_DATA_DIR", str(tmp_path / "new" / "folder"))
-    said = []
-    assert len(load(Recipe.build(batch_size=10), notify=said.append).train) == 80
-    requests = len(server)
-    assert len(load(Recipe.build(batch_size=10), notify=said.append).train) == 80
-    assert len(server) == requests > 0
-    assert len(said) == 1
-    assert sorted(os.listdir(tmp_path / "new" / "folder")) == [".download.lock", CIFAR10.base_folder]
-
-
-def test_two_processes_on_a_missing_folder_download_once(server, tmp_path):
-    context = multiprocessing.get_context("fork")
-    sizes = context.Queue()
-
-    def load_into(folder):
-        sizes.put(len(load(Recipe.build(batch_size=10), tmp_path / folder, notify=silent).train))
-
-    load_into("alone")
-    assert sizes.get() == 80
-    requests = len(server)
-
-    processes = [context.Process(target=load_into, args=("shared",)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    assert [sizes.get(timeout=60) for _ in processes] == [80, 80]
-    for process in processes:
-        process.join()
-    assert len(server) == 2 * requests
-
-
-def test_a_damaged_download_leaves_nothing_behind(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
-    with pytest.raises(DataError, match="downloading"):
-        load(Recipe(), tmp_path / "new", notify=silent)
-    assert os.listdir(tmp_path / "new") == [".download.lock"]
-
-
-def test_no_network_names_folder_file_and_a_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/none.tar.gz")
-    with pytest.raises(DataError) as error:
-        load(Recipe(), tmp_path / "none", notify=silent)
-    for word in (str(tmp_path / "none"), "data_batch_1", "--dataset digits"):
-        assert word in str(error.value)
-
-
-def test_a_data_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=str(tmp_path / "file" / "images")):
-        load(Recipe(), tmp_path / "file" / "images", notify=silent)
-
-
-def test_the_data_folder_is_the_one_given_then_the_variables_then_the_cache(monkeypatch):
-    for name in ("CIFAR_RESNET_DATA_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/ann")
-    assert data_directory() == Path("/home/ann/.cache/cifar-resnet")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert data_directory() == Path("/cache/cifar-resnet")
-    monkeypatch.setenv("CIFAR_RESNET_DATA_DIR", "/images")
-    assert data_directory() == Path("/images")
-    assert data_directory(Path("/mine")) == Path("/mine")
 
 
 @pytest.fixture
