@@ -1,5 +1,15 @@
 """What a user is told when something is wrong: one line, and the exit code that goes with it."""
 
+import os
+import shlex
+import subprocess
+
+
+def shell_command(*words: object) -> str:
+    """A command line to paste, its words quoted as the system's shell wants them."""
+    given = ["cifar-resnet", *map(str, words)]
+    return subprocess.list2cmdline(given) if os.name == "nt" else shlex.join(given)
+
 
 class CifarResnetError(Exception):
     """Went wrong while running: exit code 1."""

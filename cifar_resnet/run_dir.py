@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from . import __version__
 from .arguments import checked
 from .data.splits import Data
-from .errors import CheckpointError, RunDirectoryError, UsageError
+from .errors import CheckpointError, RunDirectoryError, UsageError, shell_command
 from .recipe import Recipe, read_json
 from .training.engine import State, finite, start
 from .training.model import ResNet, build_model
@@ -186,7 +186,7 @@ def check_free(path: Path) -> None:
     """
     check_writable(path)
     if path.exists() and any(name not in (LOCK, HOLDER) and not name.endswith(".part") for name in os.listdir(path)):
-        go_on = f", or go on with the run in it: cifar-resnet train --resume {path}" if (path / RECIPE).exists() else ""
+        go_on = f", or go on with the run in it: {shell_command('train', '--resume', path)}" if (path / RECIPE).exists() else ""
         raise RunDirectoryError(f"run directory {path} is not empty; choose another{go_on}")
 
 
@@ -322,7 +322,7 @@ def _instead(missing: Path) -> str:
     if runs := seeds_of(folder):
         return f": {folder} is a repetition of several runs; give one of them, {runs[0]} for example"
     if (folder / RECIPE).exists():
-        return f": the run has not come to its first one; go on with: cifar-resnet train --resume {folder}"
+        return f": the run has not come to its first one; go on with: {shell_command('train', '--resume', folder)}"
     return ": the folder holds a search for the learning rate, no run" if (folder / "lr_finder.json").exists() else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..data import datasets, label_errors
 from ..data.loaders import Loader, make_loader
 from ..data.splits import Data
-from ..errors import CifarResnetError, UsageError
+from ..errors import CifarResnetError, UsageError, shell_command
 from ..look import analysis, figures
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe
@@ -70,7 +69,9 @@ def finished(path: Path | str) -> Checkpoint:
     checkpoint = load_checkpoint(path)
     if not checkpoint.finished:
         where = f"stands at epoch {checkpoint.content['epoch']} of {checkpoint.recipe.epochs}"
-        raise CifarResnetError(f"{checkpoint.path} {where}; finish it: cifar-resnet train --resume {checkpoint.path.parent}")
+        raise CifarResnetError(
+            f"{checkpoint.path} {where}; finish it: {shell_command('train', '--resume', checkpoint.path.parent)}"
+        )
     return checkpoint
 
 
@@ -157,16 +158,16 @@ def command_line(recipe: Recipe, rounded: Collection[str] = ()) -> str:
     if recipe.dataset in DATASETS:  # which fill in what the preset leaves to them
         recipe, filled = datasets.with_statistics(recipe), datasets.with_statistics(before.replace(dataset=recipe.dataset))
         before = before.replace(mean=filled.mean, std=filled.std)
-    words = ["cifar-resnet", "train", "--recipe", preset]
+    words = ["train", "--recipe", preset]
     for name, value in recipe:
         moved = name == "peak_epoch" and recipe.epochs != before.epochs  # it would move in proportion
         if name == "recipe" or (value == getattr(before, name) and not moved):
             continue
         if value is None:  # which no option can say
-            return "cifar-resnet train --recipe-file recipe.json"
+            return shell_command("train", "--recipe-file", "recipe.json")
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
             words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join(words)
+    return shell_command(*words)

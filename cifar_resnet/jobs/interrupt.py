@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import CifarResnetError
+from ..errors import CifarResnetError, shell_command
 
 
 class Interrupted(CifarResnetError):
     """Stopped by a signal, with a checkpoint written."""
 
     def __init__(self, number: int, run_dir: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; go on with: cifar-resnet train --resume {run_dir}")
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on with: {shell_command('train', '--resume', run_dir)}")
         self.number = number
         self.exit_code = 128 + number
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import shell_command
 from ..presets import PRESETS
 from ..recipe import Recipe
 
@@ -101,8 +102,8 @@ def training_result(checkpoint: Checkpoint) -> None:
         f"after {sum(row['seconds'] for row in checkpoint.history):,.0f} s of training",
         style="bold",
     )
-    say(f"next: cifar-resnet evaluate {folder}")
-    say(f"      cifar-resnet misclassified {folder}")
+    say(f"next: {shell_command('evaluate', folder)}")
+    say(f"      {shell_command('misclassified', folder)}")
 
 
 def repetition(content: dict[str, Any]) -> None:

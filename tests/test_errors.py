@@ -1,0 +1,39 @@
+"""Commands that a message tells of can be pasted."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from cifar_resnet import CifarResnetError, report
+from cifar_resnet.errors import shell_command
+from cifar_resnet.jobs.interrupt import Interrupted
+from cifar_resnet.run_dir import check_free
+
+AWKWARD = ["plain", "two words", "it's", "$HOME", "a;b", "*", "üñí", "-x", 'say "hi"', "new\nline"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+def test_a_shell_takes_the_words_apart_as_they_were():
+    line = shell_command("train", "--resume", *AWKWARD)
+    assert line.startswith("cifar-resnet train --resume plain 'two words' ")
+    found = subprocess.run(["sh", "-c", line.replace("cifar-resnet", r"printf '%s\0'", 1)], capture_output=True, check=True)
+    assert found.stdout.decode().split("\0")[:-1] == ["train", "--resume", *AWKWARD]
+
+
+@pytest.mark.parametrize("name", ["two words", "$1"])
+def test_hints_name_a_folder_so_that_it_can_be_pasted(unfinished, name, tmp_path):
+    folder = tmp_path / name
+    shutil.copytree(unfinished, folder)
+    with pytest.raises(CifarResnetError) as not_free:
+        check_free(folder)
+    with pytest.raises(CifarResnetError) as not_finished:
+        report(folder)
+    (folder / "checkpoint.pt").unlink()
+    with pytest.raises(CifarResnetError) as not_begun:
+        report(folder)
+    for said in (not_free, not_finished, not_begun):
+        assert str(said.value).endswith(f"cifar-resnet train --resume '{folder}'"), said.value
+    assert shlex.split(str(Interrupted(2, folder)))[-1] == str(folder)
