@@ -234,6 +234,12 @@ class Checkpoint:
     def finished(self) -> bool:
         return self.content["epoch"] == self.recipe.epochs
 
+    @property
+    def temperature(self) -> float:
+        """By which logits are divided before their softmax, so that the probabilities can be believed; 1 where none was fitted."""
+        temperature = self.content.get("temperature")
+        return 1.0 if temperature is None else temperature
+
     def model(self, device: torch.device | str = "cpu") -> ResNet:
         """The model that is evaluated: the averaged weights where there are any."""
         model = build_model(self.recipe, len(self.classes))
@@ -258,7 +264,9 @@ class Checkpoint:
         return state
 
 
-def save_checkpoint(path: Path, state: State, classes: tuple[str, ...], evaluated_on: str, environment: dict[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, state: State, classes: tuple[str, ...], evaluated_on: str, environment: dict[str, Any], temperature: float | None = None
+) -> None:  # fmt: skip
     """Everything that evaluation and resuming need; tensors and plain values only."""
     content = {
         "kind": KIND,
@@ -276,6 +284,7 @@ def save_checkpoint(path: Path, state: State, classes: tuple[str, ...], evaluate
         "step": state.step,
         "seconds": state.clock.seconds,
         "history": state.history,
+        "temperature": temperature,
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -372,6 +381,8 @@ def _check_content(checkpoint: Checkpoint) -> None:
     whole = type(epoch) is type(step) is int and content["seconds"] >= 0
     if not whole or not 0 <= epoch <= recipe.epochs or step < 0 or len(content["history"]) != epoch:
         raise CheckpointError(f"{checkpoint.path} stands at a place that its run does not have")
+    if not (isinstance(checkpoint.temperature, float) and 0 < checkpoint.temperature < math.inf):
+        raise CheckpointError(f"{checkpoint.path} has the temperature {checkpoint.temperature!r}, which must be a number above 0")
     if (content["averaged"] is not None) != (recipe.ema_decay > 0):
         raise CheckpointError(f"{checkpoint.path} has averaged weights or not, against its recipe")
     _check_optimizer(checkpoint, make_optimizer(recipe, build_model(recipe, len(checkpoint.classes))))
@@ -495,11 +506,13 @@ class RunDir:
         for part in self.path.glob(".*.part"):
             part.unlink(missing_ok=True)
 
-    def save(self, state: State, data: Data, environment: dict[str, Any], checkpoint: bool = True) -> str:
+    def save(
+        self, state: State, data: Data, environment: dict[str, Any], checkpoint: bool = True, temperature: float | None = None
+    ) -> str:
         """Writes `checkpoint.pt`, if asked, and `metrics.json`; gives what kept them from being written, or ""."""
         try:
             if checkpoint:
-                save_checkpoint(self.path / CHECKPOINT, state, data.classes, data.evaluated_on, environment)
+                save_checkpoint(self.path / CHECKPOINT, state, data.classes, data.evaluated_on, environment, temperature)
             self.write_metrics(state, data, environment)
         except RunDirectoryError as error:
             return str(error)

@@ -52,7 +52,8 @@ def timeless(history):
 
 
 def assert_same_run(a, b):
-    """Weights, averaged weights and optimizer to the bit, and the metrics, times aside."""
+    """Weights, averaged weights, temperature and optimizer to the bit, and the metrics, times aside."""
+    assert a["temperature"] == b["temperature"]
     assert equal_weights(a, b)
     for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(torch.as_tensor(x[key]), torch.as_tensor(y[key])) for key in x)

@@ -568,6 +568,7 @@ def test_when_a_checkpoint_is_due(clock):
 
 def test_a_checkpoint_of_schema_1_goes_on_loading():
     checkpoint = load_checkpoint(FIXTURES / "schema1.pt")
+    assert checkpoint.temperature == 1
     assert checkpoint.finished
     assert (checkpoint.recipe.epochs, checkpoint.recipe.width) == (1, 64)
     assert (checkpoint.recipe.sam_share, checkpoint.recipe.flip_order) == (0, "random")
@@ -675,6 +676,9 @@ def test_checkpoints_that_cannot_be_trusted_are_refused_in_one_line(tiny_run, tm
         (dict(seconds="long"), "not supported between"),
         (dict(epoch=7), "place"),
         (dict(averaged=None), "averaged"),
+        (dict(temperature=-1.0), "the temperature -1.0"),
+        (dict(temperature=float("nan")), "the temperature nan"),
+        (dict(temperature="warm"), "the temperature 'warm'"),
     ):
         changed(**changes)
         refused_with(word)

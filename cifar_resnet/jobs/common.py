@@ -115,6 +115,7 @@ def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
         "precision": loaded.recipe.precision,
         "environment": environment(found.device),
         **analysis.report(found.logits, found.labels, found.data.classes),
+        "calibrated": _calibrated(found),
         "without_label_errors": _without_label_errors(found),
         "tta": None,
     }
@@ -123,6 +124,16 @@ def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
         score = scores(logits, found.labels)
         content["tta"] = {tta: {"loss": score["test_loss"], "accuracy": score["test_accuracy"]}}
     return content
+
+
+def _calibrated(found: Prediction) -> dict[str, float] | None:
+    """Loss and calibration error at the temperature of the checkpoint; None where it has none."""
+    temperature = found.checkpoint.temperature
+    if temperature == 1:
+        return None
+    bins = analysis.reliability(found.logits, found.labels, temperature)
+    loss = scores(found.logits / temperature, found.labels)["test_loss"]
+    return {"temperature": temperature, "loss": loss, "calibration_error": analysis.calibration_error(bins)}
 
 
 def _without_label_errors(found: Prediction) -> dict[str, Any] | None:

@@ -60,7 +60,7 @@ def misclassified(
     figures.check_format(format)
     _check_folders(checkpoint, copy_to, save_images)
     found = logits_of(checkpoint, data_dir, device, notify)
-    wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes)
+    wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes, found.checkpoint.temperature)
     chosen = analysis.choose(wrong, found.data.classes, sort, true, predicted)
     folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
     write_json(folder / "misclassified.json", _content(found, wrong))
@@ -133,6 +133,7 @@ def _content(found: Prediction, wrong: list[analysis.Mistake]) -> dict[str, Any]
         "evaluated_on": found.data.evaluated_on,
         "images": len(found.labels),
         "precision": found.checkpoint.recipe.precision,
+        "temperature": found.checkpoint.temperature,
         "mistakes": [{key: value for key, value in each._asdict().items() if key != "position"} for each in wrong],
     }
 

@@ -75,7 +75,7 @@ def _predictions(
             split = Split(np.stack(pixels), np.zeros(len(read), np.int64), np.arange(len(read)))
             loader = make_loader(split, loaded.recipe, resolved)
             logits = analysis.mean_logits(loaded.recipe, model, loader, resolved, tta)
-            for file, classes in zip(read, analysis.most_probable(logits, loaded.classes, top), strict=True):
+            for file, classes in zip(read, analysis.most_probable(logits, loaded.classes, top, loaded.temperature), strict=True):
                 yield {"image": str(file), "classes": classes}
 
 

@@ -39,7 +39,7 @@ def report(
     checkpoint = finished(run)
     found = logits_of(checkpoint.path, data_dir, device, notify)
     content = content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")
-    wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes)
+    wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes, checkpoint.temperature)
     page = _page(
         run=checkpoint,
         content=content,

@@ -17,7 +17,7 @@ from ..data.datasets import load, with_statistics
 from ..data.loaders import Loader, TensorLoader, check_loader, make_loader
 from ..data.splits import Data
 from ..errors import CifarResnetError, RunDirectoryError, UsageError
-from ..look import figures
+from ..look import calibration, figures
 from ..presets import PRESETS
 from ..recipe import Recipe
 from ..run_dir import Checkpoint, RunDir, SavePolicy, default_directory, find_run
@@ -157,6 +157,7 @@ class _Run:
     folder: RunDir
     environment: dict[str, Any]
     run_epoch: RunEpoch
+    temperature: float | None = None  # of the trained model
 
     def __init__(
         self, recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, must_match: dict[str, Any],
@@ -301,6 +302,8 @@ class _Run:
                 if due or stop or check or epoch_done:
                     self.state.check_finite(self.loader.steps)
                     checked = time.monotonic()
+                if epoch_done and run_done:
+                    self.temperature = distributed.on_first(self._find_temperature)
                 if due or stop or epoch_done:
                     self._save(bool(due or stop), must_succeed=bool(run_done or stop))
                     if due:
@@ -317,10 +320,14 @@ class _Run:
         else:
             self.watcher.step(record, self.state)
 
+    def _find_temperature(self) -> float:
+        return calibration.find_temperature(self.recipe, self.state.tested, self.data, self.device)
+
     def _save(self, checkpoint: bool, must_succeed: bool) -> None:
         with self.state.clock.paused():
             distributed.merge([self.state.model, self.state.tested], self.state.totals)
-            trouble = distributed.on_first(partial(self.folder.save, self.state, self.data, self.environment, checkpoint))
+            save = partial(self.folder.save, self.state, self.data, self.environment, checkpoint, self.temperature)
+            trouble = distributed.on_first(save)
             self.state.totals *= distributed.rank() == 0
         if trouble and must_succeed:
             raise RunDirectoryError(trouble)

@@ -79,9 +79,14 @@ def mean_logits(recipe: Recipe, model: ResNet, images: Loader, device: torch.dev
     return torch.stack(every).sum(0)
 
 
-def most_probable(logits: Tensor, classes: Sequence[str], top: int) -> list[list[dict[str, Any]]]:
+def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Of each class, float64 (N, classes): the softmax of logits (N, classes), divided by the temperature of `calibration`."""
+    return torch.softmax(logits.double() / temperature, dim=1)
+
+
+def most_probable(logits: Tensor, classes: Sequence[str], top: int, temperature: float = 1.0) -> list[list[dict[str, Any]]]:
     """For each row of logits (N, classes) its `top` most probable classes: {"class", "probability"}, the first one first."""
-    best = torch.softmax(logits.double(), dim=1).topk(min(top, len(classes)))
+    best = probabilities(logits, temperature).topk(min(top, len(classes)))
     return [
         [{"class": classes[i], "probability": probability} for i, probability in zip(*row, strict=True)]
         for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -125,9 +130,9 @@ def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str
     }
 
 
-def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, float | None]]:
+def reliability(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> list[dict[str, float | None]]:
     """For each of 15 equal bins of confidence: its bounds, mean confidence and accuracy in percent, and count of images."""
-    confidence, predicted = torch.softmax(logits.double(), dim=1).max(1)
+    confidence, predicted = probabilities(logits, temperature).max(1)
     bins, right = (confidence * BINS).ceil().clamp(1, BINS) - 1, (predicted == labels).double()
     rows = []
     for each in range(BINS):
@@ -144,10 +149,10 @@ def calibration_error(bins: list[dict[str, Any]]) -> float:
     return sum(gaps) / sum(row["count"] for row in bins)
 
 
-def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...]) -> list[Mistake]:
+def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...], temperature: float = 1.0) -> list[Mistake]:
     """Every misclassified image, the surest first."""
-    probabilities = torch.softmax(logits.double(), dim=1)
-    confidence, predicted = probabilities.max(1)
+    believed = probabilities(logits, temperature)
+    confidence, predicted = believed.max(1)
     positions = (predicted != labels).nonzero().flatten()
     wrong = positions[confidence[positions].argsort(descending=True, stable=True)].tolist()
     return [
@@ -157,7 +162,7 @@ def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, .
             classes[labels[i]],
             classes[predicted[i]],
             float(confidence[i]),
-            dict(zip(classes, probabilities[i].tolist(), strict=True)),
+            dict(zip(classes, believed[i].tolist(), strict=True)),
             None if split.names is None else str(split.names[i]),
         )
         for i in wrong

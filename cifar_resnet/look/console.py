@@ -144,6 +144,11 @@ def evaluation(content: dict[str, Any], written: str) -> None:
         f"expected calibration error {content['calibration_error']:.2f} %",
         style="bold",
     )
+    if calibrated := content["calibrated"]:
+        say(
+            f"at the temperature {calibrated['temperature']:.3f}, as predict gives probabilities: "
+            f"expected calibration error {calibrated['calibration_error']:.2f} %, loss {calibrated['loss']:.4f}"
+        )
     if kept := content["without_label_errors"]:
         left_out = content["images"] - kept["images"]
         say(f"without the {left_out} images whose label is known to be wrong: accuracy {kept['accuracy']:.2f} %")

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import shutil
@@ -34,7 +35,23 @@ def test_what_train_reports_is_what_evaluate_prints(tiny_run, tmp_path, cli):
     assert sum(row["count"] for row in found["classes"].values()) == found["images"] == 40
     assert sum(found["confusion_matrix"][i][i] for i in range(10)) == round(0.4 * found["accuracy"])
     assert set(found["tta"]) == {"flip"}
+    assert f"expected calibration error {found['calibrated']['calibration_error']:.2f} %" in out
     assert sorted(os.listdir(tmp_path)) == ["class_accuracy.png", "confusion_matrix.png", "evaluation.json", "reliability.png"]
+
+
+def test_the_temperature_changes_loss_and_calibration_alone(tiny_run, tmp_path, no_figures):
+    checkpoint, before = load_checkpoint(tiny_run), evaluate(tiny_run, tmp_path)
+    scaled = copy.deepcopy(checkpoint.content)
+    for name in ("model", "averaged"):
+        for key in ("fc.weight", "fc.bias"):
+            scaled[name][key] /= checkpoint.temperature
+    torch.save({**scaled, "temperature": None}, tmp_path / "checkpoint.pt")
+    after = evaluate(tmp_path, tmp_path / "after")
+    assert after["calibrated"] is None
+    assert after["accuracy"] == before["accuracy"]
+    for name in ("loss", "calibration_error"):
+        assert before["calibrated"][name] == pytest.approx(after[name], rel=1e-3)
+        assert before[name] != pytest.approx(after[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("tta", ["flip", "flip-shift"])
@@ -66,6 +83,7 @@ def test_where_bfloat16_is_only_emulated_evaluation_is_in_float32(native, no_fig
     recipe = Recipe.build("digits", epochs=1, train_limit=70, test_limit=40, precision="bfloat16", width=4)
     checkpoint = train(recipe, tmp_path / "run")
     monkeypatch.setattr("cifar_resnet.training.runtime._multiplies_bfloat16", lambda device: native)
+    monkeypatch.setattr("cifar_resnet.run_dir.Checkpoint.temperature", 1.0)
     images, labels = images_of(checkpoint.recipe)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=native):
         logits = checkpoint.model().logits(images).double()

@@ -34,7 +34,7 @@ def test_predictions_on_files_are_those_on_the_dataset(digit_images, tiny_run, c
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert [row["image"] for row in found] == sorted(str(path) for path in folder.iterdir())
-    values, classes = logits.double().softmax(1).topk(2)
+    values, classes = (logits.double() / load_checkpoint(tiny_run).temperature).softmax(1).topk(2)
     for row, probabilities, labels in zip(found, values, classes, strict=True):
         assert [int(each["class"]) for each in row["classes"]] == labels.tolist()
         assert [each["probability"] for each in row["classes"]] == pytest.approx(probabilities.tolist(), rel=1e-3)

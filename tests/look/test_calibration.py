@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+
+from cifar_resnet import Recipe, build_model
+from cifar_resnet.data import datasets
+from cifar_resnet.data.datasets import Data
+from cifar_resnet.data.loaders import make_loader
+from cifar_resnet.look import analysis, calibration
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+def test_the_temperature_that_labels_were_drawn_at_is_found(temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 6, generator=generator)
+    labels = torch.multinomial((logits / temperature).softmax(1), 1, generator=generator).flatten()
+    found = calibration.fit_temperature(logits, labels)
+    assert found == pytest.approx(temperature, rel=0.03)
+    grid = np.linspace(0.9, 1.1, 21) * found
+    losses = [torch.nn.functional.cross_entropy(logits.double() / each, labels).item() for each in grid]
+    assert grid[np.argmin(losses)] == pytest.approx(found, rel=0.011)
+    believed = analysis.probabilities(logits, found)
+    assert torch.equal(believed.argmax(1), logits.argmax(1))
+    assert analysis.calibration_error(analysis.reliability(logits, labels, found)) < 1.5
+
+
+def test_images_that_are_all_right_do_not_ask_for_the_temperature_0():
+    """Of 99 the hundredth may be wrong: confidence is about 99 %."""
+    labels = torch.arange(99) % 3
+    logits = torch.nn.functional.one_hot(labels, 3).float()
+    found = calibration.fit_temperature(logits, labels)
+    assert analysis.probabilities(logits, found).max(1).values.mean().item() == pytest.approx(0.99, abs=0.005)
+
+
+def digits(**fields):
+    recipe = datasets.with_statistics(Recipe.build("default", dataset="digits", width=4, batch_size=32, train_limit=200, **fields))
+    return recipe, datasets.load(recipe)
+
+
+def test_without_a_holdout_the_images_judged_by_are_not_looked_at():
+    recipe, data = digits()
+    model = build_model(recipe)
+    found = calibration.find_temperature(recipe, model, data, CPU)
+    assert found == calibration.find_temperature(recipe, model, Data(data.train, data.train.take(slice(5)), data.classes, "test"), CPU)
+    assert found == pytest.approx(calibration.fit_temperature(*augmented(recipe, model, data)), rel=1e-3)
+
+
+def augmented(recipe, model, data):
+    """Logits and labels of the training images through the recipe's augmentation."""
+    batches = list(make_loader(data.train, recipe, CPU).epoch(recipe.epochs))
+    with torch.no_grad():
+        return model.eval().logits(torch.cat([batch.images for batch in batches])), torch.cat([batch.labels for batch in batches])
+
+
+def test_with_a_holdout_it_alone_is_looked_at():
+    recipe, data = digits(holdout=100)
+    model = build_model(recipe)
+    (batch,) = make_loader(data.evaluation, recipe, CPU).plain(100)
+    with torch.no_grad():
+        expected = calibration.fit_temperature(model.eval().logits(batch.images), batch.labels)
+    assert calibration.find_temperature(recipe, model, data, CPU) == pytest.approx(expected, rel=1e-3)
