@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .jobs.repeat import repeat
     from .jobs.report import report
     from .jobs.samples import samples
-    from .jobs.train import Watcher, train
+    from .jobs.track import track
+    from .jobs.train import Watcher, Watchers, train
     from .presets import PRESETS
     from .recipe import Recipe
     from .run_dir import Checkpoint, load_checkpoint
@@ -38,15 +39,17 @@ _HOME = {
     "jobs.repeat": ("repeat",),
     "jobs.report": ("report",),
     "jobs.samples": ("samples",),
-    "jobs.train": ("Watcher", "train"),
+    "jobs.track": ("track",),
+    "jobs.train": ("Watcher", "Watchers", "train"),
     "recipe": ("Recipe",),
     "presets": ("PRESETS",),
     "run_dir": ("Checkpoint", "load_checkpoint"),
     "training.model": ("ResNet", "build_model"),
 }
 __all__ = [
-    "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "bench", "build_model", "compare",
-    "evaluate", "export", "find_lr", "load_checkpoint", "misclassified", "predict", "repeat", "report", "samples", "train",
+    "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "Watchers", "bench", "build_model",
+    "compare", "evaluate", "export", "find_lr", "load_checkpoint", "misclassified", "predict", "repeat", "report", "samples",
+    "track", "train",
 ]  # fmt: skip
 
 

@@ -160,6 +160,9 @@ SaveEveryMinutes = Annotated[float, _option("Minutes inside an epoch between two
 TF32 = Annotated[bool, _option(
     "Let float32 matrix products and convolutions use TF32 on NVIDIA GPUs.", WHERE, "--tf32"
 )]
+Track = Annotated[Literal["tensorboard"] | None, _option(
+    "Also write the run for another program to show; tensorboard needs the extra named track.", metavar=NAME, default="none"
+)]
 Target = Annotated[float | None, _option("Accuracy in percent, drawn as a line into the accuracy curve.", min=0, max=100)]
 
 Count = Annotated[int, _option("Images in the two pictures.", CHOICE)]
@@ -326,7 +329,7 @@ def train(
     options: dict[str, Any], recipe_file: RecipeFile = None, max_lr: MaxLR = None, suggest: Suggest = "recommended",
     run_dir: NewRunDir = None, resume: Resume = None, repeat: Repeat = None, data_dir: DataDir = None, device: Device = "auto",
     loader: Loader = "auto", workers: Workers = None, save_every_minutes: SaveEveryMinutes = 5.0, compile: Compile = "auto",
-    tf32: TF32 = False, target: Target = None, format: Format = "png",
+    tf32: TF32 = False, track: Track = None, target: Target = None, format: Format = "png",
 ) -> None:  # fmt: skip
     """Train a recipe, and keep the run in a folder.
 
@@ -342,6 +345,7 @@ def train(
         _check_resumed({"--run-dir": run_dir, "--recipe-file": recipe_file, "--max-lr find": find, "--repeat": repeat})
     began = time.perf_counter()
     from .jobs import repeat as repetition
+    from .jobs import track as tracking
     from .jobs import train as training
     from .run_dir import REPEAT, find_run
 
@@ -349,8 +353,12 @@ def train(
         given, resume = resume, find_run(resume, repetition=True)
         _say_newest(given != resume, resume)
 
-    watch: Any = progress.TrainingTable  # a Watcher by its methods: look/ imports no jobs
-    watcher = watch(began)
+    table = progress.TrainingTable(began)
+
+    def watch(shown: Any = None) -> training.Watchers:
+        return training.Watchers(shown or progress.TrainingTable(), *([tracking.track(track)] if track else []))
+
+    watcher = watch(table)
     where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers)
     if recipe and find:
         recipe = _with_found_lr(recipe, suggest, run_dir, **where)
@@ -362,7 +370,7 @@ def train(
         return
     with watcher:
         result = training.train(recipe, run_dir, watcher=watcher, **settings)
-    if not watcher.begun:
+    if not table.begun:
         console.say(f"the run in {resume} is finished; nothing to do")
     console.training_result(result)
 

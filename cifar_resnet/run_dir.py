@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
@@ -32,7 +33,7 @@ from .training.optim import make_optimizer
 
 CHECKPOINT, RECIPE, REPEAT, LOCK, HOLDER = "checkpoint.pt", "recipe.json", "repeat.json", ".lock", ".lock-holder"
 RUNS, LATEST = Path("runs"), "latest"
-ROW = {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second"}
+ROW = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second")
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
 
 
@@ -372,7 +373,7 @@ def _check_content(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} has {len(checkpoint.classes)} classes, its model another number")
     if not all(isinstance(name, str) for name in checkpoint.classes):
         raise CheckpointError(f"{checkpoint.path} has class names that are no text")
-    if any(set(row) != ROW or not all(math.isfinite(value) for value in row.values()) for row in content["history"]):
+    if any(set(row) != set(ROW) or not all(math.isfinite(value) for value in row.values()) for row in content["history"]):
         raise CheckpointError(f"{checkpoint.path} has metrics that are not those of epochs")
     json.dumps([checkpoint.environment, content["history"], content["seconds"]], allow_nan=False)  # which raises for other values
     if not isinstance(checkpoint.environment, dict) or checkpoint.evaluated_on not in ("test", "holdout"):
@@ -519,12 +520,13 @@ class RunDir:
         return ""
 
     def write_metrics(self, state: State, data: Data, environment: dict[str, Any]) -> None:
-        """`metrics.json`: after every epoch; `final` is null until the last one."""
+        """`metrics.json` and, of its epochs, `metrics.csv`: after every epoch; `final` is null until the last one."""
         history, final = state.history, None
         if len(history) == state.recipe.epochs:
             final = {**history[-1], "seconds": sum(epoch["seconds"] for epoch in history)}
         content = {"evaluated_on": data.evaluated_on, "epochs": history, "final": final}
         write_json(self.path / "metrics.json", {"schema": SCHEMA, "environment": environment, **content})
+        write_whole(self.path / "metrics.csv", _table(history))
 
     def finish(self, pictures: dict[str, bytes]) -> Checkpoint:
         """Writes the pictures of a run that has ended, by the names of their files, and gives its checkpoint."""
@@ -535,6 +537,15 @@ class RunDir:
     def finished(self) -> bool:
         """Whether all that `finish` writes last is there."""
         return any(self.path.glob("learning_rate.*"))
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """The metrics of epochs as CSV, under a line with the names of the columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ROW, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> None:

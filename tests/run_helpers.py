@@ -8,7 +8,7 @@ import torch
 
 from cifar_resnet import Watcher
 
-FILES = ["checkpoint.pt", "curves.png", "learning_rate.png", "metrics.json", "recipe.json"]
+FILES = ["checkpoint.pt", "curves.png", "learning_rate.png", "metrics.csv", "metrics.json", "recipe.json"]
 
 
 class StopAfter(Watcher):

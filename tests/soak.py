@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-FILES = ["checkpoint.pt", "curves.png", "learning_rate.png", "metrics.json", "recipe.json"]
+FILES = ["checkpoint.pt", "curves.png", "learning_rate.png", "metrics.csv", "metrics.json", "recipe.json"]
 SLOW = 0.1  # seconds that each half of a write and each flush takes longer
 STARTED, WRITING = 0, 1  # bytes that a run sets for who watches it
 

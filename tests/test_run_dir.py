@@ -475,7 +475,7 @@ def stepped(tiny_recipe):
 def test_what_is_saved_is_what_a_run_goes_on_from(tmp_path, stepped):
     state, data = stepped
     assert RunDir(tmp_path).save(state, data, {"torch": "9"}) == ""
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "metrics.json"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "metrics.csv", "metrics.json"]
     checkpoint = load_checkpoint(tmp_path)
     assert (checkpoint.classes, checkpoint.evaluated_on, checkpoint.environment) == (data.classes, "holdout", {"torch": "9"})
     assert not checkpoint.finished
@@ -498,10 +498,10 @@ def test_a_save_without_a_checkpoint_and_one_that_fails(tmp_path, stepped, monke
     state, data = stepped
     folder = RunDir(tmp_path)
     assert folder.save(state, data, {}, checkpoint=False) == ""
-    assert os.listdir(tmp_path) == ["metrics.json"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.csv", "metrics.json"]
     Faulty(monkeypatch, 0, errno.ENOSPC)
     assert folder.save(state, data, {}) == f"{tmp_path / 'checkpoint.pt'} could not be written: No space left on device"
-    assert os.listdir(tmp_path) == ["metrics.json"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.csv", "metrics.json"]
 
 
 def test_metrics_have_a_final_row_after_the_last_epoch_alone(tmp_path, stepped):

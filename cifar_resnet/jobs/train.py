@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -48,11 +48,23 @@ class Watcher:
     def warn(self, message: str) -> None: ...
 
 
-class _Watchers(Watcher):
-    """Hands everything on to several watchers, as far as each has the method for it."""
+class Watchers(Watcher):
+    """Hands everything on to several watchers, as far as each has the method for it.
+
+    As a context manager it opens and closes those that are one.
+    """
 
     def __init__(self, *watchers: object) -> None:
-        self.watchers = watchers
+        self.watchers, self.open = watchers, ExitStack()
+
+    def __enter__(self) -> Self:
+        for watcher in self.watchers:
+            if isinstance(watcher, AbstractContextManager):
+                self.open.enter_context(watcher)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.open.close()
 
     def _tell(self, method: str, *what: Any) -> None:
         for watcher in self.watchers:
@@ -165,7 +177,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.asked_recipe, self.run_dir, self.must_match, self.asked = recipe, run_dir, must_match, asked
         self.resume = RunDir(find_run(resume)) if resume is not None else None
-        self.watcher = _Watchers(*([watcher] if watcher is not None and distributed.rank() == 0 else []))
+        self.watcher = Watchers(*([watcher] if watcher is not None and distributed.rank() == 0 else []))
         self.began, self.seconds = time.perf_counter(), dict[str, float]()
         self.read_data: Data | None = None  # on rank 0, before the others have the recipe
 

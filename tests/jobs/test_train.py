@@ -532,6 +532,7 @@ def test_the_accuracy_curve_has_a_line_where_a_target_is_given_and_none_otherwis
             "checkpoint.pt",
             "curves.svg",
             "learning_rate.svg",
+            "metrics.csv",
             "metrics.json",
             "recipe.json",
         ]
