@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ SPLIT_SEED = 20_15  # fixed, so that runs with different seeds set the same imag
 EVALUATION = ("test", "val", "valid", "validation", "eval")  # what the folder beside train may be called
 # What systems leave in folders, beside names that begin with a dot.
 LEFT_BY_SYSTEMS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r", "__pycache__"}
+PATIENCE = 1.0  # seconds of reading until that is said
 Progress = Callable[[int, int], None]
 
 
@@ -67,9 +69,10 @@ def image_folder(
     listings = [_listed(part) for part in _parts(folder, split, notify)]
     _check_classes(folder, listings)
     _say_skipped([path.relative_to(folder) for listing in listings for path in listing.skipped], folder, notify)
-    train, whites = _read(listings[0], {}, progress)
+    tell = _telling(progress, notify, folder, sum(len(each.files) for each in listings))
+    train, whites = _read(listings[0], {}, tell)
     if split is None:
-        test, _ = _read(listings[1], whites, progress)
+        test, _ = _read(listings[1], whites, lambda done: tell(len(train) + done))
     else:
         train, test = _set_apart(train, split, listings[0].classes, folder)
     for name, part in (("training", train), ("evaluation", test)):
@@ -190,10 +193,28 @@ def _say_skipped(skipped: Sequence[Path], folder: Path, notify: Callable[[str], 
     if skipped:
         heic = any(path.suffix.lower() in (".heic", ".heif") for path in skipped)
         advice = "; HEIC is read with the package pillow-heif: pip install pillow-heif" if heic else ""
-        notify(f"left out in {folder}, as no images: {len(skipped):,} of the files ({some(skipped)}){advice}")
+        which = "1 file is no image and is" if len(skipped) == 1 else f"{len(skipped):,} files are no images and are"
+        notify(f"in {folder} {which} left out: {some(skipped)}{advice}")
 
 
-def _read(listing: Listing, whites: dict[str, int], progress: Progress) -> tuple[Split, dict[str, int]]:
+def _telling(progress: Progress, notify: Callable[[str], None], folder: Path, total: int) -> Callable[[int], None]:
+    """What is called with how many images are read. It says once that reading takes long, and how long."""
+    began, said = time.monotonic(), False
+
+    def tell(done: int) -> None:
+        nonlocal said
+        progress(done, total)
+        passed = time.monotonic() - began
+        if passed > PATIENCE and not said:
+            said = True
+            notify(
+                f"reading {total:,} images in {folder}: about {passed * (total - done) / done:,.0f} s; they are kept for the next time"
+            )
+
+    return tell
+
+
+def _read(listing: Listing, whites: dict[str, int], tell: Callable[[int], None]) -> tuple[Split, dict[str, int]]:
     """A listing's images, from where they are kept or from their files, and the values of white.
 
     Files of a type of more than 8 bits that `whites` lacks decide its white together.
@@ -201,13 +222,13 @@ def _read(listing: Listing, whites: dict[str, int], progress: Progress) -> tuple
     state = cache.state_of(listing.folder, listing.files, whites)
     images, found = cache.find(listing.folder, state, len(listing.files)) or (None, {})
     if images is None:
-        images, found = _decoded(listing, whites, progress)
+        images, found = _decoded(listing, whites, tell)
         cache.keep(listing.folder, state, images, found)
     names = np.array([path.relative_to(listing.folder).as_posix() for path in listing.files])
     return Split(images, listing.labels, np.arange(len(images)), names, listing.folder), found
 
 
-def _decoded(listing: Listing, whites: dict[str, int], progress: Progress) -> tuple[np.ndarray, dict[str, int]]:
+def _decoded(listing: Listing, whites: dict[str, int], tell: Callable[[int], None]) -> tuple[np.ndarray, dict[str, int]]:
     """As `_read`, from the files. Those of a type that `whites` lacks are read twice: first for the type's highest value.
 
     Raises:
@@ -226,7 +247,7 @@ def _decoded(listing: Listing, whites: dict[str, int], progress: Progress) -> tu
                 again.append(position)
         except DataError as error:
             bad.append(str(error).removeprefix(f"{listing.folder}{os.sep}"))
-        progress(position + 1, len(listing.files))
+        tell(position + 1)
     if bad:
         raise DataError(f"{listing.folder}: {len(bad):,} of {len(images):,} images cannot be used: {some(bad)}")
     whites = {**whites, **{kind: white_of(top) for kind, top in tops.items()}}

@@ -102,8 +102,8 @@ def test_what_is_an_image_is_decided_by_content_and_what_is_not_is_counted(own, 
     loaded = read(own, said.append)
     assert np.bincount(loaded.train.labels).tolist() == [11, 5]
     assert len(said) == 1
-    assert "13 of the files (train/dogs/note00.txt, train/dogs/note01.txt" in said[0]
-    assert "note09.txt and 3 more)" in said[0]
+    assert "13 files are no images and are left out: train/dogs/note00.txt, train/dogs/note01.txt" in said[0]
+    assert "note09.txt and 3 more" in said[0]
     assert "pip install pillow-heif" in said[0]
     images, others = image_files(own / "train" / "dogs")
     assert [path.name for path in images] == ["0.png", "1.png", "2.png", "named.txt", "without-suffix"]
@@ -134,7 +134,7 @@ def test_a_pipe_is_no_image(own):
     os.mkfifo(own / "train" / "cats" / "pipe.png")
     said = []
     assert len(read(own, said.append).train) == 6
-    assert "train/cats/pipe.png" in said[0]
+    assert said == [f"in {own} 1 file is no image and is left out: train/cats/pipe.png"]
 
 
 # What is refused, and how
@@ -301,12 +301,22 @@ def test_a_folder_is_read_once(own, decoded):
     steps = []
     first = read(own, progress=lambda *step: steps.append(step))
     assert len(decoded) == 12
-    assert steps == [(i, 6) for i in range(1, 7)] * 2
+    assert steps == [(i, 12) for i in range(1, 13)]
     second = read(own)
     assert len(decoded) == 12
     for a, b in ((first.train, second.train), (first.evaluation, second.evaluation)):
         assert np.array_equal(a.images, b.images)
         assert np.array_equal(a.names, b.names)
+
+
+def test_that_reading_takes_long_is_said_once(own, monkeypatch):
+    said = []
+    monkeypatch.setattr(folders, "PATIENCE", 0.0)
+    read(own, said.append)
+    assert len(said) == 1
+    assert said[0].startswith(f"reading 12 images in {own}: about ")
+    read(own, said.append)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("change", ["content", "time", "name", "more", "fewer"])
