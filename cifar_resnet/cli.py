@@ -516,21 +516,21 @@ def predict(
 ) -> None:
     """Name what is on image files: each one's centred square, scaled to 32x32, through the model.
 
-    A file that is no image is named and skipped; the exit code is then 1.
+    A file given that is no image is named and skipped; the exit code is then 1. Those in a folder are counted.
     """
     from .jobs.predict import predict
 
     run, images = _run_and_images(run_and_images)
-    skipped: list[str] = []
+    skipped, others = list[str](), list[str]()
     with progress.progress("predicting", "images") as told:
         how: dict[str, Any] = dict(top=top, tta=tta, device=device)
-        found = list(predict(run, images, **how, progress=told, skipped=skipped.append))
+        found = list(predict(run, images, **how, progress=told, skipped=skipped.append, notify=others.append))
     if json_output:
         print(json.dumps(found, indent=2))
     else:
         console.predictions(found)
-    for line in skipped:
-        print(f"cifar-resnet: skipped {line}", file=sys.stderr)
+    for line in [f"skipped {each}" for each in skipped] + others:
+        print(f"cifar-resnet: {line}", file=sys.stderr)
     if skipped:
         raise typer.Exit(1)
 

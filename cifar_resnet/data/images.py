@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from ..errors import DataError
+from ..errors import DataError, UsageError
 
 RULE = 2  # of reading; a new number makes kept images be read again
 # The value of white in images of more than 8 bits: the first of these that no pixel exceeds by more than a hundredth.
@@ -50,20 +50,35 @@ class Decoded(NamedTuple):
         return float(seen.max(initial=0))
 
 
-def read_image(path: Path, whites: Mapping[str, int] | None = None) -> np.ndarray:
+def read_image(path: Path, whites: Mapping[str, int] | None = None, picture: Image.Image | None = None) -> np.ndarray:
     """An image file as uint8 (32, 32, 3): turned as EXIF says, white where transparent, its centred square scaled to 32x32.
 
     Args:
         whites: the value of white of images of more than 8 bits, by type. For a type that it lacks the image itself decides.
+        picture: an image in memory, which is taken in place of the file; `path` is then its name in messages.
 
     Raises:
         DataError: it is no image that Pillow can read, or holds values that no image has.
     """
-    return scaled(decode(path), whites or {}, path)
+    return scaled(decode(path, picture), whites or {}, path)
 
 
-def decode(path: Path) -> Decoded:
-    """The pixels of an image file. A JPEG that is far too large is decoded at an eighth to a half of its size.
+def pictures_in(array: np.ndarray) -> list[Image.Image]:
+    """The images in an array of bytes: uint8 (H, W), (H, W, 3) or (N, H, W, 3).
+
+    Raises:
+        UsageError: the array is of another type or shape.
+    """
+    if array.dtype != np.uint8:
+        scale = "; for values of 0 to 1: (255 * images).round().astype(numpy.uint8)" if array.dtype.kind == "f" else ""
+        raise UsageError(f"an array of images must be of uint8, not {array.dtype}{scale}")
+    if not (array.ndim == 2 or (array.ndim in (3, 4) and array.shape[-1] == 3)) or 0 in array.shape:
+        raise UsageError(f"an array of images must be of the shape (H, W), (H, W, 3) or (N, H, W, 3), not {array.shape}")
+    return [Image.fromarray(each) for each in (array if array.ndim == 4 else [array])]
+
+
+def decode(path: Path, picture: Image.Image | None = None) -> Decoded:
+    """The pixels of an image file, or of a picture. A JPEG that is far too large is decoded at an eighth to a half of its size.
 
     Raises:
         DataError: as from `read_image`, with the reason.
@@ -71,8 +86,10 @@ def decode(path: Path) -> Decoded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                file.draft(None, (DRAFT, DRAFT))
+            with Image.open(path) if picture is None else nullcontext(picture) as file:
+                if picture is None:
+                    file.draft(None, (DRAFT, DRAFT))
+                file.load()
                 found = _deep(file, path) or Decoded(ImageOps.exif_transpose(file))
     except Exception as error:  # whatever a damaged file makes its decoder raise
         raise DataError(f"{path}: {_reason(path, error)}") from None

@@ -4,80 +4,118 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..arguments import checked
-from ..data.images import read_image
+from ..data.folders import image_files, some
+from ..data.images import pictures_in, read_image
 from ..data.loaders import make_loader
 from ..data.splits import Split
 from ..errors import DataError, UsageError
 from ..look import analysis
 from ..run_dir import Checkpoint
+from ..training.model import ResNet
 from .common import opened
 
 CHUNK = 1000  # images in memory at a time
 
 
+Picture = Path | str | Image.Image | np.ndarray
+
+
+class _Asked(NamedTuple):
+    """One image to predict: a file, or a picture in memory that `path` names."""
+
+    path: Path
+    picture: Image.Image | None = None
+    named: bool = True  # by the user; False where it only lies in a folder
+
+
 @checked
 def predict(
     checkpoint: Path | str,
-    images: Path | str | Sequence[Path | str],
+    images: Picture | Sequence[Picture],
     *,
     top: int = 3,
     tta: str = "none",
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
     skipped: Callable[[str], object] = warnings.warn,
+    notify: Callable[[str], object] = warnings.warn,
 ) -> Iterator[dict[str, Any]]:
-    """For each image file its most probable classes: {"image": path, "classes": [{"class", "probability"}, ...]}.
+    """For each image its most probable classes: {"image": path, "classes": [{"class", "probability"}, ...]}.
+
+    An image that came from memory has, in place of the path, the number of its place among the images given, from 0.
 
     Args:
-        images: a file or a folder, or several. A folder's files are taken in the order of their names. Files are read as
-            `images.read_image` says.
+        images: a file, a folder, a PIL image or an array, or several of them. Of a folder all image files are taken, see
+            `folders.image_files`. An array is uint8 (H, W), (H, W, 3) or (N, H, W, 3). All are read as `images.read_image` says.
         top: how many classes.
         tta: "none", "flip" or "flip-shift"; see `analysis.views`.
-        progress: called with how many files are done, of how many.
-        skipped: called with a line for each file that is no image.
+        progress: called with how many images are done, of how many.
+        skipped: called with a line for each image given that cannot be read.
+        notify: called with a line, at the end, that counts the files in folders that are no images, if there are any.
 
     Raises:
-        CifarResnetError: one line that says what was wrong.
+        CifarResnetError: one line that says what was wrong, when called. What cannot be read as an image raises nothing.
     """
     if top < 1:
         raise UsageError(f"--top {top} must be at least 1")
     analysis.views(tta)
-    opened_run = opened(checkpoint, device)
-    given = [images] if isinstance(images, str | Path) else images
-    files = [file for path in map(Path, given) for file in _files(path)]
-    if not files:
-        raise UsageError(f"there are no files in {', '.join(map(str, given))}")
-    return _predictions(*opened_run, files, top, tta, progress, skipped)
+    loaded, resolved = opened(checkpoint, device)
+    asked, others = list[_Asked](), list[Path]()
+    for each in [images] if isinstance(images, Picture) else images:
+        _add(each, asked, others)
+    if not asked:
+        raise UsageError(f"there are no images in {', '.join(map(str, images)) if isinstance(images, Sequence) else images}")
+    probable = partial(_probable, loaded, loaded.model(resolved), resolved, tta, top)
+    return _predictions(probable, asked, others, progress, skipped, notify)
+
+
+def _add(given: Picture, asked: list[_Asked], others: list[Path]) -> None:
+    """Adds what was given to the images, and the files of a folder that are none to the others."""
+    if isinstance(given, np.ndarray):
+        for picture in pictures_in(given):
+            _add(picture, asked, others)
+    elif isinstance(given, Image.Image):
+        asked.append(_Asked(Path(f"image {len(asked)}"), given))
+    elif Path(given).is_dir():
+        found, rest = image_files(Path(given))
+        asked += [_Asked(path, named=False) for path in found]
+        others += rest
+    else:
+        asked.append(_Asked(Path(given)))
+
+
+def _probable(
+    loaded: Checkpoint, model: ResNet, device: torch.device, tta: str, top: int, pixels: list[np.ndarray]
+) -> list[list[dict[str, Any]]]:
+    """The most probable classes of each image."""
+    split = Split(np.stack(pixels), np.zeros(len(pixels), np.int64), np.arange(len(pixels)))
+    logits = analysis.mean_logits(loaded.recipe, model, make_loader(split, loaded.recipe, device), device, tta)
+    return analysis.most_probable(logits, loaded.classes, top, loaded.temperature)
 
 
 def _predictions(
-    loaded: Checkpoint, resolved: torch.device, files: list[Path], top: int, tta: str, progress: Callable[[int, int], None],
-    skipped: Callable[[str], object],
+    probable: Callable[[list[np.ndarray]], list[list[dict[str, Any]]]], asked: list[_Asked], others: list[Path],
+    progress: Callable[[int, int], None], skipped: Callable[[str], object], notify: Callable[[str], object],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    model = loaded.model(resolved)
-    for start in range(0, len(files), CHUNK):
-        read, pixels = [], []
-        for done, file in enumerate(files[start : start + CHUNK], start=start + 1):
+    for start in range(0, len(asked), CHUNK):
+        read, pixels = list[str | int](), list[np.ndarray]()
+        for place, each in enumerate(asked[start : start + CHUNK], start):
             try:
-                pixels.append(read_image(file))
-                read.append(file)
+                pixels.append(read_image(each.path, picture=each.picture))
+                read.append(str(each.path) if each.picture is None else place)
             except DataError as error:
-                skipped(str(error))
-            progress(done, len(files))
+                skipped(str(error)) if each.named else others.append(each.path)
+            progress(place + 1, len(asked))
         if read:
-            split = Split(np.stack(pixels), np.zeros(len(read), np.int64), np.arange(len(read)))
-            loader = make_loader(split, loaded.recipe, resolved)
-            logits = analysis.mean_logits(loaded.recipe, model, loader, resolved, tta)
-            for file, classes in zip(read, analysis.most_probable(logits, loaded.classes, top, loaded.temperature), strict=True):
-                yield {"image": str(file), "classes": classes}
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
+            yield from ({"image": image, "classes": found} for image, found in zip(read, probable(pixels), strict=True))
+    if others:
+        notify(f"{len(others):,} of the files in folders {'is' if len(others) == 1 else 'are'} no image: {some(others)}")

@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +10,7 @@ from PIL import Image
 from cifar_resnet import Recipe, load_checkpoint, predict, train
 from cifar_resnet.data.datasets import load
 from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.errors import CheckpointError, UsageError
 from cifar_resnet.jobs import predict as job
 
 
@@ -46,10 +48,84 @@ def test_what_is_no_image_is_named_and_skipped(digit_images, tiny_run, cli, tmp_
     (folder / "aa.txt").write_text("no image")
     (folder / "bb.png").write_bytes((folder / "00.png").read_bytes()[:60])
     code, out, err = cli("predict", tiny_run, ".", tmp_path / "missing.png")
-    assert code == 1
-    assert [name in err for name in ("aa.txt", "bb.png", "missing.png: No such file")] == [True] * 3
-    assert err.count("cifar-resnet: skipped") == 3
+    assert (code, err.count("\n")) == (1, 2)
+    assert f"cifar-resnet: skipped {tmp_path}/missing.png: No such file" in err
+    assert "cifar-resnet: 2 of the files in folders are no image: aa.txt, bb.png\n" in err
     assert "39.png" in out
+    code, out, err = cli("predict", tiny_run, "aa.txt", "bb.png", "00.png")
+    assert (code, err.count("cifar-resnet: skipped")) == (1, 2)
+
+
+def test_what_lies_in_a_folder_and_is_no_image_is_skipped_and_counted_once(digit_images, tiny_run, cli, monkeypatch):
+    folder, _ = digit_images
+    monkeypatch.chdir(folder.parent)
+    for name in (".DS_Store", "._00.png", "Thumbs.db", ".venv/logo.png", "notes.txt", "more/readme.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("no image")
+    (folder / ".venv" / "logo.png").write_bytes((folder / "00.png").read_bytes())
+    code, out, err = cli("predict", tiny_run, "images", "--json")
+    assert (code, len(json.loads(out))) == (0, 40)
+    assert err == "cifar-resnet: 2 of the files in folders are no image: images/notes.txt, images/more/readme.md\n"
+
+
+# What predict takes from Python
+
+
+def test_every_kind_of_image_gives_what_its_file_does(digit_images, tiny_run):
+    folder, _ = digit_images
+    files = sorted(folder.iterdir())[:3]
+    pictures = [Image.open(file) for file in files]
+    arrays = [np.asarray(Image.open(file)) for file in files]
+    assert [arrays[0].shape, arrays[0].dtype] == [(32, 32, 3), np.uint8]
+
+    def found(images):
+        """The name of each, and its classes; a batch of another size changes the last digits."""
+        rows = predict(tiny_run, images)
+        return [(row["image"], [(each["class"], round(each["probability"], 4)) for each in row["classes"]]) for row in rows]
+
+    expected = [classes for _, classes in found(files)]
+    assert found(files[0]) == found(str(files[0])) == found([files[0]]) == [(str(files[0]), expected[0])]
+    assert found(pictures[0]) == found(arrays[0]) == [(0, expected[0])]
+    assert found(pictures) == found(arrays) == found(tuple(arrays)) == found(np.stack(arrays)) == list(enumerate(expected))
+    assert found(arrays[0][..., 0]) == [(0, expected[0])]  # grey, as the digits are
+    assert found([files[1], np.stack(arrays[:2]), pictures[2]]) == [
+        (str(files[1]), expected[1]), (1, expected[0]), (2, expected[1]), (3, expected[2])
+    ]  # fmt: skip
+    deep = Image.fromarray(arrays[0][..., 0].astype(np.uint16) * 257)
+    assert found(deep) == [(0, expected[0])]
+    large = pictures[0].resize((64, 64), Image.Resampling.NEAREST).convert("RGBA")
+    large.save(folder / "large.png")
+    assert found(large) == [(0, found(folder / "large.png")[0][1])]
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (np.zeros((32, 32, 3), np.float32), "must be of uint8, not float32; for values of 0 to 1"),
+        (np.zeros((32, 32, 3), np.int64), "must be of uint8, not int64"),
+        ([np.zeros((3, 32, 32), np.uint8)], r"not \(3, 32, 32\)"),
+        (np.zeros((0, 32, 32, 3), np.uint8), r"not \(0, 32, 32, 3\)"),
+        (np.zeros(9, np.uint8), r"not \(9,\)"),
+        (torch.zeros(3, 32, 32), "images tensor.* is of the type Tensor"),
+        ([[1, 2]], "is of the type list"),
+        (5, "images 5 is of the type int"),
+        ([], "there are no images in"),
+    ],
+)
+def test_what_is_no_image_in_memory_is_refused(images, words, tiny_run):
+    with pytest.raises(UsageError, match=words) as refused:
+        predict(tiny_run, images)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_wrong_is_said_when_predict_is_called(tmp_path, tiny_run):
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        predict(tmp_path / "none.pt", "photo.jpg")
+    with pytest.raises(UsageError, match="--tta crop"):
+        predict(tiny_run, "photo.jpg", tta="crop")
+    with pytest.warns(UserWarning, match="nowhere.jpg: No such file"):
+        assert list(predict(tiny_run, "nowhere.jpg")) == []
+
 
 
 def test_own_classes_are_named(own_images, tmp_path, no_figures):
@@ -68,7 +144,7 @@ def test_own_classes_are_named(own_images, tmp_path, no_figures):
 def test_what_cannot_be_predicted_is_refused(tiny_run, tmp_path, refused):
     assert "--top 0 must be at least 1" in refused(2, "predict", tiny_run, tmp_path, "--top", 0)
     (tmp_path / "empty").mkdir()
-    assert "there are no files in" in refused(2, "predict", tiny_run, tmp_path / "empty")
+    assert "there are no images in" in refused(2, "predict", tiny_run, tmp_path / "empty")
 
 
 # Which run
