@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from . import __version__
 from .arguments import checked
+from .data.images import WHITES
 from .data.splits import Data
 from .errors import CheckpointError, RunDirectoryError, UsageError, shell_command
 from .recipe import Recipe, read_json
@@ -236,6 +237,11 @@ class Checkpoint:
         return self.content["epoch"] == self.recipe.epochs
 
     @property
+    def whites(self) -> dict[str, int]:
+        """The value of white of images of more than 8 bits, by type; see `images.read_image`. Old checkpoints have none."""
+        return self.content.get("whites") or {}
+
+    @property
     def temperature(self) -> float:
         """By which logits are divided before their softmax, so that the probabilities can be believed; 1 where none was fitted."""
         temperature = self.content.get("temperature")
@@ -266,7 +272,8 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path, state: State, classes: tuple[str, ...], evaluated_on: str, environment: dict[str, Any], temperature: float | None = None
+    path: Path, state: State, classes: tuple[str, ...], evaluated_on: str, environment: dict[str, Any],
+    temperature: float | None = None, whites: Mapping[str, int] | None = None,
 ) -> None:  # fmt: skip
     """Everything that evaluation and resuming need; tensors and plain values only."""
     content = {
@@ -286,6 +293,7 @@ def save_checkpoint(
         "seconds": state.clock.seconds,
         "history": state.history,
         "temperature": temperature,
+        "whites": dict(whites or {}),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -382,6 +390,8 @@ def _check_content(checkpoint: Checkpoint) -> None:
     whole = type(epoch) is type(step) is int and content["seconds"] >= 0
     if not whole or not 0 <= epoch <= recipe.epochs or step < 0 or len(content["history"]) != epoch:
         raise CheckpointError(f"{checkpoint.path} stands at a place that its run does not have")
+    if not isinstance(checkpoint.whites, dict) or not set(checkpoint.whites.values()) <= set(WHITES):
+        raise CheckpointError(f"{checkpoint.path} has the values of white {checkpoint.whites!r}; they are of {WHITES}")
     if not (isinstance(checkpoint.temperature, float) and 0 < checkpoint.temperature < math.inf):
         raise CheckpointError(f"{checkpoint.path} has the temperature {checkpoint.temperature!r}, which must be a number above 0")
     if (content["averaged"] is not None) != (recipe.ema_decay > 0):
@@ -513,7 +523,8 @@ class RunDir:
         """Writes `checkpoint.pt`, if asked, and `metrics.json`; gives what kept them from being written, or ""."""
         try:
             if checkpoint:
-                save_checkpoint(self.path / CHECKPOINT, state, data.classes, data.evaluated_on, environment, temperature)
+                about = (data.classes, data.evaluated_on, environment, temperature, data.whites)
+                save_checkpoint(self.path / CHECKPOINT, state, *about)
             self.write_metrics(state, data, environment)
         except RunDirectoryError as error:
             return str(error)

@@ -679,6 +679,8 @@ def test_checkpoints_that_cannot_be_trusted_are_refused_in_one_line(tiny_run, tm
         (dict(temperature=-1.0), "the temperature -1.0"),
         (dict(temperature=float("nan")), "the temperature nan"),
         (dict(temperature="warm"), "the temperature 'warm'"),
+        (dict(whites={"uint16": 0}), "the values of white {'uint16': 0}"),
+        (dict(whites=[255]), "the values of white [255]"),
     ):
         changed(**changes)
         refused_with(word)
