@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .run_dir import Checkpoint, load_checkpoint
     from .training.model import ResNet, build_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "errors": ("CifarResnetError",),

@@ -22,8 +22,8 @@ from cifar_resnet.run_dir import write_whole
 
 ROOT, PACKAGE = Path(__file__).parent.parent, Path(cifar_resnet.__file__).parent
 MODULES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-WITH_TORCH = {"triton"}  # a dependency of torch's where there is one
+PROJECT, TOOLS = (tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[part] for part in ("project", "tool"))
+MAY_BE_MISSING = {"cv2", "pillow_heif", "triton"}  # the package does without
 
 # What Python's documentation marks as not available on Windows, as far as a program like this one may come to use it.
 POSIX_MODULES = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "syslog", "readline", "curses"}
@@ -56,7 +56,7 @@ def imported(tree, inside=True):
 
 def distributions(names):
     """Those that have modules of these names, spelled as pyproject.toml spells them; none of Python's own."""
-    others = set(names) - set(sys.stdlib_module_names) - {"cifar_resnet"} - WITH_TORCH
+    others = set(names) - set(sys.stdlib_module_names) - {"cifar_resnet"} - MAY_BE_MISSING
     return {{"PIL": "pillow", "sklearn": "scikit-learn"}.get(name, name.replace("_", "-")) for name in others}
 
 
@@ -83,6 +83,13 @@ def test_what_is_declared_is_imported():
 
 def test_every_dependency_has_a_lowest_version():
     assert [each for each in PROJECT["dependencies"] if not re.fullmatch(r"[\w-]+>=[\d.]+", each)] == []
+
+
+def test_what_is_no_module_is_installed_too():
+    patterns = TOOLS["setuptools"]["package-data"]["*"]
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert len(files) > 1
+    assert [path.name for path in files if not any(path.match(pattern) for pattern in patterns)] == []
 
 
 def posix_only(tree):
