@@ -1,5 +1,6 @@
 """What the documentation says: its commands parse, its links lead somewhere, its table of fields is the Recipe's."""
 
+import ast
 import os
 import re
 import shlex
@@ -12,12 +13,12 @@ from cifar_resnet import cli as command_line
 from cifar_resnet.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-GUIDES = [page for page in PAGES if page.name != "EXPERIMENTS.md"]  # that one tells of commands as they were
+PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 def test_the_recipe_page_has_every_field_with_its_default():
-    rows = re.findall(r"^\| `(\w+)` \| (\S+) \|", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \|", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
     shown = {"none": None, "yes": True, "no": False}
     assert [name for name, _ in rows] == list(Recipe.model_fields)
     for name, text in rows:
@@ -38,11 +39,11 @@ def commands(text):
     return [match[1] or match[2] for match in found if match]
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+@EACH_PAGE
 def test_every_command_told_of_can_be_given(page):
     group = typer.main.get_command(command_line.app)
     checked = 0
-    for told in commands(page.read_text()):
+    for told in commands(page.read_text(encoding="utf-8")):
         words = shlex.split(told)
         if words[0] in ("--install-completion", "--quiet", "--version") or {"--help", "--help-all"} & set(words):
             continue
@@ -50,7 +51,7 @@ def test_every_command_told_of_can_be_given(page):
         if len(words) > 1 and words[1].isupper() and words[0] not in ("compare", "report", "predict", "export"):
             words[1:] = [words[1]]
         values = iter(words[1:])
-        arguments = ["1" if word in ("N", "DIR") else word for word in values]
+        arguments = [{"N": "1", "S": "1", "DIR": "1", "NAME": "default"}.get(word, word) for word in values]
         context = group.commands[words[0]].make_context(words[0], arguments)
         given = {
             name: value
@@ -62,24 +63,39 @@ def test_every_command_told_of_can_be_given(page):
                 given.pop("recipe", None), **{name: float(value) if name == "max_lr" else value for name, value in given.items()}
             )
         checked += 1
-    assert checked >= {"README.md": 25}.get(page.name, 0)
+    assert checked >= (25 if page == ROOT / "README.md" else 0)
 
 
 def test_the_readme_tells_of_every_command():
-    told = {words.split()[0] for words in commands((ROOT / "README.md").read_text())}
+    told = {words.split()[0] for words in commands((ROOT / "README.md").read_text(encoding="utf-8"))}
     assert set(typer.main.get_command(command_line.app).commands) <= told
+
+
+@EACH_PAGE
+def test_python_in_the_docs_is_whole_and_imports_what_there_is(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        tree = ast.parse(block)
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(tree, str(page), "exec"), {})
+
+
+def test_the_pages_link_to_every_page():
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve() for page in PAGES for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    }  # fmt: skip
+    assert [page.name for page in PAGES if "docs" in page.parts and page not in linked] == []
 
 
 def anchors(page):
     """The anchors that GitHub gives the headings of a page."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@EACH_PAGE
 def test_every_link_leads_somewhere(page):
     dead = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if re.match(r"https?://", target):
             continue
         path, _, anchor = target.partition("#")
@@ -91,7 +107,7 @@ def test_every_link_leads_somewhere(page):
 
 def test_the_readme_names_files_that_are_there():
     """In the tables of how it is built: paths inside the package."""
-    built = (ROOT / "README.md").read_text().split("## How it is built")[1]
+    built = (ROOT / "README.md").read_text(encoding="utf-8").split("## How it is built")[1]
     named = re.findall(r"`((?:\w+/)*\w+\.(?:py|html))`", built)
     assert len(named) >= 15
     assert [name for name in named if not (ROOT / "cifar_resnet" / name).exists() and not (ROOT / name).exists()] == []

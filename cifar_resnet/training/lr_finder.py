@@ -26,7 +26,7 @@ MIN_POINTS = 20
 SHARE = 0.05  # of the whole drop of the range test's loss: what counts as still being at the bottom
 MOST_TRIALS = 6
 TRIAL_IMAGES = 25_600
-GROWTH = 0.2  # the best maximum rises about with this power of the number of steps: docs/EXPERIMENTS.md, section 16
+GROWTH = 0.2  # the best maximum rises about with this power of the number of steps: docs/log/range-test.md, entry 16
 
 
 class History(NamedTuple):

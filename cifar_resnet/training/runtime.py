@@ -107,7 +107,7 @@ def compiled(
     """The forward pass of `model` through torch.compile, compiled here for batches of each size; or `model` itself.
 
     It shares the weights of `model`, which is left as it was. The mode "auto" does not compile: on an H100 a step is sooner
-    done by our own kernels in a captured graph (docs/EXPERIMENTS.md, section 32).
+    done by our own kernels in a captured graph (docs/log/gpu.md, entry 32).
 
     Raises:
         UsageError: the mode is not auto, on or off.
