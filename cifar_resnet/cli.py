@@ -166,8 +166,9 @@ Track = Annotated[Literal["tensorboard"] | None, _option(
 Target = Annotated[float | None, _option("Accuracy in percent, drawn as a line into the accuracy curve.", min=0, max=100)]
 
 Count = Annotated[int, _option("Images in the two pictures.", CHOICE)]
-Sort = Annotated[Literal["confidence", "class", "random"], _option(
-    "Order of the mistakes: confidence, the surest first; class; or random.", CHOICE, metavar=NAME
+Sort = Annotated[Literal["confidence", "label", "class", "random"], _option(
+    "Order of the mistakes: confidence, the surest first; label, the label that may be wrong first; class; or random.",
+    CHOICE, metavar=NAME,
 )]
 TrueClass = Annotated[str | None, _option("Only images of this class.", CHOICE, metavar="CLASS", default="all")]
 PredictedClass = Annotated[str | None, _option("Only images taken for this class.", CHOICE, metavar="CLASS", default="all")]
@@ -481,7 +482,9 @@ def misclassified(
     with console.console.status("looking for mistakes"):
         chosen = misclassified(run, run_dir, **choice, data_dir=data_dir, device=device, format=format, notify=console.say)
     pictures = [f"misclassified.{format}", f"gradcam.{format}"] if chosen else []
-    console.mistakes(chosen, _written(run_dir or find_checkpoint(run).parent, "misclassified.json", *pictures))
+    lists = ["misclassified.json", "labels.json", "labels.csv"] if sort == "label" else ["misclassified.json"]
+    show = console.doubtful_labels if sort == "label" else console.mistakes
+    show(chosen, _written(run_dir or find_checkpoint(run).parent, *lists, *pictures))
     for folder in filter(None, (copy_to, save_images) if chosen else ()):
         console.say(f"{len(chosen)} images written in {folder}")
 

@@ -537,7 +537,7 @@ class RunDir:
             final = {**history[-1], "seconds": sum(epoch["seconds"] for epoch in history)}
         content = {"evaluated_on": data.evaluated_on, "epochs": history, "final": final}
         write_json(self.path / "metrics.json", {"schema": SCHEMA, "environment": environment, **content})
-        write_whole(self.path / "metrics.csv", _table(history))
+        write_whole(self.path / "metrics.csv", csv_of(history, ROW))
 
     def finish(self, pictures: dict[str, bytes]) -> Checkpoint:
         """Writes the pictures of a run that has ended, by the names of their files, and gives its checkpoint."""
@@ -550,10 +550,10 @@ class RunDir:
         return any(self.path.glob("learning_rate.*"))
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    """The metrics of epochs as CSV, under a line with the names of the columns."""
+def csv_of(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows as CSV, under a line with the names of the columns, which are the first row's keys if not given."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, ROW, lineterminator="\n")
+    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -13,9 +13,9 @@ from PIL import Image
 
 from ..arguments import checked
 from ..errors import CifarResnetError, UsageError
-from ..look import analysis, figures
+from ..look import analysis, figures, labels
 from ..recipe import DATASETS
-from ..run_dir import LATEST, SCHEMA, check_new_folder, load_checkpoint, new_folder, writable, write_json
+from ..run_dir import LATEST, SCHEMA, check_new_folder, csv_of, load_checkpoint, new_folder, writable, write_json, write_whole
 from .common import Prediction, grad_cams, logits_of, save_figure
 
 
@@ -43,7 +43,9 @@ def misclassified(
         run_dir: where the files go; beside the checkpoint if not given.
         count: how many of the mistakes the two pictures show.
         layer: whose output Grad-CAM weighs; see `analysis.grad_cam`.
-        sort: "confidence" (surest first), "class" or "random".
+        sort: "confidence" (surest first), "class", "random", or "label": the least believed label first, in the mean of the image
+            and, where training flips, its mirror image; see `labels.label_scores`. Then `labels.json` and `labels.csv` are written,
+            with every image.
         true: only mistakes on images of this class.
         predicted: only images that were taken for this class.
         copy_to: a new folder, into which the files of all mistakes chosen are copied, as `true/predicted/file`.
@@ -61,8 +63,11 @@ def misclassified(
     _check_folders(checkpoint, copy_to, save_images)
     found = logits_of(checkpoint, data_dir, device, notify)
     wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes, found.checkpoint.temperature)
-    chosen = analysis.choose(wrong, found.data.classes, sort, true, predicted)
+    listed, ranked = _by_label(found) if sort == "label" else (wrong, [])
+    chosen = analysis.choose(listed, found.data.classes, sort, true, predicted)
     folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
+    if ranked:
+        _write_labels(found, ranked, folder)
     write_json(folder / "misclassified.json", _content(found, wrong))
     if shown := chosen[:count]:
         title = _title(found, count, len(chosen), sort, true, predicted)
@@ -75,6 +80,22 @@ def misclassified(
     if chosen and save_images:
         _save_images(found, chosen, Path(save_images))
     return chosen
+
+
+def _by_label(found: Prediction) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:
+    """The images whose label is less probable than another class, the least believed first; and the rows of `labels.ranked`."""
+    recipe, split, classes = found.checkpoint.recipe, found.data.evaluation, found.data.classes
+    logits = analysis.mean_logits(recipe, found.model, found.images, found.device, "flip" if recipe.flip_probability else "none")
+    scores = labels.label_scores(logits, found.labels)
+    wrong = analysis.mistakes(logits, found.labels, split, classes, found.checkpoint.temperature)
+    wrong = sorted(wrong, key=lambda mistake: float(scores[mistake.position]))
+    return wrong, labels.ranked(logits, found.labels, split, classes)
+
+
+def _write_labels(found: Prediction, rows: list[dict[str, Any]], folder: Path) -> None:
+    write_json(folder / "labels.json", {**_origin(found), "labels": rows})
+    as_text = [{**row, "name": (row["name"] or "").encode(errors="backslashreplace").decode()} for row in rows]
+    write_whole(folder / "labels.csv", csv_of(as_text))
 
 
 def _check_folders(checkpoint: Path | str, copy_to: Path | str | None, save_images: Path | str | None) -> None:
@@ -125,14 +146,20 @@ def _free(name: str, taken: set[str], inside: str = "") -> str:
     return free
 
 
-def _content(found: Prediction, wrong: list[analysis.Mistake]) -> dict[str, Any]:
-    """What `misclassified.json` holds."""
+def _origin(found: Prediction) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "checkpoint": str(found.checkpoint.path),
         "evaluated_on": found.data.evaluated_on,
         "images": len(found.labels),
         "precision": found.checkpoint.recipe.precision,
+    }
+
+
+def _content(found: Prediction, wrong: list[analysis.Mistake]) -> dict[str, Any]:
+    """What `misclassified.json` holds."""
+    return {
+        **_origin(found),
         "temperature": found.checkpoint.temperature,
         "mistakes": [{key: value for key, value in each._asdict().items() if key != "position"} for each in wrong],
     }
@@ -140,8 +167,14 @@ def _content(found: Prediction, wrong: list[analysis.Mistake]) -> dict[str, Any]
 
 def _title(found: Prediction, count: int, chosen: int, sort: str, true: str | None, predicted: str | None) -> str:
     """Which of the mistakes are shown: `count` at most of the `chosen`, in the order `sort`, of these classes."""
-    order = {"confidence": "surest of", "class": "first, by class, of", "random": "drawn at random from"}[sort]
-    which = f"{count} {order} {chosen} mistakes" if count < chosen else f"All {chosen} mistakes"
-    which = "The one mistake" if chosen == 1 else which
+    order = {
+        "confidence": "surest of",
+        "class": "first, by class, of",
+        "random": "drawn at random from",
+        "label": "least believed of",
+    }
+    what = "labels that may be wrong" if sort == "label" else "mistakes"
+    which = f"{count} {order[sort]} {chosen} {what}" if count < chosen else f"All {chosen} {what}"
+    which = f"The one {what.replace('mistakes', 'mistake').replace('labels', 'label')}" if chosen == 1 else which
     of_classes = "".join(f", {what} {name}" for what, name in (("true class", true), ("predicted", predicted)) if name)
     return f"{which} in {len(found.labels):,} {found.data.evaluated_on} images{of_classes}"

@@ -178,6 +178,8 @@ def choose(
 ) -> list[Mistake]:
     """The mistakes of these two classes, in the order "confidence" (surest first), "class" or "random" (the same each time).
 
+    For "label" they are given in its order, and stay in it.
+
     Raises:
         UsageError: there is no such class or order.
     """
@@ -189,8 +191,8 @@ def choose(
         return sorted(chosen, key=lambda each: (classes.index(each.true), classes.index(each.predicted)))
     if sort == "random":
         return [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))]
-    if sort != "confidence":
-        raise UsageError(f"--sort {sort}: it is random, confidence or class")
+    if sort not in ("confidence", "label"):
+        raise UsageError(f"--sort {sort}: it is confidence, label, class or random")
     return chosen
 
 

@@ -180,6 +180,14 @@ def mistakes(chosen: list[Mistake], written: str) -> None:
     say(written)
 
 
+def doubtful_labels(chosen: list[Mistake], written: str) -> None:
+    """The first of the labels that may be wrong."""
+    for mistake in chosen[:10]:
+        say(f"{mistake.caption}, labelled {mistake.true}: perhaps mislabelled: {mistake.predicted}?")
+    say(f"{len(chosen)} labels are less probable than another class")
+    say(written)
+
+
 def comparison(content: dict[str, Any]) -> None:
     """The groups of runs, the best first."""
     table = table_of("recipe", ">n", f">{content['evaluated_on']} acc", ">seconds", "what differs", show_lines=True)

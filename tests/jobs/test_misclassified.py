@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import shutil
@@ -65,6 +66,23 @@ def test_no_such_mistake_draws_no_picture(tiny_run, tmp_path, cli):
     assert code == 0
     assert "there is no such mistake to show" in out
     assert os.listdir(tmp_path / "none") == ["misclassified.json"]
+
+
+def test_labels_that_may_be_wrong_come_first(own_images, tmp_path, cli, no_figures):
+    """A dark image among the bright ones, of a network that tells them apart."""
+    shutil.move(own_images / "test" / "dark" / "0.png", own_images / "test" / "bright" / "=odd, one.png")
+    train(Recipe.build(dataset=str(own_images), epochs=6, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
+    code, out, _ = cli("misclassified", tmp_path / "run", "--sort", "label", "--copy-to", tmp_path / "odd")
+    assert code == 0
+    assert "bright/=odd, one.png, labelled bright: perhaps mislabelled: dark?" in out
+    content = json.loads((tmp_path / "run" / "labels.json").read_text())
+    rows = content["labels"]
+    assert (rows[0]["name"], rows[0]["given"], rows[0]["suggested"]) == ("bright/=odd, one.png", "bright", "dark")
+    assert (len(rows), content["images"]) == (12, 12)
+    with open(tmp_path / "run" / "labels.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [{**row, "index": int(row["index"]), "score": float(row["score"])} for row in table] == rows
+    assert files_in(tmp_path / "odd") == ["bright/dark/=odd, one.png"]
 
 
 def test_what_cannot_be_chosen_is_refused(refused, tiny_run, tmp_path):
