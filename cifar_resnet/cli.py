@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -677,5 +678,8 @@ def _fail(message: str, exit_code: int) -> NoReturn:
         time.sleep(5)
     elif message:
         line = f"cifar-resnet: {' '.join(message.split())}"
-        print(console.wrapped(line, shutil.get_terminal_size().columns) if sys.stderr.isatty() else line, file=sys.stderr)
+        with suppress(OSError):  # a terminal that was closed
+            print(console.wrapped(line, shutil.get_terminal_size().columns) if sys.stderr.isatty() else line, file=sys.stderr)
+    with suppress(OSError):
+        sys.stdout.flush()
     sys.exit(exit_code)

@@ -187,10 +187,20 @@ def _close(reference: weakref.ref) -> None:
         loader.close()
 
 
+# Signals that end a process, and that somebody sends it. SIGSEGV and its kind are left out: after them nothing can be relied on.
+# Python ignores SIGPIPE and SIGXFSZ. Not every system has all of them.
+ENDING = (
+    "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGBREAK", "SIGXCPU", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO",
+    "SIGPWR", "SIGSTKFLT",
+)  # fmt: skip
+
+
 def leave_signals(_worker: int) -> None:
-    """Ctrl-C, or a SIGTERM to the whole group, reaches the workers too: the training process, whose step needs them, ends
-    them. Of a SIGTERM they die half a minute later, so that nobody who waits for them waits for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, a closed terminal, or a signal to the whole group, reaches the workers too: the training process, whose step needs
+    them, ends them. Of a SIGTERM they die half a minute later, so that nobody who waits for them waits for ever."""
+    for name in ENDING:
+        if hasattr(signal, name) and name != "SIGTERM":  # a forked worker has the handlers of the training process
+            signal.signal(getattr(signal, name), signal.SIG_DFL if name == "SIGALRM" else signal.SIG_IGN)
     if sys.platform != "win32":  # where a SIGTERM ends a process at once
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 

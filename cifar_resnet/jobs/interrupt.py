@@ -9,7 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..data.loaders import ENDING
 from ..errors import CifarResnetError, shell_command
+
+# A user who sends one of these a second time does not want to wait. The others may come again by themselves: a terminal that is
+# closed sends SIGHUP from the shell and from the kernel, and SIGXCPU comes every second.
+IMPATIENT = ("SIGINT", "SIGTERM", "SIGQUIT", "SIGBREAK")
 
 
 class Interrupted(CifarResnetError):
@@ -22,30 +27,43 @@ class Interrupted(CifarResnetError):
 
 
 class _Received(list):
-    """Signals received, and their handler: after the first one, the next acts at once."""
+    """Signals received, and their handler: after the first one, an impatient one acts at once, and the others do nothing."""
+
+    def __init__(self, numbers: dict[str, int]) -> None:
+        self.numbers = numbers
 
     def __call__(self, number: int, _frame: Any) -> None:
         self.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        for name, each in self.numbers.items():
+            signal.signal(each, signal.SIG_DFL if name in IMPATIENT else signal.SIG_IGN)
 
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM, so that the step in flight can end; the second one acts at once.
+    """Collects the first signal that would end the process, so that the step in flight can end, and the run be saved.
 
-    Inside another of these it gives that one's.
+    A signal that is ignored stays ignored, SIGHUP under nohup for example. So does a handler of the program's own, for all but
+    SIGINT and SIGTERM. Inside another of these it gives that one's.
     """
-    outer = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread():
         yield []  # only the main thread may set handlers
-    elif isinstance(outer, _Received):
+        return
+    before = {name: signal.getsignal(getattr(signal, name)) for name in ENDING if hasattr(signal, name)}
+    outer = next((handler for handler in before.values() if isinstance(handler, _Received)), None)
+    if outer is not None:
         yield outer
-    else:
-        received = _Received()
-        before = {number: signal.signal(number, received) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield received
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return
+    own = {name: handler for name, handler in before.items() if _is_ours(name, handler)}
+    received = _Received({name: getattr(signal, name) for name in own})
+    try:
+        for number in received.numbers.values():
+            signal.signal(number, received)
+        yield received
+    finally:
+        for name, handler in own.items():
+            signal.signal(received.numbers[name], handler)
+
+
+def _is_ours(name: str, handler: Any) -> bool:
+    """Whether a signal with this handler is to be waited with; a handler of None was set outside Python."""
+    return handler == signal.SIG_DFL or (name in ("SIGINT", "SIGTERM") and handler not in (signal.SIG_IGN, None))

@@ -3,6 +3,7 @@ import math
 import multiprocessing
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,12 @@ from run_helpers import FILES, Listener, StopAfter, assert_same_run, content, eq
 
 from cifar_resnet import Recipe, Watcher, load_checkpoint, run_dir, train
 from cifar_resnet.data.images import read_image
+from cifar_resnet.data.loaders import ENDING
 from cifar_resnet.errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
 from cifar_resnet.jobs.interrupt import Interrupted, signals
 from cifar_resnet.look import progress
 
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor such terminals")
 DIGITS = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--width", 4)
 
 
@@ -146,6 +149,76 @@ def test_the_first_signal_is_waited_with_and_the_second_acts_at_once():
         assert received == [signal.SIGTERM]
         assert [signal.getsignal(number) for number in before] == [signal.SIG_DFL, signal.SIG_DFL]
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize("name", [name for name in ENDING if hasattr(signal, name)])
+def test_every_signal_that_ends_a_process_is_waited_with(name):
+    number, impatient = getattr(signal, name), name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGBREAK")
+    before = signal.getsignal(number)
+    with signals() as received:
+        signal.raise_signal(number)
+        assert received == [number]
+        assert signal.getsignal(number) == (signal.SIG_DFL if impatient else signal.SIG_IGN)
+        if not impatient:  # a closed terminal sends it from the shell and from the kernel
+            signal.raise_signal(number)
+        assert received == [number]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(number) is before
+
+
+@POSIX
+def test_what_is_ignored_or_has_a_handler_of_its_own_stays_so(monkeypatch):
+    """As SIGHUP is under nohup, and SIGUSR1 in a program that uses the library."""
+    heard = []
+    kept = {signal.SIGHUP: signal.SIG_IGN, signal.SIGUSR1: lambda *_: heard.append("own"), signal.SIGINT: signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in kept.items()}
+    try:
+        with signals() as received, signals() as inner:
+            assert inner is received
+            for number in kept:
+                signal.raise_signal(number)
+            assert (received, heard) == ([], ["own"])
+            signal.raise_signal(signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+            assert {number: signal.getsignal(number) for number in kept} == kept
+        assert {number: signal.getsignal(number) for number in kept} == kept
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGALRM", "SIGUSR1"])
+def test_other_signals_than_ctrl_c_save_the_run_too(tiny_recipe, tmp_path, no_figures, name):
+    number = getattr(signal, name)
+    with pytest.raises(Interrupted, match=f"stopped by {name}; go on with") as stopped:
+        train(tiny_recipe, tmp_path / "run", watcher=StopAfter(2, number))
+    assert stopped.value.exit_code == 128 + number
+    assert content(tmp_path / "run")["step"] == 2
+
+
+@POSIX
+def test_a_terminal_that_is_closed_saves_the_run(tmp_path):
+    master, terminal = os.openpty()
+    code = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from cifar_resnet.cli import main; main()"
+    arguments = ("train", *DIGITS, "--epochs", 9999, "--run-dir", tmp_path / "run")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(terminal)
+    try:
+        while not (tmp_path / "run" / "metrics.json").exists() and process.poll() is None:
+            if select.select([master], [], [], 0.05)[0]:
+                os.read(master, 1 << 16)
+        os.close(master)
+        assert process.wait(60) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+        process.wait()
+    assert content(tmp_path / "run")["epoch"] >= 1
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_a_run_outside_the_main_thread_takes_no_signals(tiny_recipe, tiny_run, tmp_path, no_figures):
