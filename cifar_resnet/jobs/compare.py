@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..look import figures
 from ..recipe import Recipe
 from ..run_dir import SCHEMA, Checkpoint, find_runs
-from .common import finished, save_figure
+from .common import finished, save_figure, spread
 
 
 @checked
@@ -26,8 +26,8 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
         path: where the picture goes (.png, .svg or .pdf), if anywhere.
 
     Returns:
-        `evaluated_on` and `groups`, each with its `label` (recipe and what tells it from the others), `n`, `mean` and `std`
-        of the last accuracy in percent (`std` over n - 1; None for one run), mean `seconds`, `differs` and `runs`.
+        `evaluated_on` and `groups`, each with its `label` (recipe and what tells it from the others), `n`, `mean`, `std` and
+        `interval` of the last accuracy in percent (see `spread`), mean `seconds`, `differs` and `runs`.
 
     Raises:
         CifarResnetError: a run cannot be read or has not ended.
@@ -83,8 +83,7 @@ def _groups(together: dict[Recipe, list[Checkpoint]]) -> list[dict[str, Any]]:
             {
                 "label": label,
                 "n": len(last),
-                "mean": statistics.fmean(last),
-                "std": statistics.stdev(last) if len(last) > 1 else None,
+                **spread(last),
                 "seconds": statistics.fmean(sum(row["seconds"] for row in run.history) for run in members),
                 "differs": differs,
                 "runs": [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -16,6 +14,7 @@ from ..run_dir import RECIPE, REPEAT, SCHEMA, check_free, check_match, directory
 from ..training import distributed
 from ..training.capture import CapturedEpoch
 from ..training.runtime import resolve_device, resolve_precision
+from .common import spread
 from .interrupt import Interrupted, signals
 from .train import Watcher, train
 
@@ -42,7 +41,7 @@ def repeat(
 
     Returns:
         What `repeat.json` holds: `recipe`, `count`, `evaluated_on`, and of the last accuracies, in percent: `accuracies`,
-        `mean`, `std` (over n - 1) and `interval`, the 95 % interval of the mean by Student's t.
+        `mean`, `std` (over n - 1) and `interval`; see `spread`.
 
     Raises:
         CifarResnetError: one line that says what was wrong.
@@ -66,7 +65,8 @@ def repeat(
                 done.append(train(**how, watcher=watcher, captured=captured, **options))  # type: ignore[arg-type]
             if received and len(done) < count:
                 raise Interrupted(received[0], folder)
-    content = _content(recipe, count) | _summary([checkpoint.history[-1]["test_accuracy"] for checkpoint in done])
+    accuracies = [checkpoint.history[-1]["test_accuracy"] for checkpoint in done]
+    content = _content(recipe, count) | {"accuracies": accuracies, **spread(accuracies)}
     content["evaluated_on"] = done[0].evaluated_on
     write_json(folder / REPEAT, content)
     return content
@@ -106,11 +106,3 @@ def _standing(folder: Path, must_match: dict[str, Any], device: str) -> tuple[Pa
 
 def _content(recipe: Recipe, count: int) -> dict[str, Any]:
     return {"schema": SCHEMA, "recipe": recipe.to_dict(), "count": count}
-
-
-def _summary(accuracies: list[float]) -> dict[str, Any]:
-    from scipy import stats
-
-    mean, std, count = statistics.fmean(accuracies), statistics.stdev(accuracies), len(accuracies)
-    half = float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
-    return {"accuracies": accuracies, "mean": mean, "std": std, "interval": [mean - half, mean + half]}

@@ -108,9 +108,10 @@ def training_result(checkpoint: Checkpoint) -> None:
 
 def repetition(content: dict[str, Any]) -> None:
     """What `repeat.json` holds."""
+    interval = ", 95 % interval of the mean {:.2f} to {:.2f} %".format(*content["interval"]) if content["interval"] else ""
     say(
         f"{content['count']} seeds: {content['mean']:.2f} ± {content['std']:.2f} % {content['evaluated_on']} accuracy at the last epoch "
-        f"(mean, standard deviation), 95 % interval of the mean {content['interval'][0]:.2f} to {content['interval'][1]:.2f} %",
+        f"(mean, standard deviation){interval}",
         style="bold",
     )
 

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import signal
 from contextlib import nullcontext
@@ -8,9 +9,11 @@ import pytest
 from run_helpers import StopAfter, assert_same_run, content
 from scipy import stats
 
-from cifar_resnet import Recipe, Watcher, load_checkpoint, repeat
+from cifar_resnet import Recipe, Watcher, compare, load_checkpoint, repeat
 from cifar_resnet.errors import UsageError
+from cifar_resnet.jobs.common import spread
 from cifar_resnet.jobs.interrupt import Interrupted
+from cifar_resnet.look import console
 from cifar_resnet.training import runtime
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -58,6 +61,25 @@ def test_repeat_trains_seeds_and_sums_them_up(cli, tmp_path):
     code, _, err = cli("train", "--resume", tmp_path / "many", "--epochs", 3)
     assert code == 2
     assert "--epochs 3 contradicts" in err
+
+
+def test_there_is_no_interval_of_two_seeds_and_none_beyond_what_can_be():
+    assert spread([90.0]) == {"mean": 90.0, "std": None, "interval": None}
+    assert spread([97.0, 99.0]) == {"mean": 98.0, "std": pytest.approx(math.sqrt(2)), "interval": None}
+    accuracies = [99.9, 98.0, 99.8]
+    high = stats.t.interval(0.95, 2, np.mean(accuracies), stats.sem(accuracies))
+    assert high[1] > 100
+    assert spread(accuracies)["interval"] == [pytest.approx(high[0]), 100.0]
+    assert spread([100 - each for each in accuracies])["interval"] == [0.0, pytest.approx(100 - high[0])]
+
+
+def test_a_repetition_of_two_seeds_prints_no_interval(recipe, tmp_path, capsys):
+    content = repeat(recipe, 2, tmp_path / "many")
+    assert json.loads((tmp_path / "many" / "repeat.json").read_text())["interval"] is None
+    console.repetition(content)
+    assert "95 %" not in capsys.readouterr().out
+    (group,) = compare([tmp_path / "many"])["groups"]
+    assert {key: group[key] for key in ("mean", "std", "interval")} == {key: content[key] for key in ("mean", "std", "interval")}
 
 
 def test_a_repetition_stopped_inside_a_seed_goes_on_there(recipe, tmp_path):
