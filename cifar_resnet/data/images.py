@@ -89,7 +89,8 @@ def decode(path: Path, picture: Image.Image | None = None) -> Decoded:
             with Image.open(path) if picture is None else nullcontext(picture) as file:
                 if picture is None:
                     file.draft(None, (DRAFT, DRAFT))
-                file.load()
+                else:
+                    file.load()
                 found = _deep(file, path) or Decoded(ImageOps.exif_transpose(file))
     except Exception as error:  # whatever a damaged file makes its decoder raise
         raise DataError(f"{path}: {_reason(path, error)}") from None
@@ -118,7 +119,7 @@ def scaled(found: Decoded, whites: Mapping[str, int], path: Path) -> np.ndarray:
 
 def _deep(file: Image.Image, path: Path) -> Decoded | None:
     """What a file of more than 8 bits a channel holds, else None."""
-    tiles = file.tile if isinstance(file, ImageFile.ImageFile) else []  # none once the file is loaded, as for its EXIF
+    tiles = file.tile if isinstance(file, ImageFile.ImageFile) else []  # none once it is loaded, as for its EXIF or from memory
     several = file.mode[0] != "I" and bool(tiles) and ";16" in str(tiles[0][3])
     orientation = file.getexif().get(ORIENTATION, 1)
     if file.mode[0] in "IF":

@@ -75,7 +75,7 @@ def predict(
     if not asked:
         raise UsageError(f"there are no images in {', '.join(map(str, images)) if isinstance(images, Sequence) else images}")
     probable = partial(_probable, loaded, loaded.model(resolved), resolved, tta, top)
-    return _predictions(probable, asked, others, progress, skipped, notify)
+    return _predictions(probable, loaded.whites, asked, others, progress, skipped, notify)
 
 
 def _add(given: Picture, asked: list[_Asked], others: list[Path]) -> None:
@@ -103,14 +103,14 @@ def _probable(
 
 
 def _predictions(
-    probable: Callable[[list[np.ndarray]], list[list[dict[str, Any]]]], asked: list[_Asked], others: list[Path],
-    progress: Callable[[int, int], None], skipped: Callable[[str], object], notify: Callable[[str], object],
+    probable: Callable[[list[np.ndarray]], list[list[dict[str, Any]]]], whites: dict[str, int], asked: list[_Asked],
+    others: list[Path], progress: Callable[[int, int], None], skipped: Callable[[str], object], notify: Callable[[str], object],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     for start in range(0, len(asked), CHUNK):
         read, pixels = list[str | int](), list[np.ndarray]()
         for place, each in enumerate(asked[start : start + CHUNK], start):
             try:
-                pixels.append(read_image(each.path, picture=each.picture))
+                pixels.append(read_image(each.path, whites, each.picture))
                 read.append(str(each.path) if each.picture is None else place)
             except DataError as error:
                 skipped(str(error)) if each.named else others.append(each.path)

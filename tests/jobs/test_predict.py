@@ -1,5 +1,6 @@
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,27 @@ def test_what_cannot_be_predicted_is_refused(tiny_run, tmp_path, refused):
     assert "--top 0 must be at least 1" in refused(2, "predict", tiny_run, tmp_path, "--top", 0)
     (tmp_path / "empty").mkdir()
     assert "there are no images in" in refused(2, "predict", tiny_run, tmp_path / "empty")
+
+
+def test_a_dark_image_of_12_bits_is_read_as_in_training(tmp_path, no_figures):
+    """White is 4,095 in the training images; the image alone would say 255."""
+    rng, folder = np.random.default_rng(0), tmp_path / "cells"
+    for part, name in product(("train", "test"), ("few", "many")):
+        (folder / part / name).mkdir(parents=True)
+        for i in range(4):
+            values = rng.integers(0, 4096 if part == "train" else 250, (32, 32), dtype=np.uint16)
+            Image.fromarray(values).save(folder / part / name / f"{i}.png")
+    recipe = Recipe.build(dataset=str(folder), epochs=1, peak_epoch=0.5, batch_size=8, width=4, sam_share=0.0)
+    checkpoint = train(recipe, tmp_path / "run")
+    assert checkpoint.whites == {"uint16": 4095}
+    split = load(checkpoint.recipe).evaluation
+    batch = next(TensorLoader(split, checkpoint.recipe, torch.device("cpu")).plain(8))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, checkpoint.recipe.precision == "bfloat16"):
+        expected = (checkpoint.model().logits(batch.images).double() / checkpoint.temperature).softmax(1)
+    found = list(predict(tmp_path / "run", [folder / "test" / name for name in split.names], top=2))
+    for row, probabilities in zip(found, expected.tolist(), strict=True):
+        given = {each["class"]: each["probability"] for each in row["classes"]}
+        assert [given["few"], given["many"]] == pytest.approx(probabilities, rel=1e-2)
 
 
 # Which run
