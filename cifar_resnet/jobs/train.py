@@ -20,7 +20,7 @@ from ..errors import CifarResnetError, RunDirectoryError, UsageError
 from ..look import calibration, figures
 from ..presets import PRESETS
 from ..recipe import Recipe
-from ..run_dir import Checkpoint, RunDir, SavePolicy, default_directory, find_run
+from ..run_dir import Checkpoint, RunDir, SavePolicy, default_directory, find_run, write_whole
 from ..training import distributed, engine
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step
@@ -28,6 +28,7 @@ from ..training.runtime import check_compile_mode, compiled, environment, resolv
 from .common import prepare
 from .interrupt import Interrupted, signals
 
+DRAWN_EVERY = 100  # times as long as drawing takes: a hundredth of a run at most goes into its curves
 RunEpoch = Callable[[State, Loader], Iterator[Tensor]]
 
 
@@ -128,7 +129,8 @@ def train(
     Raises:
         CifarResnetError: one line that says what was wrong. A run that had begun can be resumed.
     """
-    asked = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, compile=compile, tf32=tf32)
+    drawn = dict(target=target, format=format)
+    asked = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, compile=compile, tf32=tf32, **drawn)
     _check(recipe, run_dir, resume, save_every_minutes, compile, target, format)
     with distributed.joined(), ExitStack() as held:
         run = _Run(recipe, run_dir, resume, must_match or {}, asked, watcher)
@@ -140,7 +142,7 @@ def train(
         run.make_steps({} if captured is None else captured)
         run.begin()
         run.steps_to_the_end(SavePolicy(save_every_minutes))
-        return distributed.on_first(partial(run.finish, format, target))
+        return distributed.on_first(run.finish)
 
 
 def _check(
@@ -179,6 +181,7 @@ class _Run:
         self.resume = RunDir(find_run(resume)) if resume is not None else None
         self.watcher = Watchers(*([watcher] if watcher is not None and distributed.rank() == 0 else []))
         self.began, self.seconds = time.perf_counter(), dict[str, float]()
+        self.drawn, self.drawing = time.monotonic(), 0.5  # when the curves were drawn last, and the seconds that it took
         self.read_data: Data | None = None  # on rank 0, before the others have the recipe
 
     def is_finished(self) -> bool:
@@ -320,7 +323,10 @@ class _Run:
                     self._save(bool(due or stop), must_succeed=bool(run_done or stop))
                     if due:
                         policy.saved()
+                if epoch_done and not run_done and time.monotonic() - self.drawn >= DRAWN_EVERY * self.drawing:
+                    self._draw_curves()
                 if stop and not run_done:
+                    self._draw_curves()
                     raise Interrupted(stop, self.folder.path)
 
     def _evaluated(self) -> Iterator[Any]:
@@ -346,13 +352,28 @@ class _Run:
         if trouble:
             self.watcher.warn(f"{trouble}; the run goes on, unsaved")
 
-    def finish(self, format: str, target: float | None) -> Checkpoint:
+    def _draw_curves(self) -> None:
+        """Draws the epochs so far. Several processes would wait for it, and so draw at their end alone."""
+        if distributed.ranks() > 1 or not self.state.history:
+            return
+        began = time.monotonic()
+        try:
+            write_whole(*self._curves())
+        except RunDirectoryError as error:
+            self.watcher.warn(f"{error}; the run goes on")
+        self.drawn = time.monotonic()
+        self.drawing = self.drawn - began
+
+    def _curves(self) -> tuple[Path, bytes]:
+        format, target = self.asked["format"], self.asked["target"]
+        figure = figures.curves(self.state.history, self.recipe, self.data.evaluated_on, target)
+        return self.folder.path / f"curves.{format}", figures.render(figure, format)
+
+    def finish(self) -> Checkpoint:
         """Draws the run, and gives its checkpoint."""
-        pictures = {
-            "curves": figures.curves(self.state.history, self.recipe, self.data.evaluated_on, target),
-            "learning_rate": figures.learning_rate(self.recipe, self.loader.steps),
-        }
-        return self.folder.finish({f"{name}.{format}": figures.render(each, format) for name, each in pictures.items()})
+        (path, curves), format = self._curves(), self.asked["format"]
+        learning_rate = figures.render(figures.learning_rate(self.recipe, self.loader.steps), format)
+        return self.folder.finish({path.name: curves, f"learning_rate.{format}": learning_rate})
 
     def _stage(self, name: str) -> None:
         """Ends a stage of the start, whose seconds `metrics.json` keeps."""

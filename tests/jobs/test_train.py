@@ -21,7 +21,7 @@ from cifar_resnet.data.images import read_image
 from cifar_resnet.data.loaders import ENDING
 from cifar_resnet.errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
 from cifar_resnet.jobs.interrupt import Interrupted, signals
-from cifar_resnet.look import progress
+from cifar_resnet.look import figures, progress
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor such terminals")
 DIGITS = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--width", 4)
@@ -590,6 +590,33 @@ def test_float32_is_float32_unless_tf32_is_asked_for(cli, tf32, tmp_path, monkey
         assert cli("train", *DIGITS, "--epochs", 1, *option, "--run-dir", tmp_path / str(number))[0] == 0
         assert set(during) == {(expected, expected)}
         during.clear()
+
+
+def test_curves_are_drawn_on_the_way_where_that_takes_little_of_the_time(tiny_recipe, tmp_path, monkeypatch, no_figures):
+    drawn, curves = [], figures.curves
+    monkeypatch.setattr(figures, "curves", lambda history, *more: drawn.append(len(history)) or curves(history, *more))
+    train(tiny_recipe.replace(epochs=3), tmp_path / "quick")
+    assert drawn == [3]
+    drawn.clear()
+    monkeypatch.setattr("cifar_resnet.jobs.train.DRAWN_EVERY", 0)
+    train(tiny_recipe.replace(epochs=3), tmp_path / "slow")
+    assert drawn == [1, 2, 3]
+
+
+def test_a_run_that_is_stopped_leaves_its_curves(unfinished):
+    assert (unfinished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not (unfinished / "learning_rate.png").exists()
+
+
+def test_curves_that_cannot_be_written_are_said_and_the_run_goes_on(tiny_recipe, tmp_path, monkeypatch, no_figures):
+    def full(path, content):
+        raise RunDirectoryError(f"{path} could not be written: No space left on device")
+
+    monkeypatch.setattr("cifar_resnet.jobs.train.DRAWN_EVERY", 0)
+    monkeypatch.setattr("cifar_resnet.jobs.train.write_whole", full)
+    heard = Listener()
+    assert train(tiny_recipe, tmp_path, watcher=heard).finished
+    assert heard.warnings == [f"{tmp_path}/curves.png could not be written: No space left on device; the run goes on"]
 
 
 def test_the_accuracy_curve_has_a_line_where_a_target_is_given_and_none_otherwise(cli, tmp_path):
