@@ -24,6 +24,7 @@ from typer.core import TyperCommand
 from . import __version__
 from .errors import CifarResnetError, UsageError
 from .look import console, progress
+from .look.words import plural
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -285,7 +286,7 @@ def root(
 
 
 def _written(folder: Path, *names: str) -> str:
-    return f"written in {folder}: {', '.join(names)}"
+    return "\n".join(["written:", *(f"  {folder / name}" for name in names)])
 
 
 # What a range test and its trials find or never reach, and so do not take.
@@ -315,7 +316,7 @@ def find_lr(
     if found.suggestions.by(suggest):
         chosen = with_found_lr(recipe, found.suggestions, suggest)
         then = command_line(chosen, rounded=("max_lr", "div_factor") if suggest == "recommended" else ("max_lr",))
-    console.lr_suggestions(found, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
+    console.lr_suggestions(found, suggest, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
 
 
 def _find_lr(recipe: Recipe, folder: Path | None, **settings: Any) -> FoundLR:
@@ -411,7 +412,12 @@ def _with_found_lr(recipe: Recipe, suggest: str, run_dir: Path | None, **where: 
 def _say_newest(chosen: bool, run: Path) -> None:
     """On standard error, as standard output may be read by a program."""
     if chosen and not console.console.quiet:
-        print(f"cifar-resnet: the newest run is {run}", file=sys.stderr)
+        _aside(f"the newest run is {run}")
+
+
+def _aside(message: str) -> None:
+    """A line on standard error."""
+    print(f"cifar-resnet: {message}", file=sys.stderr)
 
 
 def _runs(given: list[Path] | None) -> list[Path]:
@@ -435,8 +441,8 @@ def _one_run(given: list[Path] | None, command: str) -> Path:
 
 @app.command(rich_help_panel=STEPS)
 def evaluate(
-    checkpoints: Checkpoints = None, tta: Tta = "none", run_dir: RunDir = None, data_dir: DataDir = None,
-    device: Device = "auto", format: Format = "png",
+    checkpoints: Checkpoints = None, tta: Tta = "none", json_output: Json = False, run_dir: RunDir = None,
+    data_dir: DataDir = None, device: Device = "auto", format: Format = "png",
 ) -> None:  # fmt: skip
     """Evaluate checkpoints: loss, accuracy, calibration, a table by class, the confusion matrix.
 
@@ -444,24 +450,27 @@ def evaluate(
     """
     from .jobs.evaluate import evaluate
 
-    runs, done = _runs(checkpoints), []
+    runs, done, notify = _runs(checkpoints), [], _aside if json_output else console.say
     if run_dir and len(runs) > 1:
         raise UsageError(f"--run-dir takes the files of one run, not of {len(runs)}; without it they go beside each checkpoint")
     for run in runs:
-        if len(runs) > 1:
+        if len(runs) > 1 and not json_output:
             console.say(str(run), style="bold")
         try:
             with console.console.status("evaluating"):
-                content = evaluate(run, run_dir, tta=tta, data_dir=data_dir, device=device, format=format, notify=console.say)
+                content = evaluate(run, run_dir, tta=tta, data_dir=data_dir, device=device, format=format, notify=notify)
         except CifarResnetError as error:
             if len(runs) == 1:
                 raise
-            print(f"cifar-resnet: {error}", file=sys.stderr)
+            _aside(str(error))
             continue
         pictures = [f"{name}.{format}" for name in ("confusion_matrix", "class_accuracy", "reliability")]
-        console.evaluation(content, _written(run_dir or Path(content["checkpoint"]).parent, "evaluation.json", *pictures))
+        if not json_output:
+            console.evaluation(content, _written(run_dir or Path(content["checkpoint"]).parent, "evaluation.json", *pictures))
         done.append(content)
-    if len(runs) > 1:
+    if json_output:
+        print(json.dumps(done if len(runs) > 1 else done[0], indent=2))
+    elif len(runs) > 1:
         console.evaluations(done)
     if len(done) < len(runs):
         raise typer.Exit(1)
@@ -487,7 +496,7 @@ def misclassified(
     show = console.doubtful_labels if sort == "label" else console.mistakes
     show(chosen, _written(run_dir or find_checkpoint(run).parent, *lists, *pictures))
     for folder in filter(None, (copy_to, save_images) if chosen else ()):
-        console.say(f"{len(chosen)} images written in {folder}")
+        console.say(f"{plural(len(chosen), 'image')} written in\n  {folder}")
 
 
 @app.command(rich_help_panel=AFTER)
@@ -534,7 +543,7 @@ def predict(
     else:
         console.predictions(found)
     for line in [f"skipped {each}" for each in skipped] + others:
-        print(f"cifar-resnet: {line}", file=sys.stderr)
+        _aside(line)
     if skipped:
         raise typer.Exit(1)
 
@@ -644,6 +653,7 @@ def recipes(name: RecipeName = None) -> None:
         console.recipes()
     else:
         print(Recipe.build(name).to_json(), end="")
+        console.assumed(name)
 
 
 def main() -> None:

@@ -133,6 +133,13 @@ def test_recipes_are_listed_with_origin_and_assumptions(cli):
     assert json.loads(out) == Recipe.build("page").to_dict()
 
 
+def test_one_recipe_is_a_file_to_take_back_and_what_was_assumed_is_said_aside(cli, tmp_path):
+    assert "the later of its two" not in cli("recipes")[1]
+    code, out, err = cli("recipes", "week5-s10")
+    assert (code, json.loads(out)) == (0, Recipe.build("week5-s10").to_dict())
+    assert "assumed: max LR 1.73e-2 (the later of its two)" in err
+
+
 USAGE_ERRORS = [
     (("train", "--epochs", "0"), "--epochs 0"),
     (("train", "--max-lr", "-0.1"), "--max-lr -0.1"),
@@ -289,4 +296,4 @@ def test_without_a_terminal_there_is_one_plain_line_an_epoch(cli, tmp_path, monk
     for line, row in zip(lines, load_checkpoint(folder).history, strict=True):
         assert f"holdout loss {row['test_loss']:.4f} accuracy {row['test_accuracy']:.2f} %" in line
     assert json.loads((folder / "metrics.json").read_text())["evaluated_on"] == "holdout"
-    assert f"next: cifar-resnet evaluate {folder.relative_to(tmp_path)}" in out
+    assert f"next:\n  cifar-resnet evaluate {folder.relative_to(tmp_path)}\n" in out

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cifar_resnet import PRESETS
+from cifar_resnet.presets import MEASURED
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 specification = importlib.util.spec_from_file_location("tables", RESULTS / "tables.py")
@@ -32,6 +33,18 @@ def test_the_headline_has_mean_and_deviation_of_the_runs():
     line = next(line for line in tables.headline().splitlines() if line.startswith("| `page`"))
     assert f"{sum(runs) / len(runs):.2f} ± {statistics.stdev(runs):.2f} %" in line
     assert line.endswith(f"| {len(runs)} |")
+
+
+def test_what_the_list_of_recipes_tells_was_measured():
+    """Of each recipe the first row, which is of the recipe as it is."""
+    first = {row["recipe"]: row for row in reversed(json.loads((RESULTS / "accuracy.json").read_text()))}
+    assert set(MEASURED) == set(first)
+    for name, found in MEASURED.items():
+        runs = first[name]["accuracy"]
+        deviation = round(statistics.stdev(runs), 2) if len(runs) > 1 else None
+        assert (found.accuracy, found.std, found.runs) == (round(statistics.fmean(runs), 2), deviation, len(runs))
+        assert found.seconds == first[name]["seconds"]
+        assert all(word in first[name]["hardware"] for word in found.hardware.split())
 
 
 def test_rows_name_recipes_that_there_are_and_their_commands():

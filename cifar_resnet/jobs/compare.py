@@ -27,7 +27,7 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
 
     Returns:
         `evaluated_on` and `groups`, each with its `label` (recipe and what tells it from the others), `n`, `mean`, `std` and
-        `interval` of the last accuracy in percent (see `spread`), mean `seconds`, `differs` and `runs`.
+        `interval` of the last accuracy in percent (see `spread`), mean `test_loss`, `train_loss` and `seconds`, `differs` and `runs`.
 
     Raises:
         CifarResnetError: a run cannot be read or has not ended.
@@ -79,11 +79,13 @@ def _groups(together: dict[Recipe, list[Checkpoint]]) -> list[dict[str, Any]]:
         if names.count(label) > 1:
             label += ": " + ", ".join(f"{name} {value}" for name, value in differs.items())
         last = [run.history[-1]["test_accuracy"] for run in members]
+        losses = {name: statistics.fmean(run.history[-1][name] for run in members) for name in ("test_loss", "train_loss")}
         groups.append(
             {
                 "label": label,
                 "n": len(last),
                 **spread(last),
+                **losses,
                 "seconds": statistics.fmean(sum(row["seconds"] for row in run.history) for run in members),
                 "differs": differs,
                 "runs": [

@@ -7,19 +7,22 @@ import io
 import os
 import sys
 import textwrap
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import shell_command
-from ..presets import PRESETS
+from ..presets import MEASURED, PRESETS
 from ..recipe import Recipe
+from .words import count_of, duration, plural
 
 if TYPE_CHECKING:  # torch stays out of what only prints
     from ..run_dir import Checkpoint
@@ -28,8 +31,8 @@ if TYPE_CHECKING:  # torch stays out of what only prints
 
 # Under torchrun rank 0 speaks.
 console = Console(highlight=False, markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
-if not console.is_terminal:
-    console.width = 120
+if not console.is_terminal and not console.is_jupyter:
+    console.width = 1000  # nothing is cut or folded on its way into a file
 
 
 PLAIN = {"±": "+/-", "·": "|", "…": "...", "━": "=", "─": "-"}  # our own signs, where a terminal has no such letters
@@ -57,10 +60,13 @@ def say(message: str, style: str | None = None) -> None:
 
 
 def wrapped(message: str, width: int) -> str:
-    """Lines of this width. A command to type, which a message may end with, has a line of its own."""
-    prose, before, typed = message.partition(": cifar-resnet ")
-    lines = textwrap.wrap(prose + before[:1], width, break_long_words=False, break_on_hyphens=False)
-    return "\n".join([*lines, *([f"  {before[2:]}{typed}"] if before else [])])
+    """Lines of this width. Lines that are indented, and a command that a line may end with, stay whole."""
+    lines: list[str] = []
+    for line in message.splitlines():
+        prose, before, typed = ("", "", "") if line.startswith("  ") else line.partition(": cifar-resnet ")
+        lines += textwrap.wrap(prose + before[:1], width, break_long_words=False, break_on_hyphens=False)
+        lines += [f"  {before[2:]}{typed}"] if before else [line] if not prose else []
+    return "\n".join(lines)
 
 
 def command(line: str, style: str | None = None) -> None:
@@ -68,29 +74,36 @@ def command(line: str, style: str | None = None) -> None:
     console.print(line, style=style, soft_wrap=True)
 
 
-def show_path(path: Path) -> None:
-    """A path, on a line of its own."""
-    command(f"  {path}")
-
-
-def written(folder: Path, *names: str) -> None:
-    """The files that a command wrote, a line each."""
-    say("written:")
-    for name in names:
-        show_path(folder / name)
-
-
 def warn(message: str) -> None:
     say(message, style="yellow")
 
 
-def table_of(*columns: str, title: str | None = None, **options: Any) -> Table:
-    """An empty table without lines; a column whose name begins with > is aligned right."""
-    table = Table(header_style="bold", title=title, title_justify="left", **{"box": None, "pad_edge": False, **options})
-    for name in columns:
-        right = name.startswith(">")
-        table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
-    return table
+Cell = str | Text
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[Cell]], spare: Sequence[int] = (), title: str | None = None, gap: bool = True,
+    **options: Any,
+) -> None:  # fmt: skip
+    """A table without lines; with a gap, an empty line below it. A column whose name begins with > is aligned right.
+
+    Where the terminal is too narrow the columns `spare` are left out, the first one first, as far as needed; then text is folded.
+    """
+    rows, left = list(rows), list(range(len(columns)))
+    for without in (None, *spare):
+        left = [each for each in left if each != without]
+        table = Table(header_style="bold", title=title, title_justify="left", **{"box": None, "pad_edge": False, **options})
+        for each in left:
+            right = columns[each].startswith(">")
+            name = columns[each].removeprefix(">")
+            table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
+        for row in rows:
+            table.add_row(*(row[each] for each in left))
+        if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
+            break
+    console.print(table)
+    if gap:
+        console.print()
 
 
 def training_result(checkpoint: Checkpoint) -> None:
@@ -99,11 +112,10 @@ def training_result(checkpoint: Checkpoint) -> None:
     folder = checkpoint.path.parent
     say(
         f"last epoch: {last['test_accuracy']:.2f} % {checkpoint.evaluated_on} accuracy, loss {last['test_loss']:.4f}, "
-        f"after {sum(row['seconds'] for row in checkpoint.history):,.0f} s of training",
+        f"after {duration(sum(row['seconds'] for row in checkpoint.history))} of training",
         style="bold",
     )
-    say(f"next: {shell_command('evaluate', folder)}")
-    say(f"      {shell_command('misclassified', folder)}")
+    say(f"next:\n  {shell_command('evaluate', folder)}\n  {shell_command('misclassified', folder)}")
 
 
 def repetition(content: dict[str, Any]) -> None:
@@ -119,29 +131,26 @@ def repetition(content: dict[str, Any]) -> None:
 def predictions(found: list[dict[str, Any]]) -> None:
     """One row an image: its most probable classes, the first one first."""
     count = max((len(row["classes"]) for row in found), default=0)
-    ranks = (("first", "second", "third")[i] if i < 3 else f"{i + 1}th" for i in range(count))
-    table = table_of("image", *chain.from_iterable((rank, ">") for rank in ranks))
-    for row in found:
-        best = chain.from_iterable((each["class"], f"{100 * each['probability']:.1f} %") for each in row["classes"])
-        table.add_row(row["image"].encode(errors="replace").decode(), *best)
-    console.print(table)
+    ranks = [("first", "second", "third")[i] if i < 3 else f"{i + 1}th" for i in range(count)]
+    rows = [
+        [row["image"], *chain.from_iterable((each["class"], f"{100 * each['probability']:.1f} %") for each in row["classes"])]
+        for row in found
+    ]
+    print_table(["image", *chain.from_iterable((rank, ">") for rank in ranks)], rows, spare=range(2 * count, 2, -1), gap=False)
 
 
 def evaluation(content: dict[str, Any], written: str) -> None:
     """The report by class, the most confused pairs, and the figures over all images."""
-    table = table_of("class", ">precision", ">recall", ">F1", ">count")
-    for name, row in content["classes"].items():
-        table.add_row(name, f"{row['precision']:.2f} %", f"{row['recall']:.2f} %", f"{row['f1']:.2f} %", f"{row['count']:,}")
-    pairs = table_of("most confused", "predicted as", ">images", ">of the class")
-    for row in content["most_confused"]:
-        pairs.add_row(row["true"], row["predicted"], f"{row['count']:,}", f"{row['share']:.1f} %")
-    console.print(table)
-    console.print()
-    if content["most_confused"]:
-        console.print(pairs)
-        console.print()
+    by_class = [
+        [name, f"{row['precision']:.2f} %", f"{row['recall']:.2f} %", f"{row['f1']:.2f} %", f"{row['count']:,}"]
+        for name, row in content["classes"].items()
+    ]
+    print_table(["class", ">precision", ">recall", ">F1", ">count"], by_class, spare=[4, 1])
+    pairs = [[row["true"], row["predicted"], f"{row['count']:,}", f"{row['share']:.1f} %"] for row in content["most_confused"]]
+    if pairs:
+        print_table(["most confused", "predicted as", ">images", ">of the class"], pairs, spare=[2])
     say(
-        f"{content['evaluated_on']} accuracy {content['accuracy']:.2f} % of {content['images']:,} images, loss {content['loss']:.4f}, "
+        f"{content['evaluated_on']} accuracy {content['accuracy']:.2f} % of {plural(content['images'], 'image')}, loss {content['loss']:.4f}, "
         f"expected calibration error {content['calibration_error']:.2f} %",
         style="bold",
     )
@@ -152,7 +161,7 @@ def evaluation(content: dict[str, Any], written: str) -> None:
         )
     if kept := content["without_label_errors"]:
         left_out = content["images"] - kept["images"]
-        say(f"without the {left_out} images whose label is known to be wrong: accuracy {kept['accuracy']:.2f} %")
+        say(f"without the {plural(left_out, 'image')} whose label is known to be wrong: accuracy {kept['accuracy']:.2f} %")
     for name, score in (content["tta"] or {}).items():
         say(f"with test-time augmentation ({name}): accuracy {score['accuracy']:.2f} %, loss {score['loss']:.4f}")
     say(written)
@@ -160,10 +169,9 @@ def evaluation(content: dict[str, Any], written: str) -> None:
 
 def evaluations(contents: list[dict[str, Any]]) -> None:
     """Several runs, a row each."""
-    table = table_of(">accuracy", ">loss", "checkpoint")
-    for content in contents:
-        table.add_row(f"{content['accuracy']:.2f} %", f"{content['loss']:.4f}", content["checkpoint"])
-    console.print("", table)
+    rows = [[f"{each['accuracy']:.2f} %", f"{each['loss']:.4f}", each["checkpoint"]] for each in contents]
+    console.print()
+    print_table([">accuracy", ">loss", "checkpoint"], rows, spare=[1], gap=False)
 
 
 def mistakes(chosen: list[Mistake], written: str) -> None:
@@ -171,13 +179,10 @@ def mistakes(chosen: list[Mistake], written: str) -> None:
     if not chosen:
         say("there is no such mistake to show")
     else:
-        shown = min(len(chosen), 10)
-        table = table_of(">image", "true class", "predicted", ">confidence", title=f"{shown} of {len(chosen)} mistakes")
-        for mistake in chosen[:shown]:
-            name = mistake.name or str(mistake.index)
-            table.add_row(name, mistake.true, mistake.predicted, f"{100 * mistake.confidence:.1f} %")
-        console.print(table)
-        console.print()
+        shown = chosen[:10]
+        rows = [[each.name or str(each.index), each.true, each.predicted, f"{100 * each.confidence:.1f} %"] for each in shown]
+        title = f"{count_of(len(shown), len(chosen))} {'mistake' if len(chosen) == 1 else 'mistakes'}"
+        print_table([">image", "true class", "predicted", ">confidence"], rows, title=title)
     say(written)
 
 
@@ -190,21 +195,32 @@ def doubtful_labels(chosen: list[Mistake], written: str) -> None:
 
 
 def comparison(content: dict[str, Any]) -> None:
-    """The groups of runs, the best first."""
-    table = table_of("recipe", ">n", f">{content['evaluated_on']} acc", ">seconds", "what differs", show_lines=True)
-    for group in sorted(content["groups"], key=lambda group: -group["mean"]):
-        spread = f" ± {group['std']:.2f}" if group["std"] is not None else ""
-        differs = ", ".join(f"{name} {value}" for name, value in group["differs"].items())
-        name = group["label"].split(":")[0]
-        table.add_row(
-            name,
-            str(group["n"]),
-            f"{group['mean']:.2f}{spread} %",
-            f"{group['seconds']:,.0f}",
-            differs or ("only the seed" if group["n"] > 1 else ""),
-        )
-    console.print(table)
-    console.print()
+    """A column for each group of runs, the best one first, with their folders; a row for each field that differs."""
+    groups = sorted(content["groups"], key=lambda group: -group["mean"])
+    columns = [_compared(group, content["evaluated_on"]) for group in groups]
+    names = list(columns[0])
+    widest = [max(map(cell_len, chain(*(str(cell).splitlines() for cell in column.values())))) for column in columns]
+    room = max((console.width - max(map(len, names))) // (max(widest) + 1), 1)  # columns of groups in one table
+    for first in range(0, len(columns), room):
+        shown = columns[first : first + room]
+        rows = [[Text(name, "bold"), *(column[name] for column in shown)] for name in names]
+        print_table(["", *([">"] * len(shown))], rows, show_header=False)
+
+
+def _compared(group: dict[str, Any], evaluated_on: str) -> dict[str, Cell]:
+    """What `comparison` shows of a group, by row."""
+    spread = f" ± {group['std']:.2f}" if group["std"] is not None else ""
+    folders = [str(Path(run["path"]).parent) for run in group["runs"]]
+    return {
+        "runs": "\n".join(folders),
+        "recipe": group["label"].split(":")[0],
+        "seeds": ", ".join(str(run["seed"]) for run in group["runs"]),
+        f"{evaluated_on} accuracy": Text(f"{group['mean']:.2f}{spread} %", "bold"),
+        f"{evaluated_on} loss": f"{group['test_loss']:.4f}",
+        "train loss": f"{group['train_loss']:.4f}",
+        "training": duration(group["seconds"]),
+        **{name: str(value) for name, value in group["differs"].items()},
+    }
 
 
 def found_lr(recipe: Recipe) -> None:
@@ -212,72 +228,85 @@ def found_lr(recipe: Recipe) -> None:
     say(f"found: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
 
 
-def lr_suggestions(found: FoundLR, then: str, written: str) -> None:
-    """What a search for the learning rate found: by rule, by short training, by sweep; and the command `then` to go on with."""
-    console.print(_rules(found.suggestions, bool(found.trials)))
+def lr_suggestions(found: FoundLR, rule: str, then: str, written: str) -> None:
+    """What a search for the learning rate found: what to take, and the command `then` to go on with; the trials; other rules."""
+    suggested = found.suggestions
+    if suggested.max_lr is None or suggested.min_lr is None:
+        warn(f"no LR is recommended: {suggested.why_not}")
+    else:
+        say(f"recommended: LR {suggested.max_lr:.3g} at the peak, {suggested.min_lr:.3g} at the start", style="bold")
+    if then:
+        say((f"to train by the rule {rule}" if rule != "recommended" else "to train so") + f":\n  {then}")
+    if suggested.max_lr is not None:
+        say("to search and train at once:\n  cifar-resnet train --max-lr find")
     console.print()
     if found.trials:
-        ends = (f"{high:g} {f'{loss:.3f}' if isfinite(loss) else 'diverged'}" for high, loss in found.trials)
-        say(f"short trainings, maximum LR and last loss: {', '.join(ends)}")
+        lowest = min(loss for _, loss in found.trials)
+        rows = [
+            [f"{high:.3g}", f"{loss:.3f}" if isfinite(loss) else "diverged", "lowest" if loss == lowest else ""]
+            for high, loss in found.trials
+        ]
+        print_table([">maximum LR", ">last loss", ""], rows, title=f"short trainings of {plural(found.trial_steps, 'step')}")
+    print_table(["rule", ">LR", "what it is"], _rules(suggested, bool(found.trials)))
     if found.sweep:
-        console.print(_sweep(found.sweep))
-        console.print()
-    if then:
-        say(f"next: {then}", style="bold")
-    if found.suggestions.why_not:
-        warn(f"no LR is recommended: {found.suggestions.why_not}")
-    else:
-        say("cifar-resnet train --max-lr find does all this first, and trains from the recommended minimum to the maximum")
+        columns = [">maximum LR", ">minimum LR", "chosen by", ">accuracy", ">loss"]
+        title = f"{plural(found.sweep[0]['epochs'], 'epoch')} at each, held-out images"
+        print_table(columns, _sweep(found.sweep), spare=[1, 4], title=title)
     say(written)
 
 
-def _rules(found: Suggestions, with_trials: bool) -> Table:
-    table = table_of("rule", ">LR", "what it is")
-    table.add_row("steepest", f"{found.steepest:.3g}", "where the lagging mean falls fastest, as torch-lr-finder suggests")
-    table.add_row("valley", f"{found.valley:.3g}", "the middle of the longest fall")
-    table.add_row("minimum / 10", f"{found.minimum_tenth:.3g}", "a tenth of the LR of the lowest lagging mean")
+def _rules(found: Suggestions, with_trials: bool) -> list[list[Cell]]:
     highest = "the highest LR at which the loss is still at its bottom"
     if with_trials:
         highest = "where short trainings end lowest, raised for the length of the whole run"
     lowest = "the lowest LR at which the loss has fallen by half of its drop"
-    for name, value, what in (("maximum", found.max_lr, highest), ("minimum", found.min_lr, lowest)):
-        if value is not None:
-            table.add_row(Text(f"recommended {name}", "bold"), Text(f"{value:.3g}", "bold"), what)
-    return table
+    rows: list[list[Cell]] = [
+        [Text(f"recommended {name}", "bold"), Text(f"{value:.3g}", "bold"), what]
+        for name, value, what in (("maximum", found.max_lr, highest), ("minimum", found.min_lr, lowest))
+        if value is not None
+    ]
+    return [
+        *rows,
+        ["steepest", f"{found.steepest:.3g}", "where the lagging mean falls fastest, as torch-lr-finder suggests"],
+        ["valley", f"{found.valley:.3g}", "the middle of the longest fall"],
+        ["minimum / 10", f"{found.minimum_tenth:.3g}", "a tenth of the LR of the lowest lagging mean"],
+    ]
 
 
-def _sweep(rows: list[dict[str, Any]]) -> Table:
-    columns = (">maximum LR", ">minimum LR", "chosen by", ">accuracy", ">loss")
-    table = table_of(*columns, title=f"{rows[0]['epochs']} epochs, held-out images")
-    best = max((row["accuracy"] for row in rows if row["accuracy"] is not None), default=None)
-    for row in sorted(rows, key=lambda row: row["max_lr"]):
+def _sweep(swept: list[dict[str, Any]]) -> list[list[Cell]]:
+    best = max((row["accuracy"] for row in swept if row["accuracy"] is not None), default=None)
+    rows: list[list[Cell]] = []
+    for row in sorted(swept, key=lambda row: row["max_lr"]):
         score = ("diverged", "") if row["accuracy"] is None else (f"{row['accuracy']:.2f} %", f"{row['loss']:.4f}")
-        style = "bold" if row["accuracy"] == best else ""
         rule = "recommended at this length" if row["rule"] == "recommended" else row["rule"]
-        table.add_row(f"{row['max_lr']:.3g}", f"{row['min_lr']:.3g}", rule, *score, style=style)
-    return table
+        style = "bold" if row["accuracy"] == best else ""
+        rows.append([Text(cell, style) for cell in (f"{row['max_lr']:.3g}", f"{row['min_lr']:.3g}", rule, *score)])
+    return rows
 
 
 def summary(content: dict[str, Any]) -> None:
     """The layer table, and its totals, of what `analysis.summary` gives."""
-    numbers = (">k", ">parameters", ">M madds", ">field", ">jump", ">start")
-    table = table_of("layer", "type", ">input", ">output", *numbers, padding=(0, 1, 0, 0))
+
+    def millions(multiply_adds: int) -> str:
+        """Of one image."""
+        return f"{multiply_adds / content['batch_size'] / 1e6:,.2f}" if multiply_adds else ""
+
+    rows, totals = list[list[Cell]](), content["totals"]
     for row in content["layers"]:
         shapes = ("x".join(map(str, row[side])) for side in ("input", "output"))
-        madds = f"{row['multiply_adds'] / 1e6:,.1f}" if row["multiply_adds"] else ""
-        counts = (f"{row[key]:,}" if row[key] else "" for key in ("kernel", "parameters"))
+        kernel, parameters = (f"{row[key]:,}" if row[key] else "" for key in ("kernel", "parameters"))
         field = (f"{row[key]:g}" for key in ("receptive_field", "jump", "start"))
-        table.add_row(row["layer"], row["type"].removesuffix("2d"), *shapes, *counts, madds, *field)
-    console.print(table)
-    console.print()
-    totals = content["totals"]
+        kind = row["type"].removesuffix("2d")
+        rows.append([row["layer"], kind, *shapes, kernel, parameters, millions(row["multiply_adds"]), *field])
+    last = ["total", "", "", "", "", f"{totals['parameters']:,}", millions(totals["multiply_adds"]), "", "", ""]
+    rows.append([Text(cell, "bold") for cell in last])
+    numbers = (">k", ">parameters", ">M madds", ">field", ">jump", ">start")
+    columns = ["layer", "type", ">input", ">output", *numbers]
+    print_table(columns, rows, spare=[9, 8, 4, 2, 7, 1, 3], title=f"recipe {content['recipe']}", padding=(0, 1, 0, 0))
     say(
-        f"{content['recipe']}: {totals['parameters']:,} parameters, {totals['multiply_adds'] / 1e9:.2f} G multiply-adds "
-        f"for a batch of {content['batch_size']}",
-        style="bold",
+        "k: kernel; M madds: millions of multiply-adds for an image; field: receptive field of a unit, in pixels of the image; "
+        "jump: from one unit's field to the next one's; start: centre of the first one's"
     )
-    say("k: kernel; M madds: millions of multiply-adds for the batch; field: receptive field of a unit, in pixels of the image;")
-    say("jump: from one unit's field to the next one's; start: centre of the first one's")
 
 
 def bench(content: dict[str, Any]) -> None:
@@ -285,24 +314,23 @@ def bench(content: dict[str, Any]) -> None:
     at, recipe, expected, memory = (content[key] for key in ("environment", "recipe", "predicted_seconds", "peak_memory"))
     say(
         f"{recipe['recipe']}: {recipe['optimizer']}, batch {recipe['batch_size']}, {recipe['precision']} on {at['device']} "
-        f"({at['device_name']}, {at['threads']} threads, bfloat16 in hardware: {'yes' if at['bfloat16'] else 'no'})"
+        f"({at['device_name']}, {plural(at['threads'], 'thread')}, bfloat16 in hardware: {'yes' if at['bfloat16'] else 'no'})"
     )
     say(", ".join(f"{name} {at[name]}" for name in ("python", "torch", "torchvision", "albumentations", "platform")))
-    speeds = table_of("", ">median", ">lowest", ">highest", "", title=f"{len(content['rounds']['model'])} rounds")
+    speeds, rounds = list[list[Cell]](), len(content["rounds"]["model"])
     for name, values in content["rounds"].items():
         unit, scale = ("GFLOP/s", 1e-9) if name == "matrix product" else ("images/s", 1)
-        speeds.add_row(name, *(f"{scale * value:,.0f}" for value in (content["medians"][name], min(values), max(values))), unit)
-    ratios = table_of("ratio", ">median", ">95 % interval")
-    for name, row in content["ratios"].items():
-        ratios.add_row(name, f"{row['median']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}")
-    operators = table_of("operator, itself", ">share of the time", ">calls")
-    for row in content["profile"] or ():
-        operators.add_row(row["operator"], f"{row['share']:.1f} %", str(row["calls"]))
-    for table in (speeds, ratios, *([operators] if content["profile"] else [])):
-        console.print(table, "")
+        figures = (content["medians"][name], min(values), max(values))
+        speeds.append([name, *(f"{scale * value:,.0f}" for value in figures), unit])
+    print_table(["", ">median", ">lowest", ">highest", ""], speeds, spare=[2, 3], title=plural(rounds, "round"))
+    ratios = [[name, f"{row['median']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"] for name, row in content["ratios"].items()]
+    print_table(["ratio", ">median", ">95 % interval"], ratios)
+    operators = [[row["operator"], f"{row['share']:.1f} %", f"{row['calls']:,}"] for row in content["profile"] or ()]
+    if operators:
+        print_table(["operator, itself", ">share of the time", ">calls"], operators, spare=[2])
     say(
-        f"{recipe['epochs']} epochs of CIFAR-10: {expected['training'] / 60:,.1f} min of training, "
-        f"{expected['evaluation'] / 60:,.1f} min of evaluation",
+        f"{plural(recipe['epochs'], 'epoch')} of CIFAR-10: {duration(expected['training'])} of training, "
+        f"{duration(expected['evaluation'])} of evaluation",
         style="bold",
     )
     peaks = [f"{memory[of] / 2**30:.1f} GiB of the {of}" for of in ("process", "device") if memory[of]]
@@ -311,9 +339,23 @@ def bench(content: dict[str, Any]) -> None:
 
 
 def recipes() -> None:
-    """Every preset with where it comes from and what was assumed."""
-    table = table_of("recipe", "origin", "assumed where the origin is silent", show_lines=True, box=box.SIMPLE)
-    for name, preset in PRESETS.items():
-        table.add_row(Text(name, "bold"), preset.origin, preset.assumed)
-    console.print(table)
-    say("all fields of one: cifar-resnet recipes NAME")
+    """Every preset: its length, what was measured of it, and where it comes from."""
+    rows: list[list[Cell]] = []
+    for name in PRESETS:
+        recipe, found = Recipe.build(name), MEASURED.get(name)
+        accuracy = runs = seconds = ""
+        if found:
+            spread = f" ± {found.std:.2f}" if found.std is not None else ""
+            accuracy, runs = f"{found.accuracy:.2f}{spread} %", str(found.runs)
+            seconds = f"{duration(found.seconds)}, {found.hardware}" if found.seconds else ""
+        rows.append([Text(name, "bold"), str(recipe.epochs), recipe.optimizer, accuracy, runs, seconds])
+    columns = ["recipe", ">epochs", "optimizer", ">test accuracy", ">runs", "training takes"]
+    print_table(columns, rows, spare=[5, 4, 2, 1])
+    print_table(["recipe", "origin"], [[Text(name, "bold"), preset.origin] for name, preset in PRESETS.items()])
+    say("one of them, with what was assumed where its origin is silent:\n  cifar-resnet recipes NAME")
+
+
+def assumed(name: str) -> None:
+    """Of a preset, on standard error: standard output has its fields, for a file."""
+    for what in ("origin", "assumed"):
+        print(f"{what}: {getattr(PRESETS[name], what)}", file=sys.stderr)

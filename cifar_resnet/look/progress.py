@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ..recipe import Recipe
 from . import console
-from .console import command, printable, say, show_path, warn
+from .console import command, printable, say, warn
 from .words import count_of, duration, plural, time_left
 
 if TYPE_CHECKING:  # torch stays out of what only prints
@@ -224,8 +224,7 @@ class TrainingTable:
             f"{recipe.batch_size}, {recipe.optimizer} to LR {recipe.max_lr:.4g} at epoch {recipe.peak_epoch:.4g}, seed {recipe.seed}"
         )
         images = plural(len(data.evaluation), f"{data.evaluated_on} image")
-        say(f"{images}; {recipe.precision} on {environment['device']} ({where}); the run's folder is")
-        show_path(run_dir)
+        say(f"{images}; {recipe.precision} on {environment['device']} ({where}); the run's folder:\n  {run_dir}")
         startup = {"imports": self.imports, **environment["startup_seconds"]}
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in startup.items())
         say(f"ready for the first step after {sum(startup.values()):.1f} s: {parts}")

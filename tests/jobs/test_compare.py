@@ -45,7 +45,11 @@ def test_compare_on_the_command_line(three_runs, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(console, "console", Console(width=120, highlight=False))
     code, out, err = cli("compare", *three_runs, "--output", tmp_path / "c.png")
     assert (code, err) == (0, "")
-    assert "max_lr 0.01" in out
+    assert re.search(r"^max_lr +0\.01 +0\.4\b|^max_lr +0\.4 +0\.01\b", out, re.MULTILINE)
+    assert str(three_runs[1]) in out
+    history = load_checkpoint(three_runs[2]).history[-1]
+    assert f"{history['test_loss']:.4f}" in out
+    assert f"{history['train_loss']:.4f}" in out
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -200,3 +200,12 @@ def test_the_labels_known_to_be_wrong_are_those_published(tiny_run, tmp_path, no
     assert len(label_errors.CIFAR10_TEST) == 54
     assert {2405, 165, 9793} < label_errors.CIFAR10_TEST < set(range(10_000))
     assert evaluate(tiny_run, tmp_path)["without_label_errors"] is None
+
+
+def test_json_is_what_the_file_holds_and_nothing_else_is_printed(tiny_run, unfinished, cli, tmp_path, no_figures):
+    code, out, err = cli("evaluate", tiny_run, "--json", "--run-dir", tmp_path)
+    assert (code, err) == (0, "")
+    assert json.loads(out) == json.loads((tmp_path / "evaluation.json").read_text())
+    code, out, err = cli("evaluate", tiny_run, unfinished, "--json")
+    assert (code, [each["checkpoint"] for each in json.loads(out)]) == (0, [str(run / "checkpoint.pt") for run in (tiny_run, unfinished)])
+    assert "the run stands at epoch 1 of 2" in err

@@ -133,7 +133,7 @@ def test_the_files_of_mistakes_are_copied_by_class(own_images, own_run, tmp_path
     all_wrong(monkeypatch)
     code, out, _ = cli("misclassified", own_run, "--copy-to", tmp_path / "new" / "copies", "--save-images", tmp_path / "small")
     assert code == 0
-    assert f"19 images written in {tmp_path / 'new' / 'copies'}" in out
+    assert f"19 images written in\n  {tmp_path / 'new' / 'copies'}" in out
     listed = json.loads((own_run / "misclassified.json").read_text())["mistakes"]
     originals = {path.relative_to(own_images / "test").as_posix(): path for path in own_images.glob("test/**/*.png")}
     assert sorted(each["name"] for each in listed) == sorted(originals)

@@ -1,27 +1,88 @@
 """What is printed: on a terminal, without one, and nothing at all."""
 
 import io
-import re
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from cifar_resnet import Recipe
 from cifar_resnet.look import analysis, console
+from cifar_resnet.training.lr_finder import FoundLR, History, Suggestions, Trial
 
 
 @pytest.fixture
-def screen(monkeypatch):
-    """A terminal of 120 columns; gives what it shows so far, without colours and movements of the cursor."""
-    shown = io.StringIO()
-    monkeypatch.setattr(console, "console", Console(file=shown, force_terminal=True, width=120, height=12, highlight=False))
-    return lambda: re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
+def shown(monkeypatch):
+    """What a terminal of so many columns shows of what a function prints, line by line."""
+
+    def run(width, function, *arguments):
+        file = io.StringIO()
+        monkeypatch.setattr(console, "console", Console(file=file, force_terminal=True, color_system=None, width=width))
+        function(*arguments)
+        return [line.rstrip() for line in file.getvalue().splitlines()]
+
+    return run
 
 
-def test_the_summary_ends_with_its_totals(screen):
-    console.summary(analysis.summary(Recipe.build(width=4), 2))
-    assert re.search(r"default: 26,\d{3} parameters, 0\.00 G multiply-adds for a batch of 2", screen())
-    assert "prep.0" in screen()
+@pytest.mark.parametrize("width", [40, 80, 100, 140])
+def test_the_summary_has_a_total_row_and_folds_no_name(shown, width):
+    content = analysis.summary(Recipe(), 2)
+    lines = shown(width, console.summary, content)
+    assert max(map(len, lines)) <= width
+    for row in content["layers"]:
+        assert len([line for line in lines if line.split()[:1] == [row["layer"]]]) == 1
+    (total,) = [line for line in lines if line.startswith("total")]
+    assert total.split() == ["total", "6,573,130", "379.27"]  # millions, of one image
+
+
+RULES = Suggestions(steepest=3.1, valley=0.2, minimum_tenth=0.05, max_lr=0.356, min_lr=0.0142)
+TRIALS = [Trial(0.03, 1.5), Trial(0.06, 1.25), Trial(5.0, float("inf"))]
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_a_search_says_first_what_to_take_then_what_to_type(shown, width):
+    found = FoundLR(History(np.ones(1), np.ones(1)), RULES, TRIALS, [], 50)
+    command = "cifar-resnet train --recipe default --max-lr 0.356 --div-factor 25.1"
+    lines = shown(width, console.lr_suggestions, found, "recommended", command, "written:\n  runs/f/lr_finder.json")
+    assert " ".join(lines[:2]).startswith("recommended: LR 0.356 at the peak, 0.0142 at the start")
+    order = [next(i for i, line in enumerate(lines) if text in line) for text in ("recommended:", command, "of 50 steps", "steepest")]
+    assert order == sorted(order)
+    assert [line.split() for line in lines[order[2] + 2 : order[2] + 5]] == [["0.03", "1.500"], ["0.06", "1.250", "lowest"], ["5", "diverged"]]
+    assert lines[-1] == "  runs/f/lr_finder.json"
+
+
+def test_a_search_that_recommends_nothing_says_so_first(shown):
+    found = FoundLR(History(np.ones(1), np.ones(1)), RULES._replace(max_lr=None, min_lr=None, why_not="it never fell"), [], [])
+    lines = shown(80, console.lr_suggestions, found, "valley", "cifar-resnet train --max-lr 0.2", "written:")
+    assert lines[:3] == ["no LR is recommended: it never fell", "to train by the rule valley:", "  cifar-resnet train --max-lr 0.2"]
+    assert not any("--max-lr find" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_runs_are_compared_in_columns_that_fit(shown, width):
+    def group(number, mean):
+        runs = [{"path": f"runs/default-{number}/checkpoint.pt", "seed": 0}]
+        losses = dict(test_loss=0.2 + number, train_loss=0.9, seconds=4440)
+        return {"label": "default: max_lr 0.4", "n": 1, "mean": mean, "std": None, **losses, "differs": {"max_lr": number / 10}, "runs": runs}
+
+    content = {"evaluated_on": "test", "groups": [group(number, 90 + number) for number in range(6)]}
+    lines = shown(width, console.comparison, content)
+    assert max(map(len, lines)) <= width
+    folders = " ".join(line for line in lines if line.startswith("runs ")).split()
+    assert [each for each in folders if each != "runs"] == [f"runs/default-{number}" for number in (5, 4, 3, 2, 1, 0)]
+    losses = " ".join(line.removeprefix("test loss") for line in lines if line.startswith("test loss")).split()
+    assert losses == ["5.2000", "4.2000", "3.2000", "2.2000", "1.2000", "0.2000"]
+    assert any(line.split()[:4] == ["training", "1", "h", "14"] for line in lines)
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 140])
+def test_the_list_of_recipes_fits(shown, width):
+    lines = shown(width, console.recipes)
+    assert max(map(len, lines)) <= width
+    row = next(line for line in lines if line.startswith("default "))
+    assert row.split()[:2] == ["default", "24"]
+    assert "95.09 ± 0.08 %" in row
+    assert ("11 s, NVIDIA H100" in row) == (width >= 80)
 
 
 def test_quiet_prints_nothing(tiny_run, tmp_path, cli, monkeypatch, no_figures):
