@@ -20,7 +20,7 @@ class Preset(NamedTuple):
 _DOCUMENTED = dict(
     init="default", flip_order="random", sam_share=0.0, nesterov=True, grad_clip=0.0,
     conv_bias=False, fc_bias=True, prep_order="bn-relu", pool_position="before-bn", output="logits", logit_scale=1.0,
-    loss="cross-entropy", label_smoothing=0.0, ema_decay=0.0, epochs=24, batch_size=512, peak_epoch=5.0,
+    loss="cross-entropy", label_smoothing=0.0, ema_decay=0.0, epochs=24, batch_size=512, batches="fixed", peak_epoch=5.0,
     momentum=0.95, base_momentum=0.85, weight_decay=0.0, div_factor=25.0, final_div_factor=1e4,
     pad=4, pad_mode="black", flip_probability=0.5, cutout_size=8, cutout_count=1, cutout_probability=0.5, cutout_fill=None,
 )  # fmt: skip
@@ -48,7 +48,7 @@ PRESETS: dict[str, Preset] = {
         dict(
             pool_position="after-relu", fc_bias=False, conv_bias=False, logit_scale=0.125, optimizer="sgd", max_lr=0.4,
             momentum=0.9, base_momentum=None, nesterov=True, weight_decay=5e-4, grad_clip=0.0, label_smoothing=0.0, ema_decay=0.0,
-            epochs=24, batch_size=512, peak_epoch=5.0, div_factor=490.0, final_div_factor=4.0, pad=4, pad_mode="reflect",
+            epochs=24, batch_size=512, batches="fixed", peak_epoch=5.0, div_factor=490.0, final_div_factor=4.0, pad=4, pad_mode="reflect",
             flip_probability=0.5, flip_order="random", cutout_size=8, cutout_count=1, cutout_probability=1.0, cutout_fill=None,
             init="default", sam_share=0.0,
         ),

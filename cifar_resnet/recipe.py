@@ -21,11 +21,12 @@ from .errors import UsageError
 from .presets import PRESETS, preset
 
 DATASETS = ("cifar10", "cifar100", "digits")  # anything else is a folder
-SCHEMA = 2  # of a recipe in a file
-# What a recipe of schema 1 may lack, with the value that reproduces its run. Files of schema 1 bear no number.
-MISSING_IN_SCHEMA_1: dict[str, Any] = dict(
+SCHEMA = 3  # of a recipe in a file
+# What a recipe of an older schema may lack, with the value that reproduces its run. Files of schema 1 bear no number.
+MISSING_IN_2: dict[str, Any] = dict(batches="fixed")
+MISSING_IN_1: dict[str, Any] = dict(
     init="default", muon_lr_factor=0.3, muon_momentum=0.6, flip_order="random", sam_share=0.0, sam_radius=0.01, grad_clip=0.0,
-    width=64,
+    width=64, **MISSING_IN_2,
 )  # fmt: skip
 Channels = tuple[float, float, float]
 
@@ -104,7 +105,12 @@ class Recipe(BaseModel):
     ema_every: int = _field(5, "Optimizer", "Steps between two updates of the averaged weights.", ge=1)
 
     epochs: int = _field(24, "Schedule", "Passes over the training images.", ge=1)
-    batch_size: int = _field(512, "Schedule", "Images a step; the last step of an epoch takes what is left.", ge=1)
+    batch_size: int = _field(512, "Schedule", "Images a step at most; an epoch takes as few steps as it can.", ge=1)
+    batches: Literal["even", "fixed"] = _field(
+        "even",
+        "Schedule",
+        "even: the steps of an epoch differ by one image at most, and every image weighs the same. fixed: the last takes what is left.",
+    )
     peak_epoch: float = _field(
         5.0, "Schedule", "Epoch at which the learning rate peaks; where only --epochs is given it moves in proportion.", gt=0
     )
@@ -203,8 +209,8 @@ class Recipe(BaseModel):
     def load(cls, fields: Any, source: str = "") -> Recipe:
         """The recipe that a run wrote into one of its files. What the file lacks is decided by the file's schema number.
 
-        A recipe of schema 1, which has no number, gets the values that its run had. In a later one a missing field has the
-        value of its preset.
+        A recipe of an older schema gets the values that its run had; one of schema 1 has no number. In one of this schema a
+        missing field has the value of its preset.
 
         Args:
             fields: plain values, as JSON holds them.
@@ -285,7 +291,7 @@ def _filled(fields: dict[str, Any], unnumbered: int, source: str) -> dict[str, A
     number = fields.get("schema", unnumbered)
     if number not in range(1, SCHEMA + 1) or isinstance(number, bool):
         raise UsageError(f"{source}a recipe of schema {number!r}; this version of cifar-resnet reads 1 to {SCHEMA}")
-    missing = MISSING_IN_SCHEMA_1 if number == 1 else {}
+    missing = {1: MISSING_IN_1, 2: MISSING_IN_2, 3: {}}[number]
     return {**missing, **{name: value for name, value in fields.items() if name != "schema"}}
 
 

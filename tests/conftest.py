@@ -97,7 +97,7 @@ TINY = dict(
 
 @pytest.fixture(scope="session")
 def tiny_recipe():
-    """A network of width 4; two epochs of three steps, the last short, with averaging and sharpness-aware steps."""
+    """A network of width 4; two epochs of three steps, of 24, 23 and 23 images, with averaging and sharpness-aware steps."""
     return Recipe.build("default", **TINY)
 
 

@@ -19,7 +19,7 @@ import torch
 import cifar_resnet
 from cifar_resnet import Recipe
 
-COMMON = dict(dataset="digits", epochs=2, train_limit=100, test_limit=40, batch_size=32, precision="float32")
+COMMON = dict(dataset="digits", epochs=2, train_limit=100, test_limit=40, batch_size=32, batches="fixed", precision="float32")
 MUON = dict(recipe="default", **COMMON, sam_share=0.0)
 CASES = {  # name: (recipe fields, options of train, step after which it is stopped and resumed)
     "muon, clipped": (dict(MUON, grad_clip=0.01), {}, None),

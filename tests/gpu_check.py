@@ -39,7 +39,7 @@ def fields(tiny, **changes):
 
 
 def random_split(recipe, steps):
-    """Random images for that many steps an epoch, the last of them short: 336 of 512."""
+    """Random images for that many steps an epoch, which at fixed batches has a short last one: 336 of 512."""
     count = (steps - 1) * recipe.batch_size + recipe.batch_size * 336 // 512
     rng = np.random.default_rng(0)
     return Split(rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 10, count), np.arange(count))
@@ -49,8 +49,7 @@ def begun(recipe, device, steps, form):
     """State, loader, and what takes an epoch: "eager", "captured", or "compiled" and captured."""
     loader, state = TensorLoader(random_split(recipe, steps), recipe, device), engine.start(recipe, device)
     if form == "compiled":
-        sizes = [recipe.batch_size, loader.size(steps - 1)]
-        state.forward = compiled("on", recipe, state.model, device, sizes)
+        state.forward = compiled("on", recipe, state.model, device, dict.fromkeys(loader.sizes))
     state.model.train()
     if form == "eager":
         return state, loader, engine.plain_epoch
@@ -61,7 +60,7 @@ def begun(recipe, device, steps, form):
 
 
 def first_losses(recipe, device, form, from_step=0, count=10):
-    """Losses of the first steps; the epoch has ten, the last short. After `from_step` plain steps another loop goes on."""
+    """Losses of the first steps; the epoch has ten, of two sizes. After `from_step` plain steps another loop goes on."""
     state, loader, run_epoch = begun(recipe, device, 10, "eager" if from_step else form)
     losses = []
     for loss in run_epoch(state, loader):
@@ -86,6 +85,7 @@ def equal(device, tiny):
             ("sharpness-aware", dict(sam_share=1.0), 0),
             ("averaged", dict(sam_share=0.0, ema_decay=0.9, ema_every=3), 0),
             ("sgd", dict(sam_share=0.0, optimizer="sgd"), 0),
+            ("fixed batches", dict(sam_share=0.0, batches="fixed"), 0),
             ("adam", dict(sam_share=0.0, optimizer="adam", max_lr=0.001), 0),
             ("resumed after step 4", dict(sam_share=0.0), 4),
         ):
@@ -121,7 +121,7 @@ def steps(device, tiny):
     rows, count = {}, 5 if tiny else 60
     for form in ("eager", "captured") if tiny else ("eager", "captured", "compiled"):
         for name, changes in (("plain", dict(sam_share=0.0)), ("sharpness-aware", dict(sam_share=1.0))):
-            recipe = fields(tiny, precision="bfloat16" if device.type == "cuda" else "float32", **changes)
+            recipe = fields(tiny, batches="fixed", precision="bfloat16" if device.type == "cuda" else "float32", **changes)
             began = time.perf_counter()
             state, loader, run_epoch = begun(recipe, device, count + 1, form)
             wait_for(device)

@@ -27,7 +27,7 @@ def random_split(count):
 
 def run_of(**changes):
     """A recipe for 40 images in steps of 15, 15 and 10, which 2 and 3 processes share unevenly; this rank's part of them."""
-    fields = dict(width=4, batch_size=15, epochs=1, peak_epoch=0.5, max_lr=0.05, precision="float32")
+    fields = dict(width=4, batch_size=15, batches="fixed", epochs=1, peak_epoch=0.5, max_lr=0.05, precision="float32")
     recipe = with_statistics(Recipe.build(**fields, **changes))
     return recipe, Doubled(TensorLoader(random_split(40), recipe, CPU, distributed.share()))
 

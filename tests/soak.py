@@ -3,7 +3,7 @@
     python tests/soak.py                 # 100 kills on the real CIFAR-10
     python tests/soak.py --kills 6 --dataset digits --width 4
 
-The run has the default recipe with averaging and bfloat16, on 300 images: three epochs of three steps, the last short. It is
+The run has the default recipe with averaging and bfloat16, on 300 images: three epochs of three steps. It is
 killed by SIGKILL at a random moment counted from its first step; two of five kills wait for the next write, which is slowed, and
 fall inside it. After `--chain` kills a run is left to its end. Every time all named files must be whole, and the checkpoint must
 load; at the end weights, averaged weights, optimizer and metrics, times aside, must be the undisturbed run's to the bit, and

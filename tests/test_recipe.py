@@ -18,7 +18,8 @@ def test_every_preset_is_valid_and_survives_json(name, tmp_path):
     assert Recipe.load(json.loads(recipe.to_json())) == recipe
     assert json.loads(recipe.to_json()) == recipe.to_dict()
     assert set(recipe.to_dict()) == {"schema", *Recipe.model_fields}
-    assert recipe.to_dict()["schema"] == 2
+    assert recipe.to_dict()["schema"] == 3
+    assert recipe.batches == ("even" if name in ("default", "sprint", "cifar100", "digits") else "fixed")
 
 
 def test_the_documented_figures_stand_in_the_presets():
@@ -79,13 +80,14 @@ BEFORE = dict(
     sam_radius=0.01,
     grad_clip=0.0,
     width=64,
+    batches="fixed",
 )
 
 
 def test_a_recipe_of_schema_1_gets_the_values_that_its_run_had(tmp_path):
     """A run's own file has no number then; one that says 1 is the same."""
     whole = {name: value for name, value in Recipe.build("sprint", **ODD).to_dict().items() if name != "schema"}
-    assert Recipe.load(whole).to_dict() == {"schema": 2, **whole}
+    assert Recipe.load(whole).to_dict() == {"schema": 3, **whole}
     for field, value in BEFORE.items():
         part = {key: each for key, each in whole.items() if key != field}
         numbered = tmp_path / "numbered.json"
@@ -93,6 +95,18 @@ def test_a_recipe_of_schema_1_gets_the_values_that_its_run_had(tmp_path):
         for found in (Recipe.load(part), Recipe.load({"schema": 1, **part}), Recipe.build(file=numbered)):
             assert getattr(found, field) == value, field
             assert {key: each for key, each in found.to_dict().items() if key not in (field, "schema")} == part
+
+
+def test_a_recipe_of_schema_2_takes_what_is_left_in_its_last_step(tmp_path):
+    """Of every preset, in a run's folder and as a file to start from; one that says otherwise is heard."""
+    for name in PRESETS:
+        written = {key: value for key, value in Recipe.build(name).to_dict().items() if key != "batches"} | {"schema": 2}
+        file = tmp_path / "recipe.json"
+        file.write_text(json.dumps(written))
+        for found in (Recipe.load(written), Recipe.build(file=file)):
+            assert found == Recipe.build(name, batches="fixed")
+        assert Recipe.load({**written, "batches": "even"}).batches == "even"
+    assert Recipe.load({"schema": 2, "recipe": "sprint"}).muon_lr_factor == 0.3  # the preset's, as before
 
 
 def test_a_part_written_by_hand_has_the_presets_values_for_the_rest(tmp_path):
@@ -105,16 +119,16 @@ def test_a_part_written_by_hand_has_the_presets_values_for_the_rest(tmp_path):
     assert Recipe.build(file=file).muon_lr_factor == 0.2
 
 
-@pytest.mark.parametrize("number", [3, 0, -1, "2", None, True, [2], 1.5])
+@pytest.mark.parametrize("number", [4, 0, -1, "2", None, True, [2], 1.5])
 def test_a_schema_of_the_future_or_none_at_all_is_refused_in_one_line(number, tmp_path, refused):
     small = Recipe.build("digits", epochs=1, train_limit=10, test_limit=10, batch_size=10, width=1)
     file, written = tmp_path / "recipe.json", {**small.to_dict(), "schema": number}
     file.write_text(json.dumps(written))
     line = refused(2, "summary", "--recipe-file", file)
-    assert f"{file}: a recipe of schema {number!r}; this version of cifar-resnet reads 1 to 2" in line
+    assert f"{file}: a recipe of schema {number!r}; this version of cifar-resnet reads 1 to 3" in line
     with pytest.raises(UsageError, match="^here: a recipe of schema"):
         Recipe.load(written, "here: ")
-    assert "reads 1 to 2" in refused(2, "train", "--resume", tmp_path)
+    assert "reads 1 to 3" in refused(2, "train", "--resume", tmp_path)
 
 
 def test_a_recipe_written_while_uncut_gradients_were_null_is_read():

@@ -7,6 +7,7 @@ epoch, and any number of workers gives the same batches. Of several ranks each g
 from __future__ import annotations
 
 import atexit
+import itertools
 import math
 import os
 import signal
@@ -42,7 +43,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # float32 (B, 3, 32, 32) in channels-last layout
     labels: Tensor  # int64 (B,)
-    weight: float = 1.0  # of this share's mean loss; over the ranks the weights have the mean 1
+    weight: float = 1.0  # of this share's mean loss; over the ranks, and the steps of an epoch, the weights have the mean 1
 
 
 class Share(NamedTuple):
@@ -64,6 +65,33 @@ class Share(NamedTuple):
 WHOLE = Share()
 
 
+def batch_sizes(recipe: Recipe, count: int) -> list[int]:
+    """Images in each step of an epoch of `count` images, over all ranks; the larger steps come first."""
+    steps = math.ceil(count / recipe.batch_size)
+    if recipe.batches == "even":
+        return [count // steps + (step < count % steps) for step in range(steps)]
+    return [min(recipe.batch_size, count - step * recipe.batch_size) for step in range(steps)]
+
+
+def check_batches(recipe: Recipe, count: int, ranks: int = 1, least: int = 2) -> None:
+    """Whether each rank gets `least` images at every step. By one image alone BatchNorm has nothing to normalise with.
+
+    Raises:
+        UsageError: names a batch size that would do, where there is one.
+    """
+
+    def fewest(size: int) -> int:
+        return min(batch_sizes(recipe.replace(batch_size=size), count)) // ranks
+
+    if (found := fewest(recipe.batch_size)) < least:
+        size = next((size for size in range(recipe.batch_size + 1, count + 1) if fewest(size) >= least), None)
+        process = f" for each of {ranks} processes" if ranks > 1 else ""
+        raise UsageError(
+            f"--batch-size {recipe.batch_size}: of {count} training images a step would have only {found}{process}, and "
+            f"each step needs at least {least}; {f'--batch-size {size} would do' if size else 'train on more images'}"
+        )
+
+
 def epoch_order(recipe: Recipe, epoch: int, count: int) -> np.ndarray:
     """The order in which an epoch shows its `count` images."""
     return stream(recipe, epoch, 0, ORDER).permutation(count)
@@ -73,6 +101,7 @@ class Loader(Protocol):
     """Training batches, epoch by epoch, and evaluation batches of the same images."""
 
     count: int  # images
+    sizes: list[int]  # see `batch_sizes`
     steps: int  # an epoch has
     options: dict[str, object]  # the run options that they came from
 
@@ -86,24 +115,35 @@ class Loader(Protocol):
         """Ends what loads, inside an epoch too. To be called: what an exception holds on to is not ended with it."""
 
 
-class TensorLoader:
+class _Steps:
+    """How the images of an epoch go into its steps: what both loaders know."""
+
+    def __init__(self, recipe: Recipe, count: int, device: torch.device, share: Share) -> None:
+        self.recipe, self.count, self.device, self.share = recipe, count, device, share
+        self.sizes = batch_sizes(recipe, count)
+        self.steps = len(self.sizes)
+        self.starts = [0, *itertools.accumulate(self.sizes[:-1])]  # of each step in the epoch's order
+
+    def weight(self, size: int) -> float:
+        """Of this rank's share of a step of `size` images."""
+        of_step = size * self.steps / self.count if self.recipe.batches == "even" else 1.0
+        return of_step * self.share.weight(size)
+
+
+class TensorLoader(_Steps):
     """The whole split once on the device as uint8, augmented a batch at a time."""
 
     def __init__(self, split: Split, recipe: Recipe, device: torch.device, share: Share = WHOLE) -> None:
-        self.recipe, self.device, self.share = recipe, device, share
+        super().__init__(recipe, len(split), device, share)
         self.options: dict[str, object] = {"loader": "tensor"}
         self.images = torch.from_numpy(split.images).to(device)  # (N, 32, 32, 3)
         self.labels = torch.from_numpy(split.labels).to(device)
-        self.count, self.steps = len(split), math.ceil(len(split) / recipe.batch_size)
+        self.starts_on_device = torch.tensor(self.starts, device=device)
         self.augment = TensorAugmentation(recipe, device)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         table = self.send(self.draw(epoch))
-        return (self.batch(table, step, self.size(step)) for step in range(first_step, self.steps))
-
-    def size(self, step: int) -> int:
-        """Images in the batch of a step of an epoch, over all ranks."""
-        return min(self.recipe.batch_size, self.count - step * self.recipe.batch_size)
+        return (self.batch(table, step, self.sizes[step]) for step in range(first_step, self.steps))
 
     def draw(self, epoch: int) -> Tensor:
         """All that an epoch chooses at random, int32 (N, 4 + 2 * holes) on the CPU, a row an image in the epoch's order.
@@ -111,7 +151,7 @@ class TensorLoader:
         A row holds the image's index, top and left of its crop, whether it is flipped, and top and left of each hole.
         """
         recipe, order = self.recipe, torch.from_numpy(epoch_order(self.recipe, epoch, self.count))
-        drawn = [draw(recipe, epoch, step, self.size(step)) for step in range(self.steps)]
+        drawn = [draw(recipe, epoch, step, size) for step, size in enumerate(self.sizes)]
         offsets, flips, holes = (torch.cat(each) for each in zip(*drawn, strict=True))
         if recipe.alternates:
             flips = torch.from_numpy(alternating_flips(recipe, epoch, self.count))[order]
@@ -127,10 +167,11 @@ class TensorLoader:
         The step may be an int64 tensor () on the device: then nothing here depends on its value but what is computed there.
         """
         mine = self.share.of(size)
-        rows = torch.arange(mine.start, mine.stop, device=self.device) + step * self.recipe.batch_size
+        start = torch.take(self.starts_on_device, step) if isinstance(step, Tensor) else self.starts[step]
+        rows = torch.arange(mine.start, mine.stop, device=self.device) + start
         row = table[rows].long()
         choices = Choices(row[:, 1:3], row[:, 3].bool(), row[:, 4:].unflatten(1, (self.recipe.cutout_count, 2)))
-        return Batch(self.augment(self.images, row[:, 0], choices), self.labels[row[:, 0]], self.share.weight(size))
+        return Batch(self.augment(self.images, row[:, 0], choices), self.labels[row[:, 0]], self.weight(size))
 
     def plain(self, batch_size: int) -> Iterator[Batch]:
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
@@ -140,13 +181,12 @@ class TensorLoader:
         pass
 
 
-class AlbumentationsLoader:
+class AlbumentationsLoader(_Steps):
     """Albumentations, image by image, in a DataLoader with `workers` processes (0: in this one)."""
 
     def __init__(self, split: Split, recipe: Recipe, device: torch.device, workers: int, share: Share = WHOLE) -> None:
-        self.recipe, self.device, self.share = recipe, device, share
+        super().__init__(recipe, len(split), device, share)
         self.options: dict[str, object] = {"loader": "albumentations", "workers": workers}
-        self.count, self.steps = len(split), math.ceil(len(split) / recipe.batch_size)
         self.order = _Order()
         self.loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
             _Augmented(split, recipe, shared=workers > 0),
@@ -160,10 +200,9 @@ class AlbumentationsLoader:
         atexit.register(_close, weakref.ref(self))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        order, size = epoch_order(self.recipe, epoch, self.count), self.recipe.batch_size
-        rows = np.split(order, range(size, self.count, size))
-        keys = [(epoch, k, rows[k], self.share.of(len(rows[k]))) for k in range(first_step, self.steps)]
-        return self._batches(keys, [self.share.weight(len(rows[k])) for k in range(first_step, self.steps)])
+        rows = np.split(epoch_order(self.recipe, epoch, self.count), self.starts[1:])
+        keys = [(epoch, k, rows[k], self.share.of(self.sizes[k])) for k in range(first_step, self.steps)]
+        return self._batches(keys, [self.weight(size) for size in self.sizes[first_step:]])
 
     def plain(self, batch_size: int) -> Iterator[Batch]:
         starts = range(0, self.count, batch_size)

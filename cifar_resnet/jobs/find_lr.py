@@ -12,7 +12,7 @@ import torch
 
 from ..arguments import checked
 from ..data.datasets import load
-from ..data.loaders import Loader, make_loader
+from ..data.loaders import Loader, check_batches, make_loader
 from ..data.splits import Data
 from ..errors import CifarResnetError, NonFiniteLossError, UsageError
 from ..look import figures
@@ -69,6 +69,7 @@ def find_lr(
     if sweep:
         recipe = recipe.replace(holdout=recipe.holdout or max(len(data.train) // 10, len(data.classes)))
         data = load(recipe, Path(data_dir) if data_dir else None, notify)
+    check_batches(recipe, len(data.train))
     with closing(make_loader(data.train, recipe, place, loader, workers)) as batches:
         search = _Search(recipe, data, batches, place, sweep or 0, progress)
         found = search.run(usual_steps(recipe, batches) if trial_steps is None else trial_steps, settings)

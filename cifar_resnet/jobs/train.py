@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..data.datasets import load, with_statistics
-from ..data.loaders import Loader, TensorLoader, check_loader, make_loader
+from ..data.loaders import Loader, TensorLoader, check_batches, check_loader, make_loader
 from ..data.splits import Data
 from ..errors import CifarResnetError, RunDirectoryError, UsageError
 from ..look import calibration, figures
@@ -200,9 +200,8 @@ class _Run:
             if checkpoint and checkpoint.finished and self.resume.finished():
                 return planned, checkpoint, True
         planned, _, self.read_data = prepare(planned, self.asked["device"], self.asked["data_dir"], self.watcher.warn)
-        fewest, ranks = (len(self.read_data.train) - 1) % planned.batch_size + 1, distributed.ranks()
-        if fewest < ranks:
-            raise UsageError(f"--batch-size {planned.batch_size}: a step of {fewest} images is too few for {ranks} processes")
+        least = 2 if self.resume is None else 1  # a run that was begun with steps of one image goes on
+        check_batches(planned, len(self.read_data.train), distributed.ranks(), least)
         return planned, checkpoint, False
 
     def finished_checkpoint(self) -> Checkpoint:
@@ -265,8 +264,7 @@ class _Run:
         self._stage("compile")
 
     def _compile(self) -> None:
-        size, rest = self.recipe.batch_size, self.loader.count % self.recipe.batch_size
-        sizes = [size, *([rest] if rest else [])]
+        sizes = dict.fromkeys(self.loader.sizes)
         self.state.forward = compiled(self.asked["compile"], self.recipe, self.state.model, self.device, sizes)
 
     def _capture(self, steps: CapturedEpoch, captured: dict[Recipe, CapturedEpoch]) -> None:

@@ -85,7 +85,7 @@ class CapturedEpoch:
 
     def kind(self, step: int) -> Kind:
         """Of a step of the run."""
-        return Kind(self.loader.size(step % self.loader.steps), self.rates[step].sam, self.rates[step].average is not None)
+        return Kind(self.loader.sizes[step % self.loader.steps], self.rates[step].sam, self.rates[step].average is not None)
 
     def __call__(self, state: State, loader: Loader) -> Iterator[Tensor]:
         """Takes the steps that are left of the epoch in which `state` stands; yields the loss of each."""

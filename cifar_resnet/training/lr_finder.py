@@ -133,9 +133,9 @@ def endless(loader: Loader) -> Iterator[Batch]:
     return (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
 
 
-def whole_batches(loader: Loader, size: int) -> Iterator[Batch]:
-    """The batches of one epoch after another, without those that are smaller than `size`."""
-    return (batch for batch in endless(loader) if len(batch.labels) == size)
+def without_remainder(loader: Loader, recipe: Recipe) -> Iterator[Batch]:
+    """The batches of one epoch after another, without those that hold what was left of an epoch."""
+    return (batch for batch in endless(loader) if recipe.batches == "even" or len(batch.labels) == recipe.batch_size)
 
 
 def usual_steps(recipe: Recipe, loader: Loader) -> int:
@@ -196,7 +196,7 @@ def _trial(
     trial = recipe.replace(**schedule, ema_decay=0.0, sam_share=0.0)
     state, losses = start(trial, device, classes), []
     state.model.train()
-    for step, batch in zip(range(steps), whole_batches(loader, recipe.batch_size), strict=False):
+    for step, batch in zip(range(steps), without_remainder(loader, recipe), strict=False):
         losses.append(train_step(state, batch, rates_at(trial, step, steps)))
         progress(step + 1)
     loss = float(torch.stack(losses[-max(steps // 5, 1) :]).mean())

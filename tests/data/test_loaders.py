@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 from cifar_resnet import Recipe
 from cifar_resnet.data.augment import Choices, draw
 from cifar_resnet.data.datasets import with_statistics
-from cifar_resnet.data.loaders import AlbumentationsLoader, Share, TensorLoader, make_loader
+from cifar_resnet.data.loaders import AlbumentationsLoader, Share, TensorLoader, batch_sizes, check_batches, make_loader
 from cifar_resnet.data.splits import Split
 from cifar_resnet.errors import UsageError
 
@@ -56,11 +57,68 @@ def test_an_epoch_shows_every_image_once_in_a_new_order(kind, workers):
 
     assert loader().steps == 3
     epochs = [shown(epoch) for epoch in (0, 1)]
-    assert [len(labels) for labels in epochs[0]] == [32, 32, 6]
+    assert [len(labels) for labels in epochs[0]] == [24, 23, 23]
+    assert [len(labels) for labels in shown(0, batches="fixed")] == [32, 32, 6]
+    assert list(itertools.chain(*shown(0, batches="fixed"))) == list(itertools.chain(*epochs[0]))  # the same order
     for epoch in epochs:
         assert sorted(itertools.chain(*epoch)) == list(range(70))
     assert epochs[0] != epochs[1]
     assert shown(0, seed=1) != epochs[0]
+
+
+@pytest.mark.parametrize(("count", "size"), [(49, 16), (48, 16), (193, 64), (50_000, 512), (45_000, 98), (7, 3), (5, 7), (3, 1)])
+def test_an_epoch_takes_every_image_in_as_few_steps_as_it_can(count, size):
+    fixed, even = (batch_sizes(Recipe(batch_size=size, batches=batches), count) for batches in ("fixed", "even"))
+    assert fixed == [len(part) for part in torch.arange(count).split(size)]
+    assert even == [len(part) for part in np.array_split(np.arange(count), len(fixed))]
+
+
+@LOADERS
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_image_of_an_epoch_of_even_batches_weighs_the_same(kind, workers, ranks):
+    """In the sum over the steps of the ranks' mean gradient."""
+    split, recipe = random_split(25), of_recipe(batch_size=11, batches="even")
+    weighed = np.zeros(25)
+    for rank in range(ranks):
+        for batch in make_loader(split, recipe, CPU, kind, workers, Share(rank, ranks)).epoch(1):
+            weighed[batch.labels] += batch.weight / len(batch.labels) / ranks
+    np.testing.assert_allclose(weighed, 3 / 25)
+
+
+@pytest.mark.parametrize("batches", ["even", "fixed"])
+def test_both_loaders_show_the_same_images_in_the_same_steps(batches):
+    recipe = of_recipe(batch_size=16, batches=batches, pad=0, cutout_count=0, flip_probability=0)
+    tensor, slow = (make_loader(random_split(73), recipe, CPU, *kind).epoch(1, 1) for kind in (("tensor",), ("albumentations", 0)))
+    for one, other in zip(tensor, slow, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+        assert one.weight == other.weight
+
+
+@pytest.mark.parametrize(
+    ("fields", "count", "ranks", "least", "advice"),
+    [
+        (dict(batch_size=16, batches="fixed"), 49, 1, 2, "of 49 training images a step would have only 1,.* --batch-size 17 would do"),
+        (dict(batch_size=16, batches="even"), 49, 1, 2, None),
+        (dict(batch_size=16, batches="fixed"), 50, 1, 2, None),
+        (dict(batch_size=16, batches="fixed"), 49, 1, 1, None),
+        (dict(batch_size=1), 40, 1, 2, "--batch-size 1: .* --batch-size 2 would do"),
+        (dict(batch_size=2), 5, 1, 2, "--batch-size 3 would do"),
+        (dict(batch_size=15, batches="fixed"), 33, 2, 2, "only 1 for each of 2 processes, .* --batch-size 17 would do"),
+        (dict(batch_size=3), 3, 2, 2, "train on more images"),
+        (dict(batch_size=3), 3, 2, 1, None),
+        (dict(batch_size=3), 3, 4, 1, "only 0 for each of 4 processes"),
+    ],
+)  # fmt: skip
+def test_a_step_of_one_image_is_refused_with_a_size_that_would_do(fields, count, ranks, least, advice):
+    recipe = Recipe(**fields)
+    if advice is None:
+        check_batches(recipe, count, ranks, least)
+        return
+    with pytest.raises(UsageError, match=advice) as refusal:
+        check_batches(recipe, count, ranks, least)
+    if advised := re.search(r"--batch-size (\d+) would do", str(refusal.value)):
+        check_batches(recipe.replace(batch_size=int(advised[1])), count, ranks, least)
 
 
 @LOADERS
@@ -79,7 +137,7 @@ def test_alternating_flips_turn_every_image_from_epoch_to_epoch(kind, workers):
 
 @LOADERS
 def test_an_epoch_can_begin_at_any_step(kind, workers):
-    loader = make_loader(random_split(70), of_recipe(batch_size=16), CPU, kind, workers)
+    loader = make_loader(random_split(73), of_recipe(batch_size=16), CPU, kind, workers)
     whole = list(loader.epoch(2))
     for first in range(1, loader.steps + 1):
         rest = list(loader.epoch(2, first))
@@ -113,17 +171,17 @@ def test_a_worker_that_starts_afresh_gives_the_same_batches():
     spawned.close()
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(cutout_count=2, cutout_probability=0.5, flip_order="random"), dict(cutout_count=0)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("fields", [dict(), dict(cutout_count=2, cutout_probability=0.5, flip_order="random"), dict(cutout_count=0, batches="fixed")], ids=str)  # fmt: skip
 def test_a_step_on_the_device_chooses_the_same_batch_as_a_number(fields):
-    loader = TensorLoader(random_split(70), of_recipe(batch_size=16, **fields), CPU)
+    loader = TensorLoader(random_split(73), of_recipe(batch_size=16, **fields), CPU)
     table = loader.draw(1)
     assert table.dtype == torch.int32
     for step, of_epoch in zip(range(loader.steps), loader.epoch(1), strict=True):
         for given in (step, torch.tensor(step)):
-            batch = loader.batch(table, given, loader.size(step))
+            batch = loader.batch(table, given, loader.sizes[step])
             assert torch.equal(batch.images, of_epoch.images)
             assert torch.equal(batch.labels, of_epoch.labels)
-            assert batch.weight == of_epoch.weight == 1
+            assert batch.weight == of_epoch.weight
 
 
 def test_a_row_of_the_table_is_what_happens_to_an_image():
@@ -135,7 +193,7 @@ def test_a_row_of_the_table_is_what_happens_to_an_image():
         index, top, left, flipped, *holes = row.tolist()
         choices = Choices(torch.tensor([[top, left]]), torch.tensor([bool(flipped)]), torch.tensor(holes).view(1, 2, 2))
         assert torch.equal(loader.augment(loader.images, torch.tensor([index]), choices)[0], image)
-    for rows, step in zip(table.split(16), range(3), strict=True):
+    for rows, step in zip(table.split(loader.sizes), range(3), strict=True):
         offsets, flips, holes = draw(recipe, 3, step, len(rows))
         assert torch.equal(rows[:, 1:], torch.cat([offsets, flips[:, None], holes.flatten(1)], 1))
 
@@ -154,7 +212,7 @@ def test_shares_are_every_image_once_and_their_weights_give_the_mean(count, rank
 
 @LOADERS
 def test_a_share_of_a_batch_is_that_part_of_it_with_the_weight_of_its_size(kind, workers):
-    split, recipe = random_split(25), of_recipe(batch_size=11)
+    split, recipe = random_split(25), of_recipe(batch_size=11, batches="fixed")
     whole, *parts = (make_loader(split, recipe, CPU, kind, workers, Share(*share)) for share in ((0, 1), (0, 3), (1, 3), (2, 3)))
     for batch, *shares in zip(*(loader.epoch(0) for loader in (whole, *parts)), strict=True):
         assert torch.equal(torch.cat([share.images for share in shares]), batch.images)

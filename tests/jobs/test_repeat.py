@@ -163,7 +163,7 @@ def test_what_is_no_repetition_is_refused(recipe, refused, tmp_path, tiny_run, m
         ('{"count": 3}', "repeat.json: "),
         (json.dumps({"recipe": recipe.to_dict()}), "has the count None, not a number of runs"),
         (json.dumps({"recipe": recipe.to_dict(), "count": "3"}), "has the count '3'"),
-        (json.dumps({"recipe": {**recipe.to_dict(), "schema": 3}, "count": 3}), "a recipe of schema 3"),
+        (json.dumps({"recipe": {**recipe.to_dict(), "schema": 4}, "count": 3}), "a recipe of schema 4"),
         ("no JSON", "not JSON"),
     ):
         path.write_text(text)

@@ -312,9 +312,25 @@ def test_a_run_directory_of_the_version_before_evaluates_and_goes_on_to_its_end(
     after = content(folder)
     assert (after["epoch"], after["step"]) == (2, 0)
     assert after["history"][0] == before["history"][0]
-    assert after["recipe"] == {"schema": 2, "width": 64, **before["recipe"]}
+    assert after["recipe"] == {"schema": 3, "width": 64, "batches": "fixed", **before["recipe"]}
     assert not torch.equal(after["model"]["fc.weight"], before["model"]["fc.weight"])
-    assert json.loads((folder / "recipe.json").read_text())["schema"] == 2
+    assert json.loads((folder / "recipe.json").read_text())["schema"] == 3
+
+
+def test_a_step_of_one_image_is_refused_but_a_run_that_has_one_goes_on(tmp_path, refused, no_figures):
+    """The run is of schema 2, and was killed before its first checkpoint."""
+    fields = dict(dataset="digits", train_limit=33, test_limit=10, batch_size=16, epochs=1, width=4)
+    options = ["--dataset", "digits", "--train-limit", 33, "--batch-size", 16, "--batches", "fixed"]
+    for command in ("train", "find-lr"):
+        line = refused(2, command, *options, "--run-dir", tmp_path / "new")
+        assert "--batch-size 16: of 33 training images a step would have only 1" in line
+        assert "--batch-size 17 would do" in line
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    written = Recipe.build("digits", **fields).to_dict() | {"schema": 2}
+    del written["batches"]
+    (tmp_path / "old" / "recipe.json").write_text(json.dumps(written))
+    assert train(resume=tmp_path / "old").recipe.batches == "fixed"
 
 
 def test_resuming(tiny_run, tmp_path, refused, cli):
@@ -639,7 +655,7 @@ def test_the_accuracy_curve_has_a_line_where_a_target_is_given_and_none_otherwis
 
 
 def test_a_compiled_run_gives_what_the_plain_one_gives(tmp_path, monkeypatch, no_figures):
-    """With the tracing but without the code generation; the last batch is a graph of its own."""
+    """With the tracing but without the code generation; each size of batch is a graph of its own."""
     graphs = []
 
     def count(graph, images):
@@ -654,7 +670,7 @@ def test_a_compiled_run_gives_what_the_plain_one_gives(tmp_path, monkeypatch, no
     plain = train(recipe, tmp_path / "plain", compile="off")
     assert graphs == []
     traced = train(recipe, tmp_path / "compiled", compile="on")
-    assert graphs == [[(8, 3, 32, 32)], [(4, 3, 32, 32)]]
+    assert graphs == [[(7, 3, 32, 32)], [(6, 3, 32, 32)]]
     assert_same_run(content(tmp_path / "plain"), content(tmp_path / "compiled"))
     assert list(plain.content["model"]) == list(traced.content["model"])
     assert [checkpoint.environment["compiled"] for checkpoint in (plain, traced)] == [False, True]

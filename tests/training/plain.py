@@ -90,8 +90,8 @@ class PlainTraining:
             return functional.nll_loss(output, labels, reduction="sum")
         return functional.cross_entropy(output, labels, label_smoothing=self.recipe.label_smoothing, reduction="sum")
 
-    def _gradients(self, models, images, labels):
-        """Of the mean loss of the whole batch, by name; and that loss."""
+    def _gradients(self, models, images, labels, weight):
+        """`weight` times those of the mean loss of the whole batch, by name; and that loss."""
         total, loss = {}, 0.0
         for rank, model in enumerate(models):
             model.zero_grad()
@@ -100,13 +100,13 @@ class PlainTraining:
             share.backward()
             loss += share.item()
             for name, parameter in model.named_parameters():
-                total[name] = total.get(name, 0) + parameter.grad
+                total[name] = total.get(name, 0) + weight * parameter.grad
         return total, loss
 
-    def step(self, images, labels):
+    def step(self, images, labels, batch_weight=1.0):
         """One step; gives the loss before it."""
         recipe = self.recipe
-        gradients, loss = self._gradients(self.models, images, labels)
+        gradients, loss = self._gradients(self.models, images, labels, batch_weight)
         if self.done >= self.total_steps * (1 - recipe.sam_share) - 0.5:
             # the gradients come from copies that stand where the loss is higher
             moved = copy.deepcopy(self.models)
@@ -115,7 +115,7 @@ class PlainTraining:
             for model in moved:
                 for name, weight in weights.items():
                     model.get_parameter(name).data += recipe.sam_radius * weight.norm() ** 2 * gradients[name] / length
-            gradients, _ = self._gradients(moved, images, labels)
+            gradients, _ = self._gradients(moved, images, labels, batch_weight)
         if recipe.grad_clip:
             gradients = {name: gradient.clamp(-recipe.grad_clip, recipe.grad_clip) for name, gradient in gradients.items()}
         for model, optimizer, averages in zip(self.models, self.optimizers, self.averages, strict=True):
