@@ -112,7 +112,7 @@ Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _op
 )]
 RunDir = Annotated[Path | None, _option("Folder for what is written.", default="beside the checkpoint")]
 DataDir = Annotated[Path | None, _option(
-    "Folder with CIFAR-10, downloaded there if missing; or that a folder of your own images is now in.",
+    "Folder with CIFAR-10 or its archive, downloaded there if missing; or that a folder of your own images is now in.",
     envvar="CIFAR_RESNET_DATA_DIR", default="the user's cache folder",
 )]
 Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: the first there of cuda, mps, cpu.")]

@@ -14,11 +14,11 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError, UsageError
 
-RULE = 2  # of reading; a new number makes kept images be read again
+RULE = 3  # of reading; a new number makes kept images be read again
 # The value of white in images of more than 8 bits: the first of these that no pixel exceeds by more than a hundredth.
 WHITES, EXCESS = (1, 255, 4095, 65535), 1.01
 ORIENTATION = 0x0112  # the EXIF tag
-DRAFT = 128  # pixels a side: what a JPEG's own decoder may reduce a large image to, four times what is wanted
+DRAFT = 256  # pixels a side: what a JPEG's own decoder may reduce a large image to, eight times what is wanted
 SUFFIXES = {  # whose files are taken for images without a look at their content
     ".apng", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".pbm", ".pgm", ".png", ".pnm",
     ".ppm", ".tif", ".tiff", ".webp",
