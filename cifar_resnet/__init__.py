@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .errors import CifarResnetError
     from .jobs.bench import bench
     from .jobs.compare import compare
+    from .jobs.demo import demo
     from .jobs.evaluate import evaluate
     from .jobs.export import export
     from .jobs.find_lr import find_lr
@@ -31,6 +32,7 @@ _HOME = {
     "errors": ("CifarResnetError",),
     "jobs.bench": ("bench",),
     "jobs.compare": ("compare",),
+    "jobs.demo": ("demo",),
     "jobs.evaluate": ("evaluate",),
     "jobs.export": ("export",),
     "jobs.find_lr": ("find_lr",),
@@ -48,8 +50,8 @@ _HOME = {
 }
 __all__ = [
     "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "Watchers", "bench", "build_model",
-    "compare", "evaluate", "export", "find_lr", "load_checkpoint", "misclassified", "predict", "repeat", "report", "samples",
-    "track", "train",
+    "compare", "demo", "evaluate", "export", "find_lr", "load_checkpoint", "misclassified", "predict", "repeat", "report",
+    "samples", "track", "train",
 ]  # fmt: skip
 
 

@@ -199,6 +199,10 @@ WithPreprocessing = Annotated[bool, _option(
     "Normalise inside the ONNX graph, which then takes uint8 (N, 32, 32, 3).", WHERE, "--with-preprocessing"
 )]
 
+Host = Annotated[str, _option("Address to listen at; 0.0.0.0 shows the page to other machines.")]
+Port = Annotated[int, _option("Port to listen at.")]
+Open = Annotated[bool, _option("Show the page in your browser.", WHERE, "--open")]
+
 Views = Annotated[int, _option("Augmented views of each image.", DRAWING)]
 Policy = Annotated[Literal["one-cycle", "triangular"], _option(
     "Schedule to draw: one-cycle, the recipe's own; or triangular, the cyclical zigzag.", DRAWING, metavar=NAME
@@ -557,6 +561,20 @@ def _run_and_images(given: list[Path]) -> tuple[Path, list[Path]]:
     if len(given) == 1:
         raise UsageError(f"predict {given[0]}: that is a run, and no image is given")
     return _one_run(given[:1], "predict"), given[1:]
+
+
+@app.command(rich_help_panel=AFTER)
+def demo(
+    checkpoint: Checkpoint = None, host: Host = "127.0.0.1", port: Port = 7860, open: Open = False, data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Show a run in the browser: try it on your own images, look through its mistakes. It ends with Ctrl-C.
+
+    The extra demo has what it needs. Nothing leaves this machine.
+    """
+    from .jobs.demo import demo
+
+    demo(_one_run(checkpoint, "demo"), host=host, port=port, open=open, data_dir=data_dir, device=device, notify=console.say)
 
 
 @app.command(rich_help_panel=AFTER)

@@ -50,9 +50,7 @@ def cifar(name: str, data_dir: Path | None, notify: Callable[[str], None]) -> tu
     Raises:
         DataError: a file is damaged, or they are not there and cannot be downloaded.
     """
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    published = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    published = _published(name)
     with _unpacked(published, data_directory(data_dir), notify) as folder:
         # torchvision looks in a folder of one name; this one may have another.
         dataset_class = type(published.__name__, (published,), {"base_folder": folder.name})
@@ -64,6 +62,23 @@ def cifar(name: str, data_dir: Path | None, notify: Callable[[str], None]) -> tu
                 raise _damage(published, folder) from None
             splits.append(Split(dataset.data, np.array(dataset.targets, np.int64), np.arange(len(dataset.targets))))
     return splits[0], splits[1], tuple(dataset.classes)
+
+
+def check_at_hand(name: str, data_dir: Path | None) -> None:
+    """Whether `cifar` finds what it needs on this machine.
+
+    Raises:
+        DataError: it would download it.
+    """
+    published, folder = _published(name), data_directory(data_dir)
+    if not _holding(published, folder) and not (folder / published.filename).exists():
+        raise DataError(f"{published.__name__} is not in {folder}; give its folder with --data-dir")
+
+
+def _published(name: str) -> Any:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    return {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
 
 
 def _files(published: Any) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import statistics
 from collections.abc import Callable, Collection, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -76,6 +78,19 @@ def save_figure(figure: Figure, path: Path) -> Path:
         raise UsageError(f"{path} must end in .png, .svg or .pdf")
     write_whole(path, figures.render(figure, path.suffix[1:]))
     return path
+
+
+def data_url(figure: Figure, format: str) -> str:
+    """The figure as an address that holds all of it; format: "png" or "svg"."""
+    kind = {"svg": "svg+xml", "png": "png"}[format]
+    return f"data:image/{kind};base64,{base64.b64encode(figures.render(figure, format)).decode()}"
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page of `look/`. What an HTML page shows is escaped: class names and all else that a checkpoint holds are text, never HTML."""
+    loader, escaped = PackageLoader("cifar_resnet", "look"), template.endswith(".html")
+    templates = Environment(loader=loader, autoescape=escaped, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return templates.get_template(template).render(**values)
 
 
 def finished(path: Path | str) -> Checkpoint:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from ..arguments import checked
 from ..look import analysis, figures
 from ..run_dir import LATEST, write_whole
-from .common import Prediction, command_line, content_of, finished, grad_cams, logits_of
+from .common import Prediction, command_line, content_of, data_url, finished, grad_cams, logits_of, rendered
 
 SHOWN = 8  # of the mistakes
 
@@ -40,14 +38,15 @@ def report(
     found = logits_of(checkpoint.path, data_dir, device, notify)
     content = content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")
     wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes, checkpoint.temperature)
-    page = _page(
+    page = rendered(
+        "report.html",
         run=checkpoint,
         content=content,
         training_images=len(found.data.train),
         command=command_line(checkpoint.recipe),
-        pictures={title: _data_url(figure, "svg") for title, figure in _pictures(found, content).items()},
+        pictures={title: data_url(figure, "svg") for title, figure in _pictures(found, content).items()},
         wrong=len(wrong),
-        mistakes=[_data_url(_mistake(found, mistake), "png") for mistake in wrong[:SHOWN]],
+        mistakes=[data_url(_mistake(found, mistake), "png") for mistake in wrong[:SHOWN]],
     )
     path = Path(path) if path else checkpoint.path.parent / "report.html"
     write_whole(path, page)
@@ -69,15 +68,3 @@ def _pictures(found: Prediction, content: dict[str, Any]) -> dict[str, Figure]:
 def _mistake(found: Prediction, mistake: analysis.Mistake) -> Figure:
     images, predicted, true = grad_cams(found, [mistake], "layer2")
     return figures.grad_cam(images, predicted, true, [mistake], "")
-
-
-def _data_url(figure: Figure, format: str) -> str:
-    kind = {"svg": "svg+xml", "png": "png"}[format]
-    return f"data:image/{kind};base64,{base64.b64encode(figures.render(figure, format)).decode()}"
-
-
-def _page(**values: Any) -> str:
-    """The page, with what it shows escaped: class names and all else that a checkpoint holds are text, never HTML."""
-    loader = PackageLoader("cifar_resnet", "look")
-    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return templates.get_template("report.html").render(**values)

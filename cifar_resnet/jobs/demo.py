@@ -1,0 +1,219 @@
+"""A trained model on a page in the browser: an image to try it on, its mistakes, its run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..arguments import checked
+from ..data import datasets
+from ..data.cifar import check_at_hand
+from ..data.images import read_image
+from ..data.loaders import Loader, make_loader
+from ..data.splits import Split
+from ..errors import CifarResnetError, UsageError
+from ..look import analysis, figures
+from ..run_dir import LATEST, Checkpoint
+from .common import Prediction, command_line, content_of, data_url, logits_of, opened, rendered
+
+if TYPE_CHECKING:
+    from ..look.page import Content, Mistake
+
+LAYER = "layer2"  # of the mistakes' Grad-CAM
+ORDERS = {"surest first": "confidence", "by class": "class", "random": "random"}
+
+
+@checked
+def demo(
+    run: Path | str = LATEST,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    open: bool = False,
+    data_dir: Path | str | None = None,
+    device: str = "auto",
+    notify: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Serves a page about a run until the process is interrupted; `notify` is told its address.
+
+    Args:
+        run: a checkpoint file, a run directory, or "latest": the newest run in `runs`. It need not be finished.
+        host: the address to listen at; 0.0.0.0 is every one of this machine.
+        open: show the page in the browser of this machine.
+
+    Raises:
+        UsageError: there is no such port.
+        CifarResnetError: the port is in use, Gradio is not installed, or the checkpoint cannot be read.
+    """
+    _check_free(host, port)
+    with tempfile.TemporaryDirectory(prefix="cifar-resnet-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # where uploads lie until they are read
+        try:
+            from ..look import page
+        except ImportError as error:
+            raise CifarResnetError(f"demo needs the package {error.name}: pip install 'cifar-resnet[demo]'") from None
+        shown = page.build(content_of_page(run, data_dir, device))
+        address = page.launch(shown, server_name=host, server_port=port, inbrowser=open)
+        notify(f"the page is at {address}, until Ctrl-C")
+        _wait_for_the_end()
+        shown.close(verbose=False)
+
+
+def _check_free(host: str, port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise UsageError(f"--port {port} must be 1 to 65535")
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise CifarResnetError(f"--host {host} --port {port}: {error.strerror}; choose another --port or --host") from None
+
+
+def _wait_for_the_end() -> None:
+    """Until SIGINT or SIGTERM."""
+    ended = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        ended.wait()  # only the main thread may set handlers
+    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    ended.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def content_of_page(
+    run: Path | str, data_dir: Path | str | None, device: str, download: Callable[[str], None] | None = None
+) -> Content:
+    """What the page shows of a run. Its test images are looked at when a tab first asks for them.
+
+    Args:
+        download: told of images that are fetched. Without it nothing is fetched, and what needs images that are missing is left out.
+    """
+    from ..look.page import Content
+
+    shown = _Shown(*opened(run, device), data_dir, download)
+    loaded = shown.checkpoint
+    recipe, epoch = loaded.recipe, loaded.content["epoch"]
+    try:
+        examples, missing = shown.examples(), ""
+    except CifarResnetError as error:
+        if download:
+            raise
+        examples, missing = [], f"There are no examples to show: {error}"
+    unfinished = "" if loaded.finished else f"The run stands at epoch {epoch} of {recipe.epochs}: this is not its end. "
+    content = Content(
+        title=f"{recipe.title}, seed {recipe.seed}",
+        notice=unfinished + missing,
+        classes=loaded.classes,
+        examples=examples,
+        augmented=recipe.flip_probability > 0,
+        orders=list(ORDERS),
+        read=lambda file: read_image(Path(file)),
+        probabilities=shown.probabilities,
+        grad_cam=shown.grad_cam,
+        mistakes=shown.mistakes,
+        overlays=shown.overlays,
+        run=lambda: shown.run,
+    )
+    content.grad_cam(np.zeros((1, 32, 32, 3), np.uint8), [loaded.classes[0]], LAYER)  # so that the first answer is quick
+    return content
+
+
+def _silent(message: str) -> None:
+    pass
+
+
+class _Shown:
+    """A checkpoint, and what of its images has been looked at so far."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, data_dir: Path | str | None, download: Callable[[str], None] | None
+    ) -> None:
+        self.checkpoint, self.device, self.download = checkpoint, device, download
+        self.data_dir = Path(data_dir) if data_dir else None
+        self.model = checkpoint.model(device)
+        self.lock = threading.Lock()  # captum hangs its hooks on the model
+
+    def examples(self) -> list[tuple[np.ndarray, str]]:
+        """The first evaluation image of each of the first ten classes."""
+        self._check_images()
+        data = datasets.load(self.checkpoint.recipe, self.data_dir, self.download or _silent)
+        firsts = [(np.flatnonzero(data.evaluation.labels == label), name) for label, name in enumerate(data.classes[:10])]
+        return [(data.evaluation.images[found[0]], name) for found, name in firsts if len(found)]
+
+    def probabilities(self, images: np.ndarray, augmented: bool) -> np.ndarray:
+        with self.lock:
+            tta = "flip-shift" if augmented else "none"
+            logits = analysis.mean_logits(self.checkpoint.recipe, self.model, self._loader(images), self.device, tta)
+        return analysis.probabilities(logits, self.checkpoint.temperature).numpy()
+
+    def grad_cam(self, images: np.ndarray, names: Sequence[str], layer: str) -> np.ndarray:
+        labels = torch.tensor([self.checkpoint.classes.index(name) for name in names], device=self.device)
+        with self.lock:
+            return analysis.grad_cam(self.model, next(self._loader(images).plain(len(images))).images, labels, layer)
+
+    def mistakes(self, order: str, true: str | None, predicted: str | None) -> list[Mistake]:
+        from ..look.page import Mistake, Problem
+
+        try:
+            found, wrong = self.judged
+        except CifarResnetError as error:
+            raise Problem(f"There are no mistakes to show: {error}") from None
+        chosen = analysis.choose(wrong, found.data.classes, ORDERS[order], true, predicted)
+        images = found.data.evaluation.images
+        return [Mistake(each.caption, each.true, each.predicted, each.confidence, images[each.position]) for each in chosen]
+
+    def overlays(self, shown: Sequence[Mistake]) -> tuple[np.ndarray, np.ndarray]:
+        from ..look.page import overlay
+
+        images = np.stack([each.image for each in shown])
+        predicted, true = ([getattr(each, kind) for each in shown] for kind in ("predicted", "true"))
+        return overlay(self.grad_cam(images, predicted, LAYER)), overlay(self.grad_cam(images, true, LAYER))
+
+    @cached_property
+    def run(self) -> str:
+        """The last tab, as HTML."""
+        loaded, missing, content = self.checkpoint, "", None
+        pictures = {}
+        if loaded.history:
+            pictures["Loss and accuracy by epoch"] = figures.curves(
+                loaded.history, loaded.recipe, loaded.evaluated_on, stacked=True
+            )
+        try:
+            content = content_of(self.judged[0])
+            pictures["Confusion matrix"] = figures.evaluation(content)["confusion_matrix"]
+        except CifarResnetError as error:
+            missing = f"What the run gets right by class cannot be shown: {error}"
+        return rendered(
+            "run.html",
+            run=loaded,
+            content=content,
+            missing=missing,
+            command=command_line(loaded.recipe),
+            pictures={title: data_url(figure, "svg") for title, figure in pictures.items()},
+        )
+
+    @cached_property
+    def judged(self) -> tuple[Prediction, list[analysis.Mistake]]:
+        """The logits of all evaluation images, and the mistakes; this takes a while."""
+        self._check_images()
+        found = logits_of(self.checkpoint.path, self.data_dir, str(self.device), self.download or _silent)
+        return found, analysis.mistakes(
+            found.logits, found.labels, found.data.evaluation, found.data.classes, self.checkpoint.temperature
+        )
+
+    def _check_images(self) -> None:
+        if self.checkpoint.recipe.dataset in ("cifar10", "cifar100") and not self.download:
+            check_at_hand(self.checkpoint.recipe.dataset, self.data_dir)
+
+    def _loader(self, images: np.ndarray) -> Loader:
+        count = len(images)
+        return make_loader(Split(images, np.zeros(count, np.int64), np.arange(count)), self.checkpoint.recipe, self.device)
