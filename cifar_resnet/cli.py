@@ -191,9 +191,9 @@ RunAndImages = Annotated[list[Path], _argument(
     "RUN IMAGE",
 )]
 Top = Annotated[int, _option("Classes shown for each image.")]
-Exported = Annotated[Path | None, _option("Where the model goes.", default="model.<format> beside the checkpoint")]
-ExportFormat = Annotated[Literal["onnx", "safetensors"], _option(
-    "Kind of file: onnx or safetensors. Both need the packages of the extra named export.", metavar=NAME
+Exported = Annotated[Path | None, _option("The file, or the new folder.", default="model.<format> or space, beside the checkpoint")]
+ExportFormat = Annotated[Literal["onnx", "safetensors", "space"], _option(
+    "space: a folder with a page, to publish. The extra export has the packages for onnx and safetensors, demo those for space."
 )]
 WithPreprocessing = Annotated[bool, _option(
     "Normalise inside the ONNX graph, which then takes uint8 (N, 32, 32, 3).", WHERE, "--with-preprocessing"
@@ -580,13 +580,16 @@ def demo(
 @app.command(rich_help_panel=AFTER)
 def export(
     checkpoint: Checkpoint = None, output: Exported = None, format: ExportFormat = "onnx",
-    with_preprocessing: WithPreprocessing = False,
+    with_preprocessing: WithPreprocessing = False, data_dir: DataDir = None, device: Device = "auto",
 ) -> None:  # fmt: skip
-    """Export the model for other programs: as an ONNX graph, or its weights as safetensors."""
+    """Export the model: as an ONNX graph, its weights as safetensors, or a space, which shows it to others in the browser."""
     from .jobs.export import export
 
-    path = export(_one_run(checkpoint, "export"), output, format=format, with_preprocessing=with_preprocessing)
+    how: dict[str, Any] = dict(with_preprocessing=with_preprocessing, data_dir=data_dir, device=device, notify=console.say)
+    path = export(_one_run(checkpoint, "export"), output, format=format, **how)
     console.say(_written(path.parent, path.name))
+    if format == "space":
+        console.say(f"to try it: pip install -r requirements.txt && python app.py, in {path}")
     if format == "onnx":
         pixels, normalised = "uint8 (N, 32, 32, 3), pixels", "float32 (N, 3, 32, 32), normalised by the recipe's mean and std"
         console.say(f"input images: {pixels if with_preprocessing else normalised}; output logits: float32 (N, classes)")

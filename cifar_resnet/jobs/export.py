@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..arguments import checked
 from ..errors import CifarResnetError, UsageError
 from ..run_dir import LATEST, Checkpoint, load_checkpoint, write_whole
 from ..training.model import ResNet
+from .space import space
 
 
 class _Exported(nn.Module):
@@ -31,7 +33,14 @@ class _Exported(nn.Module):
 
 @checked
 def export(
-    checkpoint: Path | str = LATEST, path: Path | str | None = None, *, format: str = "onnx", with_preprocessing: bool = False
+    checkpoint: Path | str = LATEST,
+    path: Path | str | None = None,
+    *,
+    format: str = "onnx",
+    with_preprocessing: bool = False,
+    data_dir: Path | str | None = None,
+    device: str = "auto",
+    notify: Callable[[str], None] = lambda message: None,
 ) -> Path:
     """Writes the model that is evaluated in float32 for other programs, and gives the path.
 
@@ -41,21 +50,28 @@ def export(
 
     Args:
         checkpoint: a checkpoint file, a run directory, or "latest": the newest run in `runs`.
-        path: the file; `model.onnx` or `model.safetensors` beside the checkpoint if not given.
+        path: the file, or the new folder; `model.onnx`, `model.safetensors` or `space` beside the checkpoint if not given.
+        data_dir: of a space, whose examples and mistakes are images of the run; so are `device` and `notify`.
 
     Raises:
-        CifarResnetError: one line that says what was wrong; a package of the extra `export` that is not installed, too.
+        CifarResnetError: one line that says what was wrong; a package of an extra that is not installed, too.
     """
-    if format not in ("onnx", "safetensors"):
-        raise UsageError(f"--format {format}: it is onnx or safetensors")
+    if format not in ("onnx", "safetensors", "space"):
+        raise UsageError(f"--format {format}: it is onnx, safetensors or space")
     if with_preprocessing and format != "onnx":
-        raise UsageError("--with-preprocessing goes with --format onnx: safetensors holds weights, and no computation")
+        holds = "safetensors holds weights, and no computation" if format == "safetensors" else "a space always normalises itself"
+        raise UsageError(f"--with-preprocessing goes with --format onnx: {holds}")
     loaded = load_checkpoint(checkpoint)
     metadata = {"recipe": json.dumps(loaded.recipe.to_dict()), "classes": json.dumps(loaded.classes)}
     try:
         content = _onnx(loaded, metadata, with_preprocessing) if format == "onnx" else _safetensors(loaded, metadata)
     except ImportError as error:
-        raise CifarResnetError(f"export needs the package {error.name}: pip install 'cifar-resnet[export]'") from None
+        extra = "demo" if format == "space" else "export"
+        raise CifarResnetError(f"export needs the package {error.name}: pip install 'cifar-resnet[{extra}]'") from None
+    if format == "space":
+        path = Path(path) if path else loaded.path.parent / "space"
+        space(loaded, path, content, data_dir, device, notify)
+        return path
     path = Path(path) if path else loaded.path.parent / f"model.{format}"
     write_whole(path, content)
     return path
