@@ -1,4 +1,6 @@
-"""What a user is told when something is wrong: one line, and the exit code that goes with it."""
+"""What a user is told when something is wrong: one line, and the exit code that goes with it; and text that can be shown."""
+
+import unicodedata
 
 import os
 import shlex
@@ -37,3 +39,16 @@ class RunDirectoryError(CifarResnetError):
 
 class NonFiniteLossError(CifarResnetError):
     """The loss, or a weight, stopped being a finite number."""
+
+
+def printable(text: str) -> str:
+    """The text with every character that is none to look at as an escape: "\\x1b", "\\n", "\\udce9".
+
+    Such are control characters, line breaks, marks that turn the direction of text, and bytes of a file name that are no UTF-8.
+    """
+    return "".join(each.encode("unicode_escape").decode() if _unseen(each) else each for each in text)
+
+
+def _unseen(character: str) -> bool:
+    joins = character in "\u200c\u200d"  # which letters of several scripts, and emoji, need
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and not joins

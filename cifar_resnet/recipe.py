@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .arguments import checked
-from .errors import UsageError
+from .errors import UsageError, printable
 from .presets import PRESETS, preset
 
 DATASETS = ("cifar10", "cifar100", "digits")  # anything else is a folder
@@ -150,6 +150,11 @@ class Recipe(BaseModel):
     def _null_is_none(cls, value: Any) -> Any:
         return 0.0 if value is None else value  # as runs wrote it for a while
 
+    @field_validator("recipe")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        return printable(value)
+
     @field_validator("dataset")
     @classmethod
     def _absolute(cls, value: str) -> str:
@@ -248,7 +253,7 @@ class Recipe(BaseModel):
 
     @property
     def dataset_name(self) -> str:
-        return Path(self.dataset).name
+        return printable(Path(self.dataset).name)
 
     @property
     def title(self) -> str:

@@ -26,7 +26,7 @@ from . import __version__
 from .arguments import checked
 from .data.images import WHITES
 from .data.splits import Data
-from .errors import CheckpointError, RunDirectoryError, UsageError, shell_command
+from .errors import CheckpointError, RunDirectoryError, UsageError, printable, shell_command
 from .recipe import Recipe, read_json
 from .training.engine import State, finite, start
 from .training.model import ResNet, build_model
@@ -322,7 +322,8 @@ def load_checkpoint(path: Path | str = LATEST) -> Checkpoint:
         if content["schema"] != SCHEMA:
             raise CheckpointError(f"{path} has schema {content['schema']}; this version of cifar-resnet reads {SCHEMA}")
         recipe = Recipe.load(content["recipe"], source=f"{path}: its recipe is not valid: ")
-        checkpoint = Checkpoint(path, recipe, tuple(content["classes"]), content["evaluated_on"], content["environment"], content)
+        classes = tuple(printable(name) if isinstance(name, str) else name for name in content["classes"])
+        checkpoint = Checkpoint(path, recipe, classes, content["evaluated_on"], content["environment"], content)
         _check_content(checkpoint)
     except CheckpointError:
         raise

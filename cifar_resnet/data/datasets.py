@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, printable
 from ..presets import CIFAR10_MEAN, CIFAR10_STD
 from ..recipe import DATASETS, Recipe
 from .cifar import cifar
@@ -64,7 +64,8 @@ def load(
         evaluation = evaluation.take(stratified(evaluation.labels, recipe.test_limit, SUBSET_SEED))
     if recipe.batch_size > len(train):
         raise UsageError(f"--batch-size {recipe.batch_size} is more than the {len(train)} training images")
-    return Data(train, evaluation, classes, "holdout" if recipe.holdout else "test", whites)
+    names = tuple(map(printable, classes))
+    return Data(train, evaluation, names, "holdout" if recipe.holdout else "test", whites)
 
 
 def with_statistics(recipe: Recipe, train: Split | None = None) -> Recipe:
