@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -457,12 +458,15 @@ def evaluate(
     runs, done, notify = _runs(checkpoints), [], _aside if json_output else console.say
     if run_dir and len(runs) > 1:
         raise UsageError(f"--run-dir takes the files of one run, not of {len(runs)}; without it they go beside each checkpoint")
+    how: dict[str, Any] = dict(tta=tta, data_dir=data_dir, device=device, format=format)
+    if not json_output:
+        how["found"] = console.evaluation
     for run in runs:
         if len(runs) > 1 and not json_output:
             console.say(str(run), style="bold")
         try:
             with console.console.status("evaluating"):
-                content = evaluate(run, run_dir, tta=tta, data_dir=data_dir, device=device, format=format, notify=notify)
+                content = evaluate(run, run_dir, **how, notify=notify)
         except CifarResnetError as error:
             if len(runs) == 1:
                 raise
@@ -470,7 +474,7 @@ def evaluate(
             continue
         pictures = [f"{name}.{format}" for name in ("confusion_matrix", "class_accuracy", "reliability")]
         if not json_output:
-            console.evaluation(content, _written(run_dir or Path(content["checkpoint"]).parent, "evaluation.json", *pictures))
+            console.say(_written(run_dir or Path(content["checkpoint"]).parent, "evaluation.json", *pictures))
         done.append(content)
     if json_output:
         print(json.dumps(done if len(runs) > 1 else done[0], indent=2))
@@ -495,7 +499,8 @@ def misclassified(
     choice |= dict(copy_to=copy_to, save_images=save_images)
     with console.console.status("looking for mistakes"):
         chosen = misclassified(run, run_dir, **choice, data_dir=data_dir, device=device, format=format, notify=console.say)
-    pictures = [f"misclassified.{format}", f"gradcam.{format}"] if chosen else []
+    drawn = chosen or not (sort == "label" or (true and predicted))  # without a mistake, the least sure images
+    pictures = [f"misclassified.{format}", f"gradcam.{format}"] if drawn else []
     lists = ["misclassified.json", "labels.json", "labels.csv"] if sort == "label" else ["misclassified.json"]
     show = console.doubtful_labels if sort == "label" else console.mistakes
     show(chosen, _written(run_dir or find_checkpoint(run).parent, *lists, *pictures))
@@ -681,6 +686,7 @@ def main() -> None:
     """Runs the command line; every failure is one line on standard error, with its exit code."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     console.printable()
+    warnings.formatwarning = lambda message, *_: f"cifar-resnet: {message}\n"
     try:
         code = app(standalone_mode=False)
     except CifarResnetError as error:

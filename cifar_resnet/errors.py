@@ -1,10 +1,9 @@
 """What a user is told when something is wrong: one line, and the exit code that goes with it; and text that can be shown."""
 
-import unicodedata
-
 import os
 import shlex
 import subprocess
+import unicodedata
 
 
 def shell_command(*words: object) -> str:

@@ -272,7 +272,7 @@ main()
             assert err.startswith("cifar-resnet: no recipe '")
         else:
             assert (done.returncode, err) == (0, "")
-            assert out.rstrip() == {"ascii": "95 +/- 1 | ? ?", "cp1252": "95 \u00b1 1 \u00b7 ? ?"}[encoding]
+            assert out.rstrip() == {"ascii": r"95 +/- 1 | ? \udcff", "cp1252": "95 \u00b1 1 \u00b7 ? \\udcff"}[encoding]
 
 
 def test_ctrl_c_is_exit_code_130_without_a_traceback(cli, monkeypatch):

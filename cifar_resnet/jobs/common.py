@@ -40,6 +40,11 @@ class Prediction(NamedTuple):
     labels: Tensor
     device: torch.device
 
+    @property
+    def judged(self) -> tuple[Tensor, Tensor, datasets.Split, tuple[str, ...], float]:
+        """What `analysis.mistakes` takes."""
+        return self.logits, self.labels, self.data.evaluation, self.data.classes, self.checkpoint.temperature
+
 
 def prepare(
     recipe: Recipe | None, device: str, data_dir: Path | str | None, notify: Callable[[str], None]
@@ -178,17 +183,17 @@ def _without_label_errors(found: Prediction) -> dict[str, Any] | None:
 
 
 def grad_cams(found: Prediction, shown: Sequence[analysis.Mistake], layer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The images of these mistakes, uint8 (N, 32, 32, 3), and the Grad-CAM maps of the class predicted and of the true one.
+    """The images of these mistakes, uint8 (N, 32, 32, 3), and the Grad-CAM maps of the class predicted and of its rival.
 
     Maps are float32 (N, 32, 32); see `analysis.grad_cam`.
     """
     chosen, classes = found.data.evaluation.take(np.array([mistake.position for mistake in shown])), found.data.classes
     images = next(make_loader(chosen, found.checkpoint.recipe, found.device).plain(len(chosen))).images
-    predicted, true = (
+    predicted, rival = (
         analysis.grad_cam(found.model, images, torch.tensor([classes.index(name) for name in names], device=found.device), layer)
-        for names in ([mistake.predicted for mistake in shown], [mistake.true for mistake in shown])
+        for names in ([mistake.predicted for mistake in shown], [mistake.rival for mistake in shown])
     )
-    return chosen.images, predicted, true
+    return chosen.images, predicted, rival
 
 
 def command_line(recipe: Recipe, rounded: Collection[str] = ()) -> str:

@@ -184,9 +184,9 @@ class _Shown:
         loaded, missing, content = self.checkpoint, "", None
         pictures = {}
         if loaded.history:
-            pictures["Loss and accuracy by epoch"] = figures.curves(
-                loaded.history, loaded.recipe, loaded.evaluated_on, stacked=True
-            )
+            for quantity in ("loss", "accuracy"):
+                drawn = figures.curve(quantity, loaded.history, loaded.recipe, loaded.evaluated_on, (6, 3.8))
+                pictures[f"{quantity.capitalize()} by epoch"] = drawn
         try:
             content = content_of(self.judged[0])
             pictures["Confusion matrix"] = figures.evaluation(content)["confusion_matrix"]

@@ -22,6 +22,7 @@ def evaluate(
     tta: str = "none",
     format: str = "png",
     notify: Callable[[str], None] = lambda message: None,
+    found: Callable[[dict[str, Any]], object] = lambda content: None,
 ) -> dict[str, Any]:
     """What `evaluation.json` holds: loss, accuracy, calibration and the report by class, of the single view.
 
@@ -30,16 +31,18 @@ def evaluate(
         run_dir: where `evaluation.json` and the pictures go; beside the checkpoint if not given.
         tta: "flip" or "flip-shift" add loss and accuracy of the mean logits of several views; see `analysis.views`.
         format: of the pictures: "png", "svg" or "pdf".
+        found: called with what is returned, before the pictures are drawn.
 
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
     figures.check_format(format)
     analysis.views(tta)
-    found = logits_of(checkpoint, data_dir, device, notify)
-    content = content_of(found, tta)
-    folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
+    prediction = logits_of(checkpoint, data_dir, device, notify)
+    content = content_of(prediction, tta)
+    folder = writable(Path(run_dir) if run_dir else prediction.checkpoint.path.parent)
     write_json(folder / "evaluation.json", content)
+    found(content)
     for name, figure in figures.evaluation(content).items():
         save_figure(figure, folder / f"{name}.{format}")
     return content

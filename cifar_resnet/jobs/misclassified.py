@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..arguments import checked
 from ..errors import CifarResnetError, UsageError
-from ..look import analysis, figures, labels
+from ..look import analysis, figures, labels, pictures
 from ..recipe import DATASETS
 from ..run_dir import LATEST, SCHEMA, check_new_folder, csv_of, load_checkpoint, new_folder, writable, write_json, write_whole
 from .common import Prediction, grad_cams, logits_of, save_figure
@@ -38,6 +38,8 @@ def misclassified(
 ) -> list[analysis.Mistake]:
     """The mistakes chosen, in order; writes `misclassified.json` (every mistake), and pictures of the first of those chosen.
 
+    Where there is no such mistake, the pictures show the images predicted right that the network was least sure of.
+
     Args:
         checkpoint: a checkpoint file, a run directory, or "latest": the newest run in `runs`.
         run_dir: where the files go; beside the checkpoint if not given.
@@ -57,29 +59,34 @@ def misclassified(
     """
     if not 1 <= count <= 100:
         raise UsageError(f"--count {count} must be 1 to 100")
-    if layer not in analysis.LAYERS:
-        raise UsageError(f"--layer {layer}: it is {', '.join(analysis.LAYERS)}")
-    figures.check_format(format)
-    _check_folders(checkpoint, copy_to, save_images)
+    _check(layer, format, checkpoint, copy_to, save_images)
     found = logits_of(checkpoint, data_dir, device, notify)
-    wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes, found.checkpoint.temperature)
+    wrong = analysis.mistakes(*found.judged)
     listed, ranked = _by_label(found) if sort == "label" else (wrong, [])
     chosen = analysis.choose(listed, found.data.classes, sort, true, predicted)
+    right = [] if chosen or sort == "label" else analysis.least_sure(*found.judged)
+    unsure = analysis.choose(right, found.data.classes, "confidence", true, predicted)[:count]
     folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
     if ranked:
         _write_labels(found, ranked, folder)
-    write_json(folder / "misclassified.json", _content(found, wrong))
-    if shown := chosen[:count]:
-        title = _title(found, count, len(chosen), sort, true, predicted)
-        images, of_predicted, of_true = grad_cams(found, shown, layer)
-        looked = figures.grad_cam(images, of_predicted, of_true, shown, f"Grad-CAM at {layer}: {title}")
-        save_figure(figures.misclassified(images, shown, title), folder / f"misclassified.{format}")
-        save_figure(looked, folder / f"gradcam.{format}")
+    write_json(folder / "misclassified.json", _content(found, wrong, unsure))
+    title = _title(found, count, len(chosen), sort, true, predicted, len(unsure))
+    if unsure:
+        notify(title)
+    if shown := chosen[:count] or unsure:
+        _draw(found, shown, layer, title, folder, format)
     if chosen and copy_to:
         _copy_files(found, chosen, Path(copy_to))
     if chosen and save_images:
         _save_images(found, chosen, Path(save_images))
     return chosen
+
+
+def _draw(found: Prediction, shown: list[analysis.Mistake], layer: str, title: str, folder: Path, format: str) -> None:
+    images, of_predicted, of_rival = grad_cams(found, shown, layer)
+    save_figure(pictures.misclassified(images, shown, title), folder / f"misclassified.{format}")
+    looked = pictures.grad_cam(images, of_predicted, of_rival, shown, f"Grad-CAM at {layer}: {title}")
+    save_figure(looked, folder / f"gradcam.{format}")
 
 
 def _by_label(found: Prediction) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:
@@ -98,7 +105,12 @@ def _write_labels(found: Prediction, rows: list[dict[str, Any]], folder: Path) -
     write_whole(folder / "labels.csv", csv_of(as_text))
 
 
-def _check_folders(checkpoint: Path | str, copy_to: Path | str | None, save_images: Path | str | None) -> None:
+def _check(
+    layer: str, format: str, checkpoint: Path | str, copy_to: Path | str | None, save_images: Path | str | None
+) -> None:  # fmt: skip
+    figures.check_format(format)
+    if layer not in analysis.LAYERS:
+        raise UsageError(f"--layer {layer}: it is {', '.join(analysis.LAYERS)}")
     for folder in (copy_to, save_images):
         if folder:
             check_new_folder(Path(folder))
@@ -156,17 +168,24 @@ def _origin(found: Prediction) -> dict[str, Any]:
     }
 
 
-def _content(found: Prediction, wrong: list[analysis.Mistake]) -> dict[str, Any]:
+def _content(found: Prediction, wrong: list[analysis.Mistake], unsure: list[analysis.Mistake]) -> dict[str, Any]:
     """What `misclassified.json` holds."""
+
+    def plain(images: list[analysis.Mistake]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in each._asdict().items() if key != "position"} for each in images]
+
     return {
         **_origin(found),
         "temperature": found.checkpoint.temperature,
-        "mistakes": [{key: value for key, value in each._asdict().items() if key != "position"} for each in wrong],
+        "mistakes": plain(wrong),
+        "least_sure": plain(unsure),
     }
 
 
-def _title(found: Prediction, count: int, chosen: int, sort: str, true: str | None, predicted: str | None) -> str:
-    """Which of the mistakes are shown: `count` at most of the `chosen`, in the order `sort`, of these classes."""
+def _title(
+    found: Prediction, count: int, chosen: int, sort: str, true: str | None, predicted: str | None, unsure: int
+) -> str:  # fmt: skip
+    """Which of the mistakes are shown: `count` at most of the `chosen`, in the order `sort`, of these classes; or those `unsure`."""
     order = {
         "confidence": "surest of",
         "class": "first, by class, of",
@@ -177,4 +196,7 @@ def _title(found: Prediction, count: int, chosen: int, sort: str, true: str | No
     which = f"{count} {order[sort]} {chosen} {what}" if count < chosen else f"All {chosen} {what}"
     which = f"The one {what.replace('mistakes', 'mistake').replace('labels', 'label')}" if chosen == 1 else which
     of_classes = "".join(f", {what} {name}" for what, name in (("true class", true), ("predicted", predicted)) if name)
-    return f"{which} in {len(found.labels):,} {found.data.evaluated_on} images{of_classes}"
+    images = f"{len(found.labels):,} {found.data.evaluated_on} images{of_classes}"
+    if not chosen:
+        return f"No mistake in {images}. The {unsure} least sure, all right"
+    return f"{which} in {images}"

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..arguments import checked
-from ..look import analysis, figures
+from ..look import analysis, figures, pictures
 from ..run_dir import LATEST, write_whole
 from .common import Prediction, command_line, content_of, data_url, finished, grad_cams, logits_of, rendered
 
@@ -57,7 +57,7 @@ def _pictures(found: Prediction, content: dict[str, Any]) -> dict[str, Figure]:
     checkpoint, recipe = found.checkpoint, found.checkpoint.recipe
     drawn = figures.evaluation(content)
     return {
-        "Loss and accuracy by epoch": figures.curves(checkpoint.history, recipe, content["evaluated_on"], stacked=True),
+        "Loss and accuracy by epoch": figures.curves(checkpoint.history, recipe, content["evaluated_on"]),
         "Learning rate of every step": figures.learning_rate(recipe, analysis.steps_per_epoch(recipe, len(found.data.train))),
         "Confusion matrix": drawn["confusion_matrix"],
         "Accuracy by class": drawn["class_accuracy"],
@@ -67,4 +67,4 @@ def _pictures(found: Prediction, content: dict[str, Any]) -> dict[str, Figure]:
 
 def _mistake(found: Prediction, mistake: analysis.Mistake) -> Figure:
     images, predicted, true = grad_cams(found, [mistake], "layer2")
-    return figures.grad_cam(images, predicted, true, [mistake], "")
+    return pictures.grad_cam(images, predicted, true, [mistake], "")

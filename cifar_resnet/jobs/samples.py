@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..arguments import checked
 from ..data.loaders import epoch_order, make_loader
 from ..errors import UsageError
-from ..look import analysis, figures
+from ..look import analysis, pictures
 from ..recipe import Recipe
 from .common import prepare, save_figure
 
@@ -47,7 +47,7 @@ def samples(
     for view in range(views):
         images = next(iter(batches.epoch(view))).images
         seen[epoch_order(recipe, view, len(chosen)), view] = analysis.pixels(images, recipe)
-    figure = figures.samples(chosen.images, seen, data.classes, f"Training images under the augmentation of {recipe.recipe}")
+    figure = pictures.samples(chosen.images, seen, data.classes, f"Training images under the augmentation of {recipe.recipe}")
     if path is not None:
         save_figure(figure, Path(path))
     return figure

@@ -26,7 +26,7 @@ SUMMARY_SCHEMA = 1  # of `summary`
 
 
 class Mistake(NamedTuple):
-    """One misclassified image. `index` is its place in the published split, `position` in the split given."""
+    """One misclassified image, or one of those least sure. `index` is its place in the published split, `position` in the split given."""
 
     index: int  # type: ignore[assignment]
     position: int
@@ -40,6 +40,16 @@ class Mistake(NamedTuple):
     def caption(self) -> str:
         """What the image is called under a picture of it."""
         return self.name or f"image {self.index}"
+
+    @property
+    def wrong(self) -> bool:
+        return self.true != self.predicted
+
+    @property
+    def rival(self) -> str:
+        """The class that the predicted one is held against: the true one, or of an image predicted right the next probable one."""
+        others = {name: probability for name, probability in self.probabilities.items() if name != self.predicted}
+        return self.true if self.wrong else max(others, key=lambda name: others[name])
 
 
 def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
@@ -151,10 +161,22 @@ def calibration_error(bins: list[dict[str, Any]]) -> float:
 
 def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...], temperature: float = 1.0) -> list[Mistake]:
     """Every misclassified image, the surest first."""
+    return _by_confidence(logits, labels, split, classes, temperature, right=False)
+
+
+def least_sure(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...], temperature: float = 1.0) -> list[Mistake]:
+    """Every image that is predicted right, the least sure first."""
+    return _by_confidence(logits, labels, split, classes, temperature, right=True)
+
+
+def _by_confidence(
+    logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...], temperature: float, right: bool
+) -> list[Mistake]:
+    """The images predicted right, the least sure first, or those predicted wrong, the surest first."""
     believed = probabilities(logits, temperature)
     confidence, predicted = believed.max(1)
-    positions = (predicted != labels).nonzero().flatten()
-    wrong = positions[confidence[positions].argsort(descending=True, stable=True)].tolist()
+    positions = ((predicted == labels) == right).nonzero().flatten()
+    order = confidence[positions].argsort(descending=not right, stable=True)
     return [
         Mistake(
             int(split.indices[i]),
@@ -165,7 +187,7 @@ def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, .
             dict(zip(classes, believed[i].tolist(), strict=True)),
             None if split.names is None else str(split.names[i]),
         )
-        for i in wrong
+        for i in positions[order].tolist()
     ]
 
 

@@ -19,6 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from .. import errors
 from ..errors import shell_command
 from ..presets import MEASURED, PRESETS
 from ..recipe import Recipe
@@ -71,7 +72,7 @@ def wrapped(message: str, width: int) -> str:
 
 def command(line: str, style: str | None = None) -> None:
     """A line to copy: never wrapped by us."""
-    console.print(line, style=style, soft_wrap=True)
+    console.print("\n".join(map(errors.printable, line.split("\n"))), style=style, soft_wrap=True)
 
 
 def warn(message: str) -> None:
@@ -98,7 +99,8 @@ def print_table(
             name = columns[each].removeprefix(">")
             table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
         for row in rows:
-            table.add_row(*(row[each] for each in left))
+            cells = (row[each] for each in left)
+            table.add_row(*(errors.printable(cell) if isinstance(cell, str) else cell for cell in cells))
         if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
             break
     console.print(table)
@@ -139,7 +141,7 @@ def predictions(found: list[dict[str, Any]]) -> None:
     print_table(["image", *chain.from_iterable((rank, ">") for rank in ranks)], rows, spare=range(2 * count, 2, -1), gap=False)
 
 
-def evaluation(content: dict[str, Any], written: str) -> None:
+def evaluation(content: dict[str, Any]) -> None:
     """The report by class, the most confused pairs, and the figures over all images."""
     by_class = [
         [name, f"{row['precision']:.2f} %", f"{row['recall']:.2f} %", f"{row['f1']:.2f} %", f"{row['count']:,}"]
@@ -164,7 +166,6 @@ def evaluation(content: dict[str, Any], written: str) -> None:
         say(f"without the {plural(left_out, 'image')} whose label is known to be wrong: accuracy {kept['accuracy']:.2f} %")
     for name, score in (content["tta"] or {}).items():
         say(f"with test-time augmentation ({name}): accuracy {score['accuracy']:.2f} %, loss {score['loss']:.4f}")
-    say(written)
 
 
 def evaluations(contents: list[dict[str, Any]]) -> None:

@@ -4,30 +4,71 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageFile
 
 from ..errors import UsageError
 from ..recipe import Recipe
 from ..training import optim
 from ..training.lr_finder import History, Suggestions, Trial, smooth
-from .analysis import Mistake
+from . import lettering
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
+COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 FORMATS = ("png", "svg", "pdf")
+DPI = 220
+MOST_CLASSES, ROOMY = 30, 14  # that a picture tells apart; that leave room for two lines in a cell
+FEW = 30  # images of a calibration bin, below which it is marked
+FAINT: dict[str, Any] = dict(facecolor="#cfe3f1", edgecolor=BLUE, hatch="////", linewidth=0)  # their bars
+Size = tuple[float, float]  # in inches
 
 
 def render(figure: Figure, format: str = "png") -> bytes:
-    """The figure as a file of this format: png, svg or pdf."""
+    """The figure as a file of this format: png in 256 colours, svg or pdf."""
+    lettering.choose_fonts(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=format, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # which choose_fonts has said
+        figure.savefig(buffer, format=format, dpi=DPI)
+    if format == "svg":
+        return _titled(buffer.getvalue())
+    return _in_few_colours(buffer.getvalue()) if format == "png" else buffer.getvalue()
+
+
+def _in_few_colours(png: bytes) -> bytes:
+    """The picture in 256 colours, of which those of lines and letters are exact: a quarter of the size."""
+    reader = ImageFile.Parser()
+    reader.feed(png)
+    picture = reader.close().convert("RGB")
+    exact = np.array([to_rgb(colour) for colour in ("white", "black", *COLOURS)]) * 255
+    found: np.ndarray = np.reshape(picture.quantize(256 - len(exact)).getpalette() or [], (-1, 3))
+    far = np.abs(found[:, None] - exact).max(2).min(1) > 8  # Pillow does not tell neighbours apart
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(np.concatenate([exact.round(), found[far]]).astype(np.uint8).ravel().tolist())
+    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(buffer := io.BytesIO(), "png", optimize=True)
     return buffer.getvalue()
+
+
+def _hover(artist: Artist, text: str) -> None:
+    """What an svg shows where the mouse rests on the artist."""
+    artist.set_gid(f"hover: {text}")
+
+
+def _titled(svg: bytes) -> bytes:
+    return re.sub(rb'<g id="hover: ([^"]*)">', rb"<g><title>\1</title>", svg)
 
 
 def check_format(format: str) -> None:
@@ -35,12 +76,7 @@ def check_format(format: str) -> None:
         raise UsageError(f"--format {format}: it is {', '.join(FORMATS)}")
 
 
-def _plain(name: str) -> str:
-    """A name that Matplotlib does not take for mathematics."""
-    return name.replace("$", r"\$")
-
-
-def _figure(columns: int = 1, size: tuple[float, float] = (7, 4.2), **options: Any) -> tuple[Figure, np.ndarray]:
+def _figure(columns: int = 1, size: Size = (7, 4.2), **options: Any) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(columns, squeeze=False, **options)[:, 0] if options else figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
@@ -49,46 +85,81 @@ def _figure(columns: int = 1, size: tuple[float, float] = (7, 4.2), **options: A
     return figure, axes
 
 
-def curves(
-    history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test", target: float | None = None, *, stacked: bool = False
-) -> Figure:
-    """Loss and accuracy by epoch, on the training images and on those evaluated on; side by side, or stacked.
+def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test", target: float | None = None) -> Figure:
+    """Loss and accuracy by epoch, side by side, on the training images and on those evaluated on.
 
     `target` is an accuracy in percent, drawn as a line.
     """
-    figure, (left, right) = _figure(2, (7, 7.6), sharex=True) if stacked else _figure(2, (11, 4.2))
-    epochs = [row["epoch"] for row in history]
-    objective = "train (augmented, label smoothing)" if recipe.label_smoothing else "train (augmented)"
-    for axis, quantity, trained in ((left, "loss", objective), (right, "accuracy", "train (augmented)")):
-        axis.plot(epochs, [row[f"train_{quantity}"] for row in history], color=BLUE, label=trained, marker=".")
-        axis.plot(epochs, [row[f"test_{quantity}"] for row in history], color=RED, label=evaluated_on, marker=".")
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    if target is not None:
-        right.axhline(target, color=GREY, linewidth=1, linestyle=":", label=f"target, {target:g} %")
-    last = history[-1]
-    left.set(title="Loss", ylabel="mean over the images")
-    right.set(title="Accuracy", ylabel="percent")
-    for axis in (left, right):
-        axis.legend(frameon=False)
-    figure.suptitle(f"{_plain(recipe.title)}, seed {recipe.seed}: {last['test_accuracy']:.2f} % {evaluated_on} accuracy")
+    figure, (left, right) = _figure(2, (11, 4.2))
+    _draw_curve(left, "loss", history, recipe, evaluated_on)
+    _draw_curve(right, "accuracy", history, recipe, evaluated_on, target)
+    left.set_title("Loss")
+    right.set_title("Accuracy")
+    last = f"{history[-1]['test_accuracy']:.2f} % {evaluated_on} accuracy"
+    figure.suptitle(f"{lettering.title(recipe.title)}, seed {recipe.seed}: {last}")
     return figure
 
 
-def learning_rate(recipe: Recipe, steps_per_epoch: int) -> Figure:
+def curve(quantity: str, history: Sequence[dict], recipe: Recipe, evaluated_on: str, size: Size) -> Figure:
+    """One of the two curves, "loss" or "accuracy", with its values on hover."""
+    figure, (axis,) = _figure(size=size)
+    _draw_curve(axis, quantity, history, recipe, evaluated_on)
+    form = "{:.4f}" if quantity == "loss" else "{:.2f} %"
+    for row in history:
+        for kind, name in (("train", "train"), ("test", evaluated_on)):
+            value = row[f"{kind}_{quantity}"]
+            point = axis.scatter(row["epoch"], value, s=150, alpha=0)
+            _hover(point, f"epoch {row['epoch']}: {name} {quantity} {form.format(value)}")
+    return figure
+
+
+def _draw_curve(
+    axis: Axes, quantity: str, history: Sequence[dict], recipe: Recipe, evaluated_on: str, target: float | None = None
+) -> None:
+    smoothed = quantity == "loss" and recipe.label_smoothing
+    objective = "train (augmented, label smoothing)" if smoothed else "train (augmented)"
+    epochs = [row["epoch"] for row in history]
+    for key, colour, label in (("train", BLUE, objective), ("test", RED, evaluated_on)):
+        axis.plot(epochs, [row[f"{key}_{quantity}"] for row in history], color=colour, label=label, marker=".")
+    if target is not None:
+        axis.axhline(target, color=GREY, linewidth=1, linestyle=":", label=f"target, {target:g} %")
+    axis.set(xlabel="epoch", ylabel="mean over the images" if quantity == "loss" else "percent")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(frameon=False)
+    _leave_out_the_first(axis, history, quantity)
+
+
+def _leave_out_the_first(axis: Axes, history: Sequence[dict], quantity: str) -> None:
+    """Where the first epoch would take half of the axis from all later ones, it is a note at the axis' edge."""
+    first, *later = ([row[f"{key}_{quantity}"] for key in ("train", "test")] for row in history)
+    if len(later) < 3:
+        return
+    low, high = np.min(later), np.max(later)
+    if max(max(first) - high, low - min(first)) <= 0.5 * (high - low):
+        return
+    room, above = 0.15 * (high - low), quantity == "loss"
+    low, high = (low - room / 3, high + room) if above else (low - room, high + room / 3)
+    axis.set_ylim(low, high)
+    note = f" epoch 1: {', '.join(f'{value:.3g}' for value in first)}"
+    place = (history[1]["epoch"], high if above else low)
+    axis.text(*place, note, va="top" if above else "bottom", fontsize=8, color=GREY)
+
+
+def learning_rate(recipe: Recipe, steps_per_epoch: int, size: Size = (7, 4.2)) -> Figure:
     """The learning rate at every step of a run, from the function that training uses."""
-    figure, (axis,) = _figure()
+    figure, (axis,) = _figure(size=size)
     total = recipe.epochs * steps_per_epoch
     lr = [optim.learning_rate(recipe, step, total)[0] for step in range(total)]
     epochs = (np.arange(total) + 1) / steps_per_epoch
     axis.plot(epochs, lr, color=BLUE)
     peak = int(np.argmax(lr))
-    axis.plot(epochs[peak], lr[peak], "o", color=RED)
-    axis.annotate(f"{lr[peak]:.4g} at epoch {epochs[peak]:.3g}", (epochs[peak], lr[peak]), (8, -2), textcoords="offset points")
+    (point,) = axis.plot(epochs[peak], lr[peak], "o", color=RED)
+    text = f"{lr[peak]:.4g} at epoch {epochs[peak]:.3g}"
+    _hover(point, text)
+    axis.annotate(text, (epochs[peak], lr[peak]), (8, -2), textcoords="offset points")
     axis.annotate(f"{lr[-1]:.2g}", (epochs[-1], lr[-1]), (-28, 4), textcoords="offset points", ha="right")
-    axis.set(
-        xlabel="epoch", ylabel="learning rate", title=f"One-cycle learning rate of {recipe.recipe}, step by step", ylim=(0, None)
-    )
+    axis.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+    axis.set_title(f"One-cycle learning rate of {lettering.name(recipe.recipe, 40)}, step by step" if size[0] > 5 else "")
     return figure
 
 
@@ -117,16 +188,26 @@ def lr_finder(
 
     Below it, where there was a sweep, the accuracies that its trainings reached.
     """
-    figure, (axis, *below) = _figure(2, (8, 8.4), sharex=True, height_ratios=(5, 4)) if sweep else _figure(size=(8, 5.2))
+    figure, (axis, *below) = _figure(2, (8, 10), height_ratios=(5, 4)) if sweep else _figure(size=(8, 6))
     _draw_range_test(axis, history, suggestions, trials)
-    if step_mode == "exp":
-        axis.set_xscale("log")
-    axis.set(xlabel="learning rate", ylabel="training loss", title=f"Learning-rate range test of {_plain(recipe.title)}")
-    axis.legend(frameon=False, fontsize=9)
+    for each in (axis, *below):
+        each.set_xscale("log" if step_mode == "exp" else "linear")
+    axis.set(xlabel="learning rate", ylabel="training loss", title=_answer(suggestions, recipe))
+    _legend_below(axis)
     for under in below:
-        axis.set_xlabel("")
         _draw_sweep(under, sweep, suggestions)
     return figure
+
+
+def _answer(suggestions: Suggestions, recipe: Recipe) -> str:
+    of = f"learning-rate range test of {lettering.title(recipe.title)}"
+    if suggestions.max_lr is None or suggestions.min_lr is None:
+        return f"No rate is recommended: {of}"
+    return f"Train from {suggestions.min_lr:.3g} to {suggestions.max_lr:.3g}: {of}"
+
+
+def _legend_below(axis: Axes) -> None:
+    axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def _draw_range_test(axis: Axes, history: History, suggestions: Suggestions, trials: Sequence[Trial]) -> None:
@@ -169,7 +250,7 @@ def _draw_sweep(axis: Axes, sweep: Sequence[dict[str, Any]], suggestions: Sugges
         axis.set_ylim(max(axis.get_ylim()[0], max(row["accuracy"] for row in ended) - 20), None)
     title = f"Holdout accuracy after {sweep[0]['epochs']} epochs with this maximum"
     axis.set(xlabel="learning rate", ylabel="percent", title=title)
-    axis.legend(frameon=False, fontsize=9)
+    _legend_below(axis)
 
 
 def evaluation(content: dict[str, Any]) -> dict[str, Figure]:
@@ -178,131 +259,125 @@ def evaluation(content: dict[str, Any]) -> dict[str, Figure]:
     right = f"{what}: {content['accuracy']:.2f} % right"
     bins, error, loss = (content[key] for key in ("reliability", "calibration_error", "loss"))
     return {
-        "confusion_matrix": confusion_matrix(content["confusion_matrix"], list(content["classes"]), right),
+        "confusion_matrix": confusion_matrix(content["confusion_matrix"], list(content["classes"]), f"Confusion matrix. {right}"),
         "class_accuracy": class_accuracy(content["classes"], right),
         "reliability": reliability(bins, error, loss, f"How far confidence can be believed: {what}"),
     }
 
 
-def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> Figure:
-    """Counts, true classes down and predicted across; the colour shows the mistakes, the diagonal is left white."""
+def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str, size: Size | None = None) -> Figure:
+    """True classes down, predicted across; in a cell the images and their percent of the row. Without the numbers above 30 classes.
+
+    Blue is right and orange wrong, each darker the larger its share of the true class is.
+    """
     counts = np.asarray(matrix)
-    wrong = counts * (1 - np.eye(len(counts), dtype=int))
-    side = max(6.6, 1 + 0.5 * len(counts))
-    figure, (axis,) = _figure(size=(side + 0.9, side))
+    shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    right, many = np.eye(len(counts), dtype=bool), len(counts) > MOST_CLASSES
+    side = 8 if many else max(6.6, 1.2 + (0.62 if len(counts) <= ROOMY else 0.4) * len(counts))
+    figure, (axis,) = _figure(size=size or (side + 1.2, side))
     axis.grid(visible=False)
-    image = axis.imshow(np.ma.masked_equal(wrong, 0), cmap="Oranges", vmin=0, vmax=max(1, wrong.max()))
-    for (row, column), count in np.ndenumerate(counts):
-        shown = dict(color="white" if row != column and count > 0.6 * wrong.max() else "black")
-        axis.text(column, row, count or "", ha="center", va="center", weight="bold" if row == column else "normal", **shown)
-    names = [_plain(name) for name in classes]
-    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="predicted class", ylabel="true class", title=title)
-    figure.colorbar(image, label="mistakes", shrink=0.8, ticks=MaxNLocator(integer=True))
+    most = max(1.0, np.where(right, 0, shares).max())
+    wrong = ScalarMappable(Normalize(0, most), "Oranges")
+    cells = np.where(right[..., None], colormaps["Blues"](shares / 250), wrong.to_rgba(shares))
+    cells[counts == 0] = 1
+    axis.imshow(cells, interpolation="nearest")
+    if not many:
+        _write_cells(axis, counts, shares, classes, size is not None)
+    every = -(-len(classes) // MOST_CLASSES)
+    names = [lettering.name(name) for name in classes[::every]]
+    axis.set_xticks(range(0, len(classes), every), names, rotation=45, ha="right")
+    axis.set_yticks(range(0, len(classes), every), names)
+    axis.set(xlabel="predicted class", ylabel="true class", title=lettering.title(title))
+    if size is None:
+        figure.colorbar(
+            wrong, ax=axis, label="mistakes, percent of the true class", shrink=0.8, ticks=MaxNLocator(steps=(1, 2, 5, 10))
+        )
     return figure
 
 
-def class_accuracy(classes: dict[str, dict[str, float]], title: str) -> Figure:
-    """The share of each true class that is predicted right, as bars, the worst on top; `classes` as in `evaluation.json`."""
-    figure, (axis,) = _figure(size=(7, 0.9 + 0.32 * len(classes)))
-    names = sorted(reversed(classes), key=lambda name: -classes[name]["recall"])
+def _write_cells(axis: Axes, counts: np.ndarray, shares: np.ndarray, classes: Sequence[str], small: bool) -> None:
+    """The number of images in each cell that has any, and what percent of its row they are; where there is little room, on hover."""
+    darkest = np.where(np.eye(len(counts), dtype=bool), 0, shares).max()
+    for (row, column), count in np.ndenumerate(counts):
+        if not count:
+            continue
+        text, right = f"{count:,}", row == column
+        if small:
+            cell = axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, alpha=0))
+            _hover(cell, f"{count:,} of {classes[row]} predicted as {classes[column]}: {shares[row, column]:.1f} %")
+        elif len(counts) <= ROOMY:
+            text += f"\n{shares[row, column]:.1f} %"
+        colour = "white" if not right and shares[row, column] > 0.6 * darkest else "black"
+        if not small or len(counts) <= ROOMY:
+            weight = "bold" if right else "normal"
+            written = axis.text(column, row, text, ha="center", va="center", weight=weight, color=colour, fontsize=8)
+            written.set_in_layout(False)  # it lies inside of its cell
+
+
+def class_accuracy(classes: dict[str, dict[str, float]], title: str, size: Size | None = None) -> Figure:
+    """The share of each true class that is predicted right, as bars, the worst on top; `classes` as in `evaluation.json`.
+
+    Of more than 30 classes the 30 worst.
+    """
+    names = sorted(reversed(classes), key=lambda name: -classes[name]["recall"])[-MOST_CLASSES:]
+    if len(names) < len(classes):
+        title += f"\nthe {len(names)} worst of {len(classes):,} classes"
+    figure, (axis,) = _figure(size=size or (7, 0.9 + 0.32 * len(names)))
     recall = [classes[name]["recall"] for name in names]
-    bars = axis.barh([_plain(name) for name in names], recall, color=BLUE)
+    bars = axis.barh(range(len(names)), recall, color=BLUE)
+    for bar, name in zip(bars, names, strict=True):
+        _hover(bar, f"{name}: {classes[name]['recall']:.2f} % right")
     axis.bar_label(bars, [f"{value:.1f} %" for value in recall], padding=3)
-    axis.set(xlim=(0, 112), xticks=range(0, 101, 20), xlabel="percent of the class predicted right", title=title)
+    axis.set_yticks(range(len(names)), [lettering.name(name) for name in names])
+    axis.set(xlim=(0, 116), xticks=range(0, 101, 20), xlabel="percent of the class predicted right", title=lettering.title(title))
     axis.grid(visible=False, axis="y")
     return figure
 
 
-def reliability(bins: Sequence[dict[str, Any]], calibration_error: float, loss: float, title: str) -> Figure:
-    """Accuracy by confidence with the diagonal of perfect calibration, over the count of images in each bin."""
-    figure, (axis, below) = _figure(2, (6.4, 6.2), sharex=True, height_ratios=(3, 1))
+def reliability(
+    bins: Sequence[dict[str, Any]], calibration_error: float, loss: float, title: str, size: Size = (6.4, 6.2)
+) -> Figure:
+    """Accuracy by confidence with the diagonal of perfect calibration, over the count of images in each bin.
+
+    Bins of fewer than 30 images are hatched.
+    """
+    figure, (axis, below) = _figure(2, size, sharex=True, height_ratios=(3, 1))
     centres, width = [(row["from"] + row["to"]) / 2 for row in bins], bins[0]["to"] - bins[0]["from"]
-    axis.bar(centres, [row["accuracy"] or 0 for row in bins], 0.92 * width, color=BLUE, label="accuracy of the bin")
+    bars = axis.bar(centres, [row["accuracy"] or 0 for row in bins], 0.92 * width, color=BLUE, label="accuracy of the bin")
     filled = [row for row in bins if row["count"]]
     axis.plot([r["confidence"] for r in filled], [r["accuracy"] for r in filled], "o", color=RED, label="at its mean confidence")
     axis.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="perfectly calibrated")
     numbers = f"expected calibration error {calibration_error:.2f} %, negative log likelihood {loss:.4f}"
-    axis.set(ylabel="accuracy, percent", title=f"{title}\n{numbers}", ylim=(0, 103), xlim=(0, 100))
-    below.bar(centres, [row["count"] for row in bins], 0.92 * width, color=GREY)
+    axis.set(ylabel="accuracy, percent", ylim=(0, 103), xlim=(0, 100))
+    axis.set_title(f"{lettering.title(title)}\n{numbers}" if title else "")
+    counts = below.bar(centres, [row["count"] for row in bins], 0.92 * width, color=GREY)
     below.set(xlabel="confidence: probability of the predicted class, percent", ylabel="images")
-    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=9)
-    return figure
-
-
-def _cells(count: int, columns: int, width: float, title: str) -> tuple[Figure, list[Axes]]:
-    """Axes without frames in rows, for `count` images of that width in inches, each with up to three lines of text above."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(max(width * columns, 5.1 if title else 0), 2.2 * rows + (0.4 if title else 0)), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.axis("off")
-    if title:
-        figure.suptitle(title, fontsize=11, wrap=True)
-    return figure, axes
-
-
-def misclassified(images: np.ndarray, shown: Sequence[Mistake], title: str) -> Figure:
-    """A grid of mistakes, uint8 images (N, 32, 32, 3): the class predicted with its confidence, the true one, and the image's name."""
-    figure, axes = _cells(len(shown), 5, 1.7, title)
-    for axis, image, mistake in zip(axes, images, shown, strict=False):
-        axis.imshow(image, interpolation="nearest")
-        lines = f"{mistake.predicted}, {100 * mistake.confidence:.0f} %", f"true: {mistake.true}", mistake.caption
-        axis.set_title(_plain("\n".join(lines)), fontsize=9)
-    return figure
-
-
-def grad_cam(images: np.ndarray, predicted: np.ndarray, true: np.ndarray, shown: Sequence[Mistake], title: str) -> Figure:
-    """Each mistake three times: plain, and under the Grad-CAM maps of the class predicted and of the true one.
-
-    Maps are float (N, 32, 32) in 0 to 1; bright is where the class was seen. Images are uint8 (N, 32, 32, 3).
-    """
-    figure, axes = _cells(len(shown), 2, 4.6, title)
-    for axis, image, mistake, *maps in zip(axes, images, shown, predicted, true, strict=False):
-        for column, heat in enumerate([None, *maps]):
-            extent = (34 * column, 34 * column + 32, 32, 0)
-            axis.imshow(image, interpolation="nearest", extent=extent)
-            if heat is not None:
-                options = dict(alpha=0.25 + 0.4 * heat, vmin=0, vmax=1, interpolation="bilinear")
-                axis.imshow(heat, cmap="inferno", extent=extent, **options)
-        axis.set(xlim=(-5, 105), ylim=(32, 0))
-        for left, kind, name in ((34, "predicted", mistake.predicted), (68, "true", mistake.true)):
-            text = f"{kind}: {_plain(name)}\n{100 * mistake.probabilities[name]:.1f} %"
-            axis.text(left + 16, -1, text, ha="center", va="bottom", fontsize=9)
-    return figure
-
-
-def samples(images: np.ndarray, views: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """One row a class: its image, uint8 (C, 32, 32, 3), and the augmented views of it, uint8 (C, V, 32, 32, 3)."""
-    count = views.shape[1] + 1
-    figure = Figure(figsize=(0.95 * count + 1.1, 0.98 * len(images) + 0.5), layout="constrained")
-    grid = figure.subplots(len(images), count, squeeze=False)
-    for row, image, seen, name in zip(grid, images, views, classes, strict=True):
-        for axis, picture in zip(row, [image, *seen], strict=True):
-            axis.imshow(picture, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        row[0].set_ylabel(_plain(name), rotation=0, ha="right", va="center")
-    grid[0, 0].set_title("image", fontsize=10)
-    grid[0, 1].set_title("as training sees it", fontsize=10, loc="left")
-    figure.suptitle(title, fontsize=11)
+    handles = axis.get_legend_handles_labels()[0]
+    for row, *pair in zip(bins, bars, counts, strict=True):
+        if row["count"]:
+            text = f"{row['from']:.0f} to {row['to']:.0f} %: {row['count']:,} images, {row['accuracy']:.1f} % right"
+            _hover(pair[0], text)
+            _hover(pair[1], text)
+        if row["count"] < FEW:
+            pair[0].set(**FAINT)
+    if any(0 < row["count"] < FEW for row in bins):
+        handles.append(Patch(**FAINT, label=f"fewer than {FEW} images"))
+    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
 def comparison(groups: Sequence[dict[str, Any]], evaluated_on: str) -> Figure:
     """Accuracy by epoch of several groups of runs: the mean of each, and the range of its seeds; `groups` as `compare` has them."""
-    figure, (axis,) = _figure(size=(8, 4.8))
+    figure, (axis,) = _figure(size=(8, 4.8 + 0.2 * len(groups)))
     styles = [(colour, line) for line in ("-", "--", ":") for colour in (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)]
     for group, (colour, line) in zip(groups, itertools.cycle(styles)):
         by_run = np.array([run["test_accuracy"] for run in group["runs"]])
         epochs = np.arange(by_run.shape[1]) + 1
         spread = f" ± {group['std']:.2f}" if group["std"] is not None else ""
-        label = f"{_plain(group['label'])}: {group['mean']:.2f}{spread} %, n = {group['n']}"
+        label = f"{lettering.name(group['label'], 60)}: {group['mean']:.2f}{spread} %, n = {group['n']}"
         axis.plot(epochs, by_run.mean(0), color=colour, linestyle=line, label=label, marker=".")
         axis.fill_between(epochs, by_run.min(0), by_run.max(0), color=colour, alpha=0.15, linewidth=0)
     axis.set(xlabel="epoch", ylabel="percent", title=f"{evaluated_on.capitalize()} accuracy by epoch")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     return figure

@@ -209,3 +209,16 @@ def test_json_is_what_the_file_holds_and_nothing_else_is_printed(tiny_run, unfin
     code, out, err = cli("evaluate", tiny_run, unfinished, "--json")
     assert (code, [each["checkpoint"] for each in json.loads(out)]) == (0, [str(run / "checkpoint.pt") for run in (tiny_run, unfinished)])
     assert "the run stands at epoch 1 of 2" in err
+
+
+def test_the_figures_are_known_before_the_pictures_are_drawn(tiny_run, tmp_path, cli, monkeypatch):
+    """So that a picture that cannot be drawn takes nothing else along."""
+
+    def fails(figure, format="png"):
+        raise MemoryError("no room for a picture")
+
+    monkeypatch.setattr("cifar_resnet.look.figures.render", fails)
+    code, out, err = cli("evaluate", tiny_run, "--run-dir", tmp_path)
+    assert (code, err) == (1, "cifar-resnet: no room for a picture\n")
+    assert "% of 40 images" in out
+    assert json.loads((tmp_path / "evaluation.json").read_text())["images"] == 40

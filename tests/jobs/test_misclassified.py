@@ -12,7 +12,7 @@ from PIL import Image
 from cifar_resnet import CifarResnetError, Recipe, load_checkpoint, misclassified, train
 from cifar_resnet.data.datasets import load
 from cifar_resnet.errors import UsageError
-from cifar_resnet.look import figures
+from cifar_resnet.look import pictures
 
 
 def test_every_mistake_is_listed(tiny_run, tmp_path, cli):
@@ -37,8 +37,8 @@ def test_the_pictures_show_those_chosen(tiny_run, tmp_path, monkeypatch, no_figu
     """The images shown are those of the mistakes beside them, in the same order; every title says which they are."""
     drawn = {}
     for name in ("misclassified", "grad_cam"):
-        draw = getattr(figures, name)
-        monkeypatch.setattr(figures, name, lambda *given, name=name, draw=draw: drawn.update({name: given}) or draw(*given))
+        draw = getattr(pictures, name)
+        monkeypatch.setattr(pictures, name, lambda *given, name=name, draw=draw: drawn.update({name: given}) or draw(*given))
     every = misclassified(tiny_run, tmp_path)
     counts = {}
     for each in every:
@@ -49,9 +49,9 @@ def test_the_pictures_show_those_chosen(tiny_run, tmp_path, monkeypatch, no_figu
     assert chosen == [each for each in every if each.true == true]
     images = load(load_checkpoint(tiny_run).recipe).evaluation
     place = {index: position for position, index in enumerate(images.indices.tolist())}
-    for name, (pictures, *_, shown, title) in drawn.items():
+    for name, (photos, *_, shown, title) in drawn.items():
         assert shown == chosen[:2]
-        assert [picture.tobytes() for picture in pictures] == [images.images[place[each.index]].tobytes() for each in shown]
+        assert [picture.tobytes() for picture in photos] == [images.images[place[each.index]].tobytes() for each in shown]
         assert title.endswith(f"2 surest of {most} mistakes in 40 test images, true class {true}"), name
     assert drawn["grad_cam"][-1].startswith("Grad-CAM at layer3: ")
     assert {path.name for path in tmp_path.glob("*.pdf")} == {"misclassified.pdf", "gradcam.pdf"}
@@ -83,6 +83,36 @@ def test_labels_that_may_be_wrong_come_first(own_images, tmp_path, cli, no_figur
         table = list(csv.DictReader(file))
     assert [{**row, "index": int(row["index"]), "score": float(row["score"])} for row in table] == rows
     assert files_in(tmp_path / "odd") == ["bright/dark/=odd, one.png"]
+
+
+def test_where_there_is_no_mistake_the_least_sure_images_are_shown(tiny_run, tmp_path, cli, no_figures, monkeypatch):
+    """A run without any, made by taking the predictions for the labels."""
+    from cifar_resnet.jobs import misclassified as job
+
+    logits_of, drawn = job.logits_of, {}
+
+    def all_right(*given):
+        found = logits_of(*given)
+        return found._replace(labels=found.logits.argmax(1))
+
+    monkeypatch.setattr(job, "logits_of", all_right)
+    for name in ("misclassified", "grad_cam"):
+        monkeypatch.setattr(pictures, name, lambda *given, name=name: drawn.update({name: given}))
+    code, out, _ = cli("misclassified", tiny_run, "--count", 3, "--run-dir", tmp_path)
+    assert code == 0
+    title = "No mistake in 40 test images. The 3 least sure, all right"
+    assert title in out
+    found = json.loads((tmp_path / "misclassified.json").read_text())
+    assert found["mistakes"] == []
+    judged = logits_of(tiny_run, None, "cpu", print)
+    confidences = (judged.logits.double() / judged.checkpoint.temperature).softmax(1).max(1).values.sort().values
+    assert [each["confidence"] for each in found["least_sure"]] == pytest.approx(confidences[:3].tolist())
+    assert all(each["true"] == each["predicted"] for each in found["least_sure"])
+    for *_, shown, drawn_title in drawn.values():
+        assert [each.index for each in shown] == [each["index"] for each in found["least_sure"]]
+        assert drawn_title.endswith(title)
+    assert (tmp_path / "gradcam.png").exists()
+    assert misclassified(tiny_run, tmp_path) == []
 
 
 def test_what_cannot_be_chosen_is_refused(refused, tiny_run, tmp_path):

@@ -1,11 +1,18 @@
+import html
+import io
+import re
+from xml.etree import ElementTree
+
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cifar_resnet import Recipe
 from cifar_resnet.errors import UsageError
 from cifar_resnet.look import figures
-from cifar_resnet.look.analysis import Mistake, reliability
+from cifar_resnet.look.analysis import reliability
 from cifar_resnet.training.lr_finder import History, Trial, suggest
 
 CLASSES = ("ant", "bee", "cat", "dog")
@@ -15,10 +22,31 @@ def test_the_confusion_matrix_shows_its_counts():
     matrix = [[5, 1, 0, 0], [0, 4, 2, 0], [0, 0, 7, 0], [3, 0, 0, 3]]
     axis = figures.confusion_matrix(matrix, CLASSES, "title").axes[0]
     shown = {tuple(map(int, text.get_position())): text.get_text() for text in axis.texts}
-    for row in range(4):
-        for column in range(4):
-            assert shown[column, row] == (str(matrix[row][column]) if matrix[row][column] else "")
+    for row, counts in enumerate(matrix):
+        for column, count in enumerate(counts):
+            text = f"{count}\n{100 * count / sum(counts):.1f} %"
+            assert shown.get((column, row)) == (text if count else None)
     assert [label.get_text() for label in axis.get_xticklabels()] == list(CLASSES)
+    colours = axis.images[0].get_array()[..., :3]
+    assert all(blue > red for red, _, blue in colours[range(4), range(4)])
+    assert all(red > blue for red, _, blue in colours[[0, 1, 3], [1, 2, 0]])
+    assert (colours[0, 2] == 1).all()
+
+
+@pytest.mark.parametrize("count", [60, 400])
+def test_pictures_of_many_classes_stay_small(count):
+    classes = {f"class {i}": {"recall": i / 5} for i in range(count)}
+    matrix = figures.confusion_matrix(np.eye(count, dtype=int), list(classes), "title")
+    accuracy = figures.class_accuracy(classes, "title")
+    for figure in (matrix, accuracy):
+        axis = figure.axes[0]
+        assert max(figure.get_size_inches()) <= 12
+        assert len(axis.get_yticklabels()) <= 30
+        assert len(axis.texts) <= 30
+    labels = [label.get_text() for label in matrix.axes[0].get_yticklabels()]
+    assert labels == list(classes)[:: count // 30 + (count % 30 > 0)]
+    assert [label.get_text() for label in accuracy.axes[0].get_yticklabels()] == [f"class {i}" for i in range(29, -1, -1)]
+    assert f"the 30 worst of {count} classes" in accuracy.axes[0].get_title()
 
 
 def test_curves_show_the_history():
@@ -30,15 +58,31 @@ def test_curves_show_the_history():
     assert "holdout" in left.get_legend().get_texts()[1].get_text()
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_the_accuracy_curve_has_a_line_only_where_a_target_is_given(stacked):
+@pytest.mark.parametrize("first", [2.4, 40.0])
+def test_the_first_epoch_does_not_rule_the_axis(first):
+    """One that lies far from all others is a note; one that does not stays."""
+    losses = [first, 2.0, 1.5, 1.2, 1.0]
+    history = [
+        {"epoch": i + 1, "train_loss": loss, "test_loss": loss, "train_accuracy": 100 - loss, "test_accuracy": 100 - loss}
+        for i, loss in enumerate(losses)
+    ]
+    for axis, inside in zip(figures.curves(history, Recipe()).axes, ([1.0, 2.0], [98.0, 99.0]), strict=True):
+        low, high = axis.get_ylim()
+        assert low < inside[0] < inside[1] < high
+        assert (high - low < 2) or first < 3
+        notes = [text.get_text().strip() for text in axis.texts]
+        value = first if axis.get_title() == "Loss" else 100 - first
+        assert notes == ([] if first < 3 else [f"epoch 1: {value:.3g}, {value:.3g}"])
+
+
+def test_the_accuracy_curve_has_a_line_only_where_a_target_is_given():
     keys = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
     history = [{"epoch": epoch, **dict.fromkeys(keys, 10.0 * epoch)} for epoch in (1, 2)]
     for evaluated_on in ("test", "holdout"):
-        for axis in figures.curves(history, Recipe(), evaluated_on, stacked=stacked).axes:
+        for axis in figures.curves(history, Recipe(), evaluated_on).axes:
             assert len(axis.lines) == 2
             assert [text.get_text().split(" ")[0] for text in axis.get_legend().get_texts()] == ["train", evaluated_on]
-    left, right = figures.curves(history, Recipe(), "test", 93.5, stacked=stacked).axes
+    left, right = figures.curves(history, Recipe(), "test", 93.5).axes
     assert len(left.lines) == 2
     assert list(right.lines[2].get_ydata()) == [93.5, 93.5]
     assert right.get_legend().get_texts()[2].get_text() == "target, 93.5 %"
@@ -70,22 +114,9 @@ def test_the_reliability_diagram_shows_its_bins():
     points = above.lines[0]
     assert points.get_xdata().tolist() == [row["confidence"] for row in bins if row["count"]]
     assert above.get_title().endswith("\nexpected calibration error 1.23 %, negative log likelihood 0.5000")
-
-
-def test_the_grids_name_predicted_and_true_class():
-    images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
-    shown = [Mistake(i, i, "cat", "dog", 0.9 - i / 100, {"cat": 0.1, "dog": 0.9 - i / 100}) for i in range(7)]
-    used = [axis for axis in figures.misclassified(images, shown, "t").axes if axis.images]
-    assert len(used) == 7
-    assert used[3].get_title() == "dog, 87 %\ntrue: cat"
-    assert np.array_equal(used[3].images[0].get_array(), images[3])
-    of_predicted, of_true = np.full((7, 32, 32), 0.25), np.full((7, 32, 32), 0.75)
-    used = [axis for axis in figures.grad_cam(images, of_predicted, of_true, shown, "t").axes if axis.images]
-    assert len(used) == 7
-    assert [text.get_text() for text in used[3].texts] == ["predicted: dog\n87.0 %", "true: cat\n10.0 %"]
-    pictures = [picture.get_array() for picture in used[3].images]
-    assert [np.array_equal(pictures[i], images[3]) for i in (0, 1, 3)] == [True] * 3
-    assert (pictures[2].max(), pictures[4].max()) == (0.25, 0.75)
+    assert [bool(bar.get_hatch()) for bar in above.patches] == [row["count"] < 30 for row in bins]
+    assert any(0 < row["count"] < 30 for row in bins)
+    assert any(row["count"] >= 30 for row in bins)
 
 
 def range_test():
@@ -130,16 +161,51 @@ def test_the_triangular_policy_goes_up_and_down_as_often_as_asked():
     assert len(line.get_xdata()) == 41
 
 
-def test_a_name_with_dollars_is_no_mathematics():
-    """Class names are folders' names; Matplotlib would fail on this one when it draws."""
-    names = ["$\\frac$", "plain"]
-    drawn = figures.confusion_matrix([[1, 2], [3, 4]], names, "title")
-    figures.render(drawn)
-    mistake = Mistake(0, 0, names[0], names[0], 0.9, {names[0]: 0.9})
-    image = np.zeros((1, 32, 32, 3), np.uint8)
-    figures.render(figures.misclassified(image, [mistake], "title"))
-    figures.render(figures.grad_cam(image, np.zeros((1, 32, 32)), np.zeros((1, 32, 32)), [mistake], "title"))
-    figures.render(figures.class_accuracy({names[0]: {"recall": 50.0}}, "title"))
+NASTY = ["$\\frac$_$5_", "x" * 80]
+
+
+def drawn_with(name):
+    """Every picture that names a class or a recipe, with this name in all places."""
+    classes = {name: {"recall": 50.0}, "plain": {"recall": 60.0}}
+    keys = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    recipe, group = Recipe(recipe=name, dataset=f"/data/{name}"), {"label": name, "mean": 1.0, "std": None, "n": 1}
+    history, trials, found = range_test()
+    yield figures.confusion_matrix([[1, 2], [3, 4]], list(classes), name)
+    yield figures.class_accuracy(classes, name)
+    yield figures.curves([{"epoch": 1, **dict.fromkeys(keys, 1.0)}], recipe)
+    yield figures.learning_rate(recipe, 2)
+    yield figures.lr_finder(history, found, recipe, trials=trials)
+    yield figures.comparison([{**group, "runs": [{"test_accuracy": [1.0]}]}], "test")
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_a_name_is_text_in_every_picture(name):
+    """Matplotlib would read a formula in the first one, and fail when it draws."""
+    for figure in drawn_with(name):
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            svg = figures.render(figure, "svg").decode()
+        assert name in svg or f"{name[:12]}…{name[:7]}" in svg
+        shown = re.sub("<title>.*?</title>", "", svg)
+        assert name not in shown or len(name) < 80
+
+
+def test_values_show_on_hover():
+    history = [{"epoch": i, "train_loss": 1.0, "test_loss": 0.5 / i} for i in (1, 2)]
+    svg = figures.render(figures.curve("loss", history, Recipe(), "holdout", (4, 3)), "svg").decode()
+    assert re.findall("<title>(.*?)</title>", svg)[:4] == [
+        "epoch 1: train loss 1.0000", "epoch 1: holdout loss 0.5000", "epoch 2: train loss 1.0000", "epoch 2: holdout loss 0.2500",
+    ]  # fmt: skip
+    small = figures.confusion_matrix([[5, 1], [0, 4]], ["<ant>", "bee"], "", (4, 3))
+    titles = [html.unescape(title) for title in re.findall("<title>(.*?)</title>", figures.render(small, "svg").decode())]
+    assert "1 of <ant> predicted as bee: 16.7 %" in titles
+    ElementTree.fromstring(figures.render(small, "svg"))
+
+
+def test_a_png_keeps_the_colours_of_its_lines():
+    image = Image.open(io.BytesIO(figures.render(figures.learning_rate(Recipe(), 2))))
+    assert image.size == (7 * 220, 924)
+    colours = {colour for _, colour in image.convert("RGB").getcolors()}
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (255, 255, 255)} <= colours
 
 
 @pytest.mark.parametrize(("format", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
