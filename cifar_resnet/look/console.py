@@ -65,9 +65,10 @@ def wrapped(message: str, width: int) -> str:
     lines: list[str] = []
     for line in message.splitlines():
         prose, before, typed = ("", "", "") if line.startswith("  ") else line.partition(": cifar-resnet ")
-        lines += textwrap.wrap(prose + before[:1], width, break_long_words=False, break_on_hyphens=False)
+        kept = (prose + before[:1]).replace(" %", "\xa0%")  # a number and its percent stay together
+        lines += textwrap.wrap(kept, width, break_long_words=False, break_on_hyphens=False)
         lines += [f"  {before[2:]}{typed}"] if before else [line] if not prose else []
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\xa0%", " %")
 
 
 def command(line: str, style: str | None = None) -> None:

@@ -106,3 +106,10 @@ def test_prose_is_wrapped_between_words_and_a_path_stays_whole(monkeypatch):
     assert f"{path}" in lines
     assert lines[-1] == f"  cifar-resnet train --resume {path}"
     assert all(len(line) <= 40 or path in line for line in lines)
+
+
+def test_a_number_and_its_percent_stay_together(shown):
+    for width in range(20, 40):
+        lines = shown(width, console.say, "test accuracy 98.61 % of 360 images, expected calibration error 12.80 %")
+        assert not any(line.startswith("%") for line in lines)
+        assert " ".join(lines) == "test accuracy 98.61 % of 360 images, expected calibration error 12.80 %"

@@ -190,3 +190,28 @@ def test_without_a_terminal_nothing_moves(capsys):
     with progress.progress("measuring", "rounds", 6) as tell:
         tell(3)
     assert capsys.readouterr() == ("", "")
+
+
+def test_in_a_notebook_the_table_is_one_output_that_changes(tiny_recipe, tmp_path, monkeypatch, no_figures):
+    pytest.importorskip("IPython", reason="IPython is not installed")
+    shown = []
+
+    class Handle:
+        def update(self, content):
+            shown[-1].append(content.data)
+
+    def display(content, display_id):
+        assert display_id
+        shown.append([content.data])
+        return Handle()
+
+    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr(console, "console", Console(file=io.StringIO(), force_jupyter=True, width=100))
+    monkeypatch.setattr("rich.jupyter.display", lambda *text: None)
+    with TrainingTable() as table:
+        history = train(tiny_recipe, tmp_path, watcher=table).history
+    (states,) = shown
+    assert "epoch 1/2" in states[0]
+    assert "epoch 2/2" not in states[-1]  # what moved is gone
+    for row in history:
+        assert states[-1].count(f"{row['test_accuracy']:.2f} %") >= 1
