@@ -197,12 +197,12 @@ class TrainingTable:
             self.live = None
 
     def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: Data, state: State) -> None:
+        from ..data.loaders import batch_sizes
         from ..training.runtime import Glance
 
         printable()
         self.begun, self.recipe, self.evaluated_on = True, recipe, data.evaluated_on
-        sizes = [min(recipe.batch_size, len(data.train) - first) for first in range(0, len(data.train), recipe.batch_size)]
-        self.pace = Pace(recipe, sizes, len(data.evaluation))
+        self.pace = Pace(recipe, batch_sizes(recipe, len(data.train)), len(data.evaluation))
         # Of several processes each sums up its own images.
         self.glance: Glance | None = Glance(state.totals) if environment.get("processes", 1) == 1 else None
         self.epochs_done = state.epoch

@@ -110,14 +110,14 @@ def test_the_line_tells_of_the_epoch_under_way(begun, monkeypatch):
     shown = lambda: table.line().fitted(76)  # noqa: E731
     table.live = progress.LiveLine(table.line)  # as on a terminal
     assert shown() == "epoch 1/2"
-    state.totals.copy_(torch.tensor([64.0, 48.0]))
+    state.totals.copy_(torch.tensor([47.0, 35.0]))
     now = [100.0, 101.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     step(table, state, 1, 1)
     now[0] += 1.0
     step(table, state, 1, 2)
-    # 64 images in the first two steps of 32; half a step's 32 images in the second that was timed
-    assert shown().startswith("epoch 1/2 · loss 1.00 · acc 75.0 % · 32 images/s · ends in ")
+    # 70 images in three steps: 24 in the first, which is not timed, and 23 in the second
+    assert shown().startswith("epoch 1/2 · loss 1.00 · acc 74.5 % · 23 images/s · ends in ")
     step(table, state, 1, 3)
     assert shown().startswith("epoch 1/2 · evaluating · ends in ")
     monkeypatch.setattr(console, "console", Console(file=io.StringIO(), force_jupyter=False))
