@@ -45,8 +45,8 @@ def export(
     """Writes the model that is evaluated in float32 for other programs, and gives the path.
 
     onnx: input `images`, float32 (N, 3, 32, 32), normalised; with `with_preprocessing` uint8 (N, 32, 32, 3) as image
-    libraries give them. Output `logits`, float32 (N, classes). safetensors: the state dict. Both hold the recipe and the
-    classes as metadata.
+    libraries give them. Output `logits`, float32 (N, classes). safetensors: the state dict. Both hold the recipe, the
+    classes and the temperature, by which logits are to be divided before their softmax, as metadata.
 
     Args:
         checkpoint: a checkpoint file, a run directory, or "latest": the newest run in `runs`.
@@ -62,7 +62,8 @@ def export(
         holds = "safetensors holds weights, and no computation" if format == "safetensors" else "a space always normalises itself"
         raise UsageError(f"--with-preprocessing goes with --format onnx: {holds}")
     loaded = load_checkpoint(checkpoint)
-    metadata = {"recipe": json.dumps(loaded.recipe.to_dict()), "classes": json.dumps(loaded.classes)}
+    told = {"recipe": loaded.recipe.to_dict(), "classes": loaded.classes, "temperature": loaded.temperature}
+    metadata = {name: json.dumps(value) for name, value in told.items()}
     try:
         content = _onnx(loaded, metadata, with_preprocessing) if format == "onnx" else _safetensors(loaded, metadata)
     except ImportError as error:

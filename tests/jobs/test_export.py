@@ -27,6 +27,7 @@ def test_the_onnx_model_gives_the_same_logits(with_preprocessing, tiny_run, tmp_
         np.testing.assert_allclose(found, expected[:count], rtol=1e-3, atol=1e-4)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == list(checkpoint.classes)
+    assert json.loads(metadata["temperature"]) == checkpoint.temperature
     assert Recipe.load(json.loads(metadata["recipe"])) == checkpoint.recipe
 
 
