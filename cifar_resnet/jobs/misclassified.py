@@ -93,10 +93,11 @@ def _by_label(found: Prediction) -> tuple[list[analysis.Mistake], list[dict[str,
     """The images whose label is less probable than another class, the least believed first; and the rows of `labels.ranked`."""
     recipe, split, classes = found.checkpoint.recipe, found.data.evaluation, found.data.classes
     logits = analysis.mean_logits(recipe, found.model, found.images, found.device, "flip" if recipe.flip_probability else "none")
-    scores = labels.label_scores(logits, found.labels)
-    wrong = analysis.mistakes(logits, found.labels, split, classes, found.checkpoint.temperature)
+    temperature = found.checkpoint.temperature
+    scores = labels.label_scores(logits, found.labels, temperature)
+    wrong = analysis.mistakes(logits, found.labels, split, classes, temperature)
     wrong = sorted(wrong, key=lambda mistake: float(scores[mistake.position]))
-    return wrong, labels.ranked(logits, found.labels, split, classes)
+    return wrong, labels.ranked(logits, found.labels, split, classes, temperature)
 
 
 def _write_labels(found: Prediction, rows: list[dict[str, Any]], folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -11,22 +12,23 @@ from ..data.datasets import Split
 from .analysis import probabilities
 
 
-def label_scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """How far each label can be believed, float64 (N,), from 0 to 1; below 1/2 another class is more probable.
+def label_scores(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """How far each label can be believed, float64 (N,): its probability.
 
-    The normalized margin of confident learning (Northcutt, Jiang and Chuang 2021, arXiv:1911.00068): the probability of the given
-    class, less the highest one of another class, scaled to 0 to 1.
+    Confident learning calls that self-confidence (Northcutt, Jiang and Chuang 2021, arXiv:1911.00068). Ranks measured with other
+    scores are in docs/EXPERIMENTS.md.
     """
-    believed, given = probabilities(logits), functional.one_hot(labels, logits.shape[1]).bool()
-    return (1 + believed[given] - believed.masked_fill(given, 0).amax(1)) / 2
+    return probabilities(logits, temperature)[torch.arange(len(labels)), labels]
 
 
-def ranked(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+def ranked(
+    logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...], temperature: float = 1.0
+) -> list[dict[str, Any]]:
     """Every image, the least believed label first: `index`, `name`, `given`, `suggested` and `score`.
 
     `suggested` is the most probable class but for the given one.
     """
-    scores, given = label_scores(logits, labels), functional.one_hot(labels, logits.shape[1]).bool()
+    scores, given = label_scores(logits, labels, temperature), functional.one_hot(labels, logits.shape[1]).bool()
     suggested = logits.masked_fill(given, -float("inf")).argmax(1)
     return [
         {
