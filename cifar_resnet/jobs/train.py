@@ -336,8 +336,9 @@ class _Run:
         else:
             self.watcher.step(record, self.state)
 
-    def _find_temperature(self) -> float:
-        return calibration.find_temperature(self.recipe, self.state.tested, self.data, self.device)
+    def _find_temperature(self) -> float | None:
+        accuracy = self.state.history[-1]["test_accuracy"]
+        return calibration.find_temperature(self.recipe, self.state.tested, self.data, self.device, accuracy)
 
     def _save(self, checkpoint: bool, must_succeed: bool) -> None:
         with self.state.clock.paused():

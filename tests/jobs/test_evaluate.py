@@ -35,18 +35,24 @@ def test_what_train_reports_is_what_evaluate_prints(tiny_run, tmp_path, cli):
     assert sum(row["count"] for row in found["classes"].values()) == found["images"] == 40
     assert sum(found["confusion_matrix"][i][i] for i in range(10)) == round(0.4 * found["accuracy"])
     assert set(found["tta"]) == {"flip"}
-    assert f"expected calibration error {found['calibrated']['calibration_error']:.2f} %" in out
     assert sorted(os.listdir(tmp_path)) == ["class_accuracy.png", "confusion_matrix.png", "evaluation.json", "reliability.png"]
 
 
-def test_the_temperature_changes_loss_and_calibration_alone(tiny_run, tmp_path, no_figures):
-    checkpoint, before = load_checkpoint(tiny_run), evaluate(tiny_run, tmp_path)
-    scaled = copy.deepcopy(checkpoint.content)
+def test_the_temperature_changes_loss_and_calibration_alone(tiny_run, tmp_path, cli, no_figures):
+    """As a network does whose last layer is scaled by it. The command says both calibration errors."""
+    content = load_checkpoint(tiny_run).content
+    torch.save({**content, "temperature": 0.7}, tmp_path / "checkpoint.pt")
+    code, out, _ = cli("evaluate", tmp_path)
+    assert code == 0
+    before = json.loads((tmp_path / "evaluation.json").read_text())
+    scaled = copy.deepcopy(content)
     for name in ("model", "averaged"):
         for key in ("fc.weight", "fc.bias"):
-            scaled[name][key] /= checkpoint.temperature
+            scaled[name][key] /= 0.7
     torch.save({**scaled, "temperature": None}, tmp_path / "checkpoint.pt")
     after = evaluate(tmp_path, tmp_path / "after")
+    assert f"expected calibration error {before['calibration_error']:.2f} %" in out
+    assert f"expected calibration error {before['calibrated']['calibration_error']:.2f} %" in out
     assert after["calibrated"] is None
     assert after["accuracy"] == before["accuracy"]
     for name in ("loss", "calibration_error"):

@@ -42,16 +42,29 @@ def digits(**fields):
 def test_without_a_holdout_the_images_judged_by_are_not_looked_at():
     recipe, data = digits()
     model = build_model(recipe)
-    found = calibration.find_temperature(recipe, model, data, CPU)
-    assert found == calibration.find_temperature(recipe, model, Data(data.train, data.train.take(slice(5)), data.classes, "test"), CPU)
-    assert found == pytest.approx(calibration.fit_temperature(*augmented(recipe, model, data)), rel=1e-3)
+    others = Data(data.train, data.train.take(slice(5)), data.classes, "test")
+    found = [calibration.find_temperature(recipe, model, each, CPU, accuracy=50.0) for each in (data, others)]
+    assert found[0] == found[1] == pytest.approx(calibration.fit_temperature(*mixed(recipe, model, data)), rel=1e-3)
 
 
-def augmented(recipe, model, data):
-    """Logits and labels of the training images through the recipe's augmentation."""
-    batches = list(make_loader(data.train, recipe, CPU).epoch(recipe.epochs))
+def test_training_images_that_are_too_easy_give_no_temperature():
+    """A network that is right about 8 % or so of them, said to be right about none of the others, and about nearly as many."""
+    recipe, data = digits()
+    model = build_model(recipe)
+    logits, labels = mixed(recipe, model, data)
+    hits = 100 * (logits.argmax(1) == labels).double().mean().item()
+    assert hits > 6
+    assert calibration.find_temperature(recipe, model, data, CPU, accuracy=hits - 5.1) is None
+    assert calibration.find_temperature(recipe, model, data, CPU, accuracy=hits - 4.9) is not None
+
+
+def mixed(recipe, model, data):
+    """Logits and labels of the training images in a shuffled order, each with a quarter of the one before."""
+    order = np.random.default_rng(calibration.SEED).permutation(200)
+    (batch,) = make_loader(data.train.take(order), recipe, CPU).plain(200)
+    images = torch.stack([0.75 * batch.images[i] + 0.25 * batch.images[i - 1] for i in range(200)])
     with torch.no_grad():
-        return model.eval().logits(torch.cat([batch.images for batch in batches])), torch.cat([batch.labels for batch in batches])
+        return model.eval().logits(images), batch.labels
 
 
 def test_with_a_holdout_it_alone_is_looked_at():
@@ -60,4 +73,4 @@ def test_with_a_holdout_it_alone_is_looked_at():
     (batch,) = make_loader(data.evaluation, recipe, CPU).plain(100)
     with torch.no_grad():
         expected = calibration.fit_temperature(model.eval().logits(batch.images), batch.labels)
-    assert calibration.find_temperature(recipe, model, data, CPU) == pytest.approx(expected, rel=1e-3)
+    assert calibration.find_temperature(recipe, model, data, CPU, accuracy=0.0) == pytest.approx(expected, rel=1e-3)
