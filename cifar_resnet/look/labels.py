@@ -15,8 +15,8 @@ from .analysis import probabilities
 def label_scores(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """How far each label can be believed, float64 (N,): its probability.
 
-    Confident learning calls that self-confidence (Northcutt, Jiang and Chuang 2021, arXiv:1911.00068). Ranks measured with other
-    scores are in docs/EXPERIMENTS.md.
+    Confident learning calls that self-confidence (Northcutt, Jiang and Chuang 2021, arXiv:1911.00068). What other
+    scores find is in docs/log/confidence.md.
     """
     return probabilities(logits, temperature)[torch.arange(len(labels)), labels]
 
