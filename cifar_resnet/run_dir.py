@@ -34,6 +34,18 @@ from .training.optim import make_optimizer
 
 CHECKPOINT, RECIPE, REPEAT, LOCK, HOLDER = "checkpoint.pt", "recipe.json", "repeat.json", ".lock", ".lock-holder"
 RUNS, LATEST = Path("runs"), "latest"
+# Files that commands make of a checkpoint, and write beside it: by name, and by suffix.
+MADE_OF_CHECKPOINT = (
+    "class_accuracy",
+    "confusion_matrix",
+    "evaluation",
+    "gradcam",
+    "misclassified",
+    "model",
+    "reliability",
+    "report",
+)
+SUFFIXES = (".csv", ".html", ".json", ".md", ".onnx", ".pdf", ".png", ".safetensors", ".svg")
 ROW = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second")
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
 
@@ -227,6 +239,10 @@ class Checkpoint:
     evaluated_on: str
     environment: dict[str, Any]
     content: dict[str, Any]
+
+    def __repr__(self) -> str:
+        judged = f", {self.evaluated_on} accuracy {self.history[-1]['test_accuracy']:.2f} %" if self.history else ""
+        return f"Checkpoint({self.path}: {self.recipe.title}, epoch {len(self.history)} of {self.recipe.epochs}{judged})"
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -517,6 +533,13 @@ class RunDir:
         """Removes what a killed writer left under temporary names; with the lock held."""
         for part in self.path.glob(".*.part"):
             part.unlink(missing_ok=True)
+
+    def remove_made(self) -> list[str]:
+        """Removes what commands made of the checkpoint, which is about to change, and gives the names of the files."""
+        made = sorted(file for file in self.path.iterdir() if file.stem in MADE_OF_CHECKPOINT and file.suffix in SUFFIXES)
+        for file in made:
+            file.unlink(missing_ok=True)
+        return [file.name for file in made]
 
     def save(
         self, state: State, data: Data, environment: dict[str, Any], checkpoint: bool = True, temperature: float | None = None

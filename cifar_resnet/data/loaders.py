@@ -45,6 +45,9 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 (B,)
     weight: float = 1.0  # of this share's mean loss; over the ranks, and the steps of an epoch, the weights have the mean 1
 
+    def __repr__(self) -> str:
+        return f"Batch({len(self.labels)} images on {self.images.device})"
+
 
 class Share(NamedTuple):
     """Which part of every batch this process trains on: part `rank` of `ranks`."""

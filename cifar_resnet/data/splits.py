@@ -22,6 +22,9 @@ class Split:
     names: np.ndarray | None = None
     folder: Path | None = None
 
+    def __repr__(self) -> str:
+        return f"Split({len(self):,} images of {len(np.unique(self.labels))} classes)"
+
     def take(self, positions: np.ndarray | slice) -> Split:
         names = None if self.names is None else self.names[positions]
         return Split(self.images[positions], self.labels[positions], self.indices[positions], names, self.folder)
@@ -39,6 +42,10 @@ class Data:
     classes: tuple[str, ...]
     evaluated_on: str
     whites: Mapping[str, int] = field(default_factory=dict)  # of images of more than 8 bits; see `images.read_image`
+
+    def __repr__(self) -> str:
+        judged = f"{len(self.evaluation):,} {self.evaluated_on} images"
+        return f"Data({len(self.train):,} training images, {judged}, {len(self.classes)} classes)"
 
 
 def stratified(labels: np.ndarray, count: int, seed: int, keep_one: bool = False) -> np.ndarray:

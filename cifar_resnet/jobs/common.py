@@ -141,6 +141,11 @@ def logits_of(checkpoint: Path | str, data_dir: Path | str | None, device: str, 
     return Prediction(loaded, model, data, images, logits, labels, resolved)
 
 
+def standing(loaded: Checkpoint) -> dict[str, int]:
+    """Of which state of a run something was made: `epoch`, those done, of `epochs`."""
+    return {"epoch": loaded.content["epoch"], "epochs": loaded.recipe.epochs}
+
+
 def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
     """What `evaluation.json` holds."""
     loaded = found.checkpoint
@@ -148,7 +153,7 @@ def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
         "schema": SCHEMA,
         "checkpoint": str(loaded.path),
         "recipe": loaded.recipe.recipe,
-        "epoch": loaded.content["epoch"],
+        **standing(loaded),
         "evaluated_on": found.data.evaluated_on,
         "precision": loaded.recipe.precision,
         "environment": environment(found.device),

@@ -16,7 +16,7 @@ from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures, labels, pictures
 from ..recipe import DATASETS
 from ..run_dir import LATEST, SCHEMA, check_new_folder, csv_of, load_checkpoint, new_folder, writable, write_json, write_whole
-from .common import Prediction, grad_cams, logits_of, save_figure
+from .common import Prediction, grad_cams, logits_of, save_figure, standing
 
 
 @checked
@@ -163,6 +163,7 @@ def _origin(found: Prediction) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "checkpoint": str(found.checkpoint.path),
+        **standing(found.checkpoint),
         "evaluated_on": found.data.evaluated_on,
         "images": len(found.labels),
         "precision": found.checkpoint.recipe.precision,
@@ -197,7 +198,7 @@ def _title(
     which = f"{count} {order[sort]} {chosen} {what}" if count < chosen else f"All {chosen} {what}"
     which = f"The one {what.replace('mistakes', 'mistake').replace('labels', 'label')}" if chosen == 1 else which
     of_classes = "".join(f", {what} {name}" for what, name in (("true class", true), ("predicted", predicted)) if name)
-    images = f"{len(found.labels):,} {found.data.evaluated_on} images{of_classes}"
+    images = f"{len(found.labels):,} {found.data.evaluated_on} images{of_classes}{figures.unfinished(standing(found.checkpoint))}"
     if not chosen:
         return f"No mistake in {images}. The {unsure} least sure, all right"
     return f"{which} in {images}"

@@ -239,6 +239,8 @@ class _Run:
             planned, checkpoint, taken_over = held.enter_context(folder.resume(self.must_match))
             planned = with_statistics(resolve_precision(planned, self.device), self.data.train)
             folder.begin(planned)
+            if checkpoint and not checkpoint.finished and (made := folder.remove_made()):
+                self.watcher.warn(f"removed what was made of the checkpoint that the run goes on from: {', '.join(made)}")
         if taken_over:
             self.watcher.warn(taken_over)
         return folder.path, planned, checkpoint

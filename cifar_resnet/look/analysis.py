@@ -123,8 +123,8 @@ def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str
         "calibration_error": calibration_error(bins),
         "reliability": bins,
         "classes": {
-            name: {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1, "count": int(count)}
-            for name, precision, recall, f1, count in zip(classes, *by_class, strict=True)
+            name: {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1, "count": count}
+            for name, precision, recall, f1, count in zip(classes, *(each.tolist() for each in by_class), strict=True)
         },
         "confusion_matrix": matrix.tolist(),
         "most_confused": [
@@ -132,7 +132,7 @@ def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str
                 "true": classes[i],
                 "predicted": classes[j],
                 "count": int(matrix[i, j]),
-                "share": 100 * matrix[i, j] / matrix[i].sum(),
+                "share": 100 * float(matrix[i, j] / matrix[i].sum()),
             }
             for i, j in largest
             if off_diagonal[i, j]

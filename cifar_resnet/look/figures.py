@@ -253,9 +253,14 @@ def _draw_sweep(axis: Axes, sweep: Sequence[dict[str, Any]], suggestions: Sugges
     _legend_below(axis)
 
 
+def unfinished(content: dict[str, Any]) -> str:
+    """For a title: where a run stood that had not ended, by its `epoch` and `epochs`; nothing of one that had."""
+    return "" if content["epoch"] == content["epochs"] else f" after epoch {content['epoch']} of {content['epochs']}"
+
+
 def evaluation(content: dict[str, Any]) -> dict[str, Figure]:
     """The pictures of what `evaluation.json` holds, by the name of their file."""
-    what = f"{content['recipe']}, {content['images']:,} {content['evaluated_on']} images"
+    what = f"{content['recipe']}{unfinished(content)}, {content['images']:,} {content['evaluated_on']} images"
     right = f"{what}: {content['accuracy']:.2f} % right"
     bins, error, loss = (content[key] for key in ("reliability", "calibration_error", "loss"))
     return {

@@ -107,6 +107,9 @@ class State:
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return f"State({self.recipe.title} on {self.device}: {self.epoch} epochs and {self.step} steps done)"
+
     @property
     def device(self) -> torch.device:
         return self.totals.device

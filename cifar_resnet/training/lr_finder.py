@@ -35,6 +35,9 @@ class History(NamedTuple):
     lr: np.ndarray
     loss: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"History({len(self.lr)} learning rates from {self.lr[0]:g} to {self.lr[-1]:g})"
+
 
 class Trial(NamedTuple):
     """A short training with a whole schedule: its highest learning rate, and the mean training loss of its last fifth."""

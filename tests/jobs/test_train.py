@@ -16,7 +16,7 @@ import pytest
 import torch
 from run_helpers import FILES, Listener, StopAfter, assert_same_run, content, equal_weights
 
-from cifar_resnet import Recipe, Watcher, load_checkpoint, run_dir, train
+from cifar_resnet import Recipe, Watcher, evaluate, load_checkpoint, misclassified, run_dir, train
 from cifar_resnet.data.images import read_image
 from cifar_resnet.data.loaders import ENDING
 from cifar_resnet.errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
@@ -359,6 +359,43 @@ def test_the_newest_run_goes_on(unfinished, tiny_run, tmp_path, cli, monkeypatch
     assert (code, err) == (0, "cifar-resnet: the newest run is runs/digits-1\n")
     assert "going on after epoch 1, step 1" in out
     assert_same_run(content("runs/digits-1"), content(tiny_run))
+
+
+def test_what_was_made_of_an_unfinished_run_says_so_and_goes_when_it_goes_on(unfinished, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, label, **options: titles.append(label))
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, label, **options: titles.append(label))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **options: file.write(b"."))
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished, folder)
+    before = set(os.listdir(folder))
+    evaluate(folder)
+    misclassified(folder, count=1, format="svg")
+    for name in ("evaluation.json", "misclassified.json"):
+        found = json.loads((folder / name).read_text())
+        assert (found["epoch"], found["epochs"]) == (1, 2)
+    assert any("after epoch 1 of 2" in title for title in titles)
+    (folder / "report.html").write_text("as an older version left it")
+    made = sorted(set(os.listdir(folder)) - before)
+    assert {"reliability.png", "gradcam.svg", "report.html"} <= set(made)
+    for name in ("notes.txt", "report.txt", "my_model.onnx"):
+        (folder / name).write_text("mine")
+    listener = Listener()
+    train(resume=folder, watcher=listener)
+    assert f"removed what was made of the checkpoint that the run goes on from: {', '.join(made)}" in listener.warnings
+    assert sorted(os.listdir(folder)) == sorted([*FILES, "notes.txt", "report.txt", "my_model.onnx"])
+    evaluate(folder)
+    train(resume=folder)  # which has ended
+    assert json.loads((folder / "evaluation.json").read_text())["epoch"] == 2
+
+
+def test_all_files_that_are_made_of_a_checkpoint_are_known():
+    """By the table of the documentation."""
+    page = (Path(__file__).parents[2] / "docs" / "run-directory.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \| `(?:evaluate|misclassified|report|export)\b", page, re.MULTILINE)
+    files = [Path(name) for row in rows for name in re.findall(r"`([^`]+\.\w+)`", row)]
+    assert len(files) >= 10
+    assert [file for file in files if file.stem not in run_dir.MADE_OF_CHECKPOINT or file.suffix not in run_dir.SUFFIXES] == []
 
 
 # Images of one's own
