@@ -371,7 +371,9 @@ def train(
     if recipe and find:
         recipe = _with_found_lr(recipe, suggest, run_dir, **where)
     must_match = {name: value for name, value in options.items() if value is not None}
-    how = dict(save_every_minutes=save_every_minutes, compile=compile, tf32=tf32, target=target, format=format)
+    how: dict[str, Any] = dict(
+        progress=False, save_every_minutes=save_every_minutes, compile=compile, tf32=tf32, target=target, format=format
+    )
     settings: dict[str, Any] = dict(resume=resume, must_match=must_match, **where, **how)
     if repeat is not None or (resume is not None and (resume / REPEAT).exists()):
         console.repetition(repetition.repeat(recipe, repeat, run_dir, watch=watch, **settings))

@@ -200,7 +200,11 @@ def check_free(path: Path) -> None:
     """
     check_writable(path)
     if path.exists() and any(name not in (LOCK, HOLDER) and not name.endswith(".part") for name in os.listdir(path)):
-        go_on = f", or go on with the run in it: {shell_command('train', '--resume', path)}" if (path / RECIPE).exists() else ""
+        go_on = (
+            f", leave it out for a new one, or go on with the run in it: {shell_command('train', '--resume', path)}"
+            if (path / RECIPE).exists()
+            else ""
+        )
         raise RunDirectoryError(f"run directory {path} is not empty; choose another{go_on}")
 
 

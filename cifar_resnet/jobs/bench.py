@@ -29,6 +29,7 @@ from ..data.loaders import Batch, Loader, TensorLoader, check_loader, leave_sign
 from ..data.splits import Split
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis
+from ..look.progress import telling
 from ..recipe import Recipe
 from ..run_dir import SCHEMA
 from ..training import convolution, engine
@@ -61,7 +62,7 @@ def bench(
     workers: int | None = None,
     compile: str = "auto",
     seconds: float = 2.0,
-    progress: Callable[[int], None] = lambda rounds: None,
+    progress: Callable[[int], None] | bool | None = None,
 ) -> dict[str, Any]:
     """Measures a recipe on random images of CIFAR-10's size and number; needs no data.
 
@@ -72,6 +73,8 @@ def bench(
         workers: processes of the albumentations loader, and of the plain loop's.
         compile: "auto", "on" or "off"; see `runtime.compiled`.
         seconds: about how long one measurement takes; a step at least.
+        progress: True or False shows a bar or none; by default it is shown in a terminal and in a notebook. A function is called
+            with the rounds done.
 
     Returns:
         `rounds`: what was measured by contestant, images a second, or FLOP/s of the matrix product; `medians` of these;
@@ -93,7 +96,8 @@ def bench(
     with _plain_process(recipe, place, _whole(recipe), used) if reference else nullcontext() as step:
         if step:
             contestants["plain loop"] = (step, recipe.batch_size)
-        steps, measured = _measure(contestants, place, rounds, seconds, progress)
+        with telling(progress, "measuring", "rounds", rounds) as told:
+            steps, measured = _measure(contestants, place, rounds, seconds, told)
     operators = _operators(contestants["tensor"][0], max(3, steps["tensor"]), place) if profile else None
     native = resolve_precision(recipe.replace(precision="auto"), place).precision == "bfloat16"
     return {

@@ -16,6 +16,7 @@ from ..data.loaders import Loader, check_batches, make_loader
 from ..data.splits import Data
 from ..errors import CifarResnetError, NonFiniteLossError, UsageError
 from ..look import figures
+from ..look.progress import telling
 from ..recipe import Recipe
 from ..run_dir import SCHEMA, check_writable, writable, write_json
 from ..training import engine
@@ -45,7 +46,7 @@ def find_lr(
     trial_steps: int | None = None,
     sweep: int | None = None,
     format: str = "png",
-    progress: Progress = lambda done, total: None,
+    progress: Progress | bool | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> FoundLR:
     """Runs the learning-rate range test and its trials; with `run_dir`, writes `lr_finder.json` and its picture there.
@@ -56,7 +57,8 @@ def find_lr(
         sweep: epochs of short trainings to hold the test against: one from the recommended minimum to the maximum that the rule gives
             for as many epochs, one at the steepest point, and seven at maxima a factor of 2 apart around that one, or the recipe's
             where nothing is recommended. A tenth of the training images, on which none trains, judges them.
-        progress: called with the steps done and those planned.
+        progress: True or False shows a bar or none; by default it is shown in a terminal and in a notebook. A function is called
+            with the steps done and those planned.
 
     Raises:
         CifarResnetError: one line that says what was wrong.
@@ -70,8 +72,11 @@ def find_lr(
         recipe = recipe.replace(holdout=recipe.holdout or max(len(data.train) // 10, len(data.classes)))
         data = load(recipe, Path(data_dir) if data_dir else None, notify)
     check_batches(recipe, len(data.train))
-    with closing(make_loader(data.train, recipe, place, loader, workers)) as batches:
-        search = _Search(recipe, data, batches, place, sweep or 0, progress)
+    with (
+        closing(make_loader(data.train, recipe, place, loader, workers)) as batches,
+        telling(progress, "learning rate", "steps") as told,
+    ):
+        search = _Search(recipe, data, batches, place, sweep or 0, told)
         found = search.run(usual_steps(recipe, batches) if trial_steps is None else trial_steps, settings)
     if run_dir is not None:
         folder = writable(Path(run_dir))

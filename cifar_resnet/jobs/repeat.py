@@ -35,7 +35,7 @@ def repeat(
     The precision is resolved once, so that a repetition resumed on another machine does not mix two.
 
     Args:
-        recipe, run_dir, must_match, options: as `train` takes them.
+        recipe, run_dir, must_match, options: as `train` takes them; `progress` and `on_epoch` are for each run.
         resume: the folder of a repetition to go on with, or "latest"; it knows recipe and count.
         watch: gives a context with a watcher for each run.
 

@@ -18,6 +18,7 @@ from ..data.loaders import Loader, TensorLoader, check_batches, check_loader, ma
 from ..data.splits import Data
 from ..errors import CifarResnetError, RunDirectoryError, UsageError
 from ..look import calibration, figures
+from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe
 from ..run_dir import Checkpoint, RunDir, SavePolicy, default_directory, find_run, write_whole
@@ -47,6 +48,16 @@ class Watcher:
     def step(self, step: Step, state: State) -> None: ...
     def epoch(self, epoch: Epoch) -> None: ...
     def warn(self, message: str) -> None: ...
+
+
+class _EpochsTo(Watcher):
+    """Calls a function with the metrics of every epoch."""
+
+    def __init__(self, function: Callable[[dict[str, float]], object]) -> None:
+        self.function = function
+
+    def epoch(self, epoch: Epoch) -> None:
+        self.function(dict(epoch.metrics))
 
 
 class Watchers(Watcher):
@@ -101,6 +112,8 @@ def train(
     tf32: bool = False,
     target: float | None = None,
     format: str = "png",
+    progress: bool | None = None,
+    on_epoch: Callable[[dict[str, float]], object] | None = None,
     watcher: object | None = None,
     captured: dict[Recipe, CapturedEpoch] | None = None,
 ) -> Checkpoint:
@@ -120,6 +133,8 @@ def train(
         tf32: whether an NVIDIA GPU may round the factors of float32 products to TF32.
         target: accuracy in percent, drawn as a line into the accuracy curve.
         format: of the pictures: "png", "svg" or "pdf".
+        progress: whether a table of the epochs is shown; by default in a terminal and in a notebook.
+        on_epoch: called after every epoch with its metrics, as `metrics.json` has them.
         watcher: is told of the run's course: an object with any of the methods of `Watcher`.
         captured: steps that earlier calls captured on a GPU, by recipe with seed 0; this call uses and adds to it.
 
@@ -133,7 +148,7 @@ def train(
     asked = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, compile=compile, tf32=tf32, **drawn)
     _check(recipe, run_dir, resume, save_every_minutes, compile, target, format)
     with distributed.joined(), ExitStack() as held:
-        run = _Run(recipe, run_dir, resume, must_match or {}, asked, watcher)
+        run = _Run(recipe, run_dir, resume, must_match or {}, asked, _watchers(held, progress, on_epoch, watcher))
         if run.is_finished():
             return run.finished_checkpoint()
         run.load_images(held)
@@ -143,6 +158,14 @@ def train(
         run.begin()
         run.steps_to_the_end(SavePolicy(save_every_minutes))
         return distributed.on_first(run.finish)
+
+
+def _watchers(
+    held: ExitStack, progress: bool | None, on_epoch: Callable[[dict[str, float]], object] | None, watcher: object | None
+) -> Watchers:
+    """All that are told of a run's course. The table of progress is closed with the stack."""
+    table = held.enter_context(TrainingTable()) if (visible() if progress is None else progress) else None
+    return Watchers(*(each for each in (table, on_epoch and _EpochsTo(on_epoch), watcher) if each is not None))
 
 
 def _check(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # torch stays out of what only prints
     from ..training.engine import Epoch, State, Step
     from ..training.runtime import Glance
 
+Told = Callable[..., None]
 MARGIN = 4  # columns that the line leaves free: a key pressed there is wiped with the line
 GONE = (OSError, SystemExit)  # of a terminal or a pipe that was closed, as rich ends the process then: what runs goes on
 
@@ -114,6 +115,24 @@ def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callabl
     finally:
         shown.close()
         shown.update(last=True)
+
+
+def visible() -> bool:
+    """Whether somebody sees what moves: in a terminal, and in a notebook."""
+    return console.console.is_terminal or console.console.is_jupyter
+
+
+@contextmanager
+def telling(asked: Told | bool | None, what: str, unit: str, total: int | None = None) -> Iterator[Told]:
+    """What a job calls with its course: the function that was asked for; or the line of `progress`, where that was asked for, or
+    nothing was and somebody sees it."""
+    if callable(asked):
+        yield asked
+    elif visible() if asked is None else asked:
+        with progress(what, unit, total) as told:
+            yield told
+    else:
+        yield lambda *_: None
 
 
 class Pace:

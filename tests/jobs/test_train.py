@@ -63,6 +63,23 @@ def test_a_watcher_hears_of_every_step_and_epoch_once(tiny_recipe, tmp_path, no_
     assert len(checkpoint.history) == 2
 
 
+def test_the_metrics_of_every_epoch_are_handed_to_a_function(tiny_recipe, tmp_path, monkeypatch, no_figures):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    checkpoints = [train(tiny_recipe, on_epoch=told.append) for _ in range(2)]  # as a cell that is run twice
+    assert [str(each.path.parent) for each in checkpoints] == ["runs/digits-1", "runs/digits-2"]
+    assert told == checkpoints[0].history + checkpoints[1].history
+    assert type(told[0]) is dict
+
+
+def test_progress_is_shown_where_it_is_asked_for_or_seen(tiny_recipe, tmp_path, monkeypatch, no_figures, capsys):
+    for number, (asked, seen, lines) in enumerate([(None, False, 0), (None, True, 2), (False, True, 0), (True, False, 2)]):
+        monkeypatch.setattr("cifar_resnet.jobs.train.visible", lambda seen=seen: seen)
+        heard = Listener()
+        train(tiny_recipe, tmp_path / str(number), progress=asked, watcher=heard)
+        assert capsys.readouterr().out.count("train loss") == lines
+
+
 def test_a_short_last_epoch_of_the_schedule_is_the_recipes_own(tiny_run, tiny_recipe):
     """The LR of each epoch's last step, by torch's own OneCycleLR."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
