@@ -36,15 +36,8 @@ CHECKPOINT, RECIPE, REPEAT, LOCK, HOLDER = "checkpoint.pt", "recipe.json", "repe
 RUNS, LATEST = Path("runs"), "latest"
 # Files that commands make of a checkpoint, and write beside it: by name, and by suffix.
 MADE_OF_CHECKPOINT = (
-    "class_accuracy",
-    "confusion_matrix",
-    "evaluation",
-    "gradcam",
-    "misclassified",
-    "model",
-    "reliability",
-    "report",
-)
+    "class_accuracy", "confusion_matrix", "evaluation", "gradcam", "labels", "misclassified", "model", "reliability", "report",
+)  # fmt: skip
 SUFFIXES = (".csv", ".html", ".json", ".md", ".onnx", ".pdf", ".png", ".safetensors", ".svg")
 ROW = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second")
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
