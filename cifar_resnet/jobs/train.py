@@ -126,8 +126,7 @@ def train(
         run_dir: an empty or new folder; a new one in `runs` if not given, see `default_directory`.
         resume: the folder of a run to go on with, or "latest"; a run that is finished is returned as it is.
         must_match: recipe fields that the resumed run must have.
-        loader: "auto", "tensor" or "albumentations".
-        workers: processes of the albumentations loader.
+        loader: "auto", "tensor" or "albumentations", whose processes are `workers`.
         save_every_minutes: how long inside an epoch until a checkpoint is saved.
         compile: "auto", "on" or "off"; see `runtime.compiled`. Several processes train without.
         tf32: whether an NVIDIA GPU may round the factors of float32 products to TF32.
