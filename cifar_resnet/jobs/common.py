@@ -128,14 +128,18 @@ def opened(
     return replace(loaded, recipe=recipe), resolved
 
 
+def say_unfinished(loaded: Checkpoint, notify: Callable[[str], object]) -> None:
+    if not loaded.finished:
+        notify(f"the run stands at epoch {loaded.content['epoch']} of {loaded.recipe.epochs}: what follows is not its end")
+
+
 def logits_of(checkpoint: Path | str, data_dir: Path | str | None, device: str, notify: Callable[[str], None]) -> Prediction:
     """Dataset, recipe and precision are the checkpoint's, so that the figures are those that `train` reported."""
     loaded, resolved = opened(checkpoint, device, notify)
     data = datasets.load(loaded.recipe, Path(data_dir) if data_dir else None, notify)
     if data.classes != loaded.classes:
         raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")
-    if not loaded.finished:
-        notify(f"the run stands at epoch {loaded.content['epoch']} of {loaded.recipe.epochs}: what follows is not its end")
+    say_unfinished(loaded, notify)
     model, images = loaded.model(resolved), make_loader(data.evaluation, loaded.recipe, resolved)
     logits, labels = predict_logits(loaded.recipe, model, images.plain(EVALUATION_BATCH), resolved)
     return Prediction(loaded, model, data, images, logits, labels, resolved)

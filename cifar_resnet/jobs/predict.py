@@ -21,7 +21,7 @@ from ..errors import DataError, UsageError
 from ..look import analysis
 from ..run_dir import Checkpoint
 from ..training.model import ResNet
-from .common import opened
+from .common import opened, say_unfinished
 
 CHUNK = 1000  # images in memory at a time
 
@@ -60,7 +60,7 @@ def predict(
         tta: "none", "flip" or "flip-shift"; see `analysis.views`.
         progress: called with how many images are done, of how many.
         skipped: called with a line for each image given that cannot be read.
-        notify: called with a line, at the end, that counts the files in folders that are no images, if there are any.
+        notify: called with a line where the run has not ended, and with one that counts the files in folders that are no images.
 
     Raises:
         CifarResnetError: one line that says what was wrong, when called. What cannot be read as an image raises nothing.
@@ -69,6 +69,7 @@ def predict(
         raise UsageError(f"--top {top} must be at least 1")
     analysis.views(tta)
     loaded, resolved = opened(checkpoint, device)
+    say_unfinished(loaded, notify)
     asked, others = list[_Asked](), list[Path]()
     for each in [images] if isinstance(images, Picture) else images:
         _add(each, asked, others)
