@@ -10,6 +10,7 @@ import contextlib
 import io
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -94,8 +95,9 @@ def range_test(
     Raises:
         CifarResnetError: fewer than 20 points are left.
     """
-    from torch_lr_finder import LRFinder, TrainDataLoaderIter
-    from torch_lr_finder import lr_finder as library
+    with warnings.catch_warnings(action="ignore"):  # of a bar for notebooks, which is not shown
+        from torch_lr_finder import LRFinder, TrainDataLoaderIter
+        from torch_lr_finder import lr_finder as library
 
     state, batches, done = start(recipe, device, classes), endless(loader), itertools.count()
 
