@@ -23,7 +23,7 @@ from cifar_resnet.run_dir import write_whole
 ROOT, PACKAGE = Path(__file__).parent.parent, Path(cifar_resnet.__file__).parent
 MODULES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
 PROJECT, TOOLS = (tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[part] for part in ("project", "tool"))
-MAY_BE_MISSING = {"cv2", "pillow_heif", "triton"}  # the package does without
+MAY_BE_MISSING = {"IPython", "cv2", "pillow_heif", "triton"}  # the package does without
 
 # What Python's documentation marks as not available on Windows, as far as a program like this one may come to use it.
 POSIX_MODULES = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "syslog", "readline", "curses"}
