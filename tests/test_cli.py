@@ -258,10 +258,10 @@ from cifar_resnet.cli import main
 from cifar_resnet.look import console
 import sys
 console.recipes = lambda: console.say("95 \u00b1 1 \u00b7 \u732b \udcff")
-sys.argv = ["cifar-resnet", "recipes", *sys.argv[1:]]
+sys.argv = ["cifar-resnet", "recipes", *("\u732b" for _ in sys.argv[1:])]
 main()
 """
-    for arguments in ([], ["\u732b"]):
+    for arguments in ([], ["any"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, timeout=120,
             env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},

@@ -469,9 +469,9 @@ def test_a_folder_in_another_layout_is_refused(own_images, refused, tmp_path):
     assert "0.png: not an image" in line(1, own_images)
     shutil.rmtree(own_images / "test" / "dark")
     (own_images / "train" / "dark" / "0.png").unlink()
-    assert "they must be the same" in line(1, own_images)
+    assert "train has dark, which test has not" in line(1, own_images)
     shutil.rmtree(own_images / "test")
-    assert "must hold test/CLASS/*" in line(1, own_images)
+    assert "must hold train/CLASS/* and test/CLASS/*: there is no test" in line(1, own_images)
     assert not (tmp_path / "run").exists()
 
 
