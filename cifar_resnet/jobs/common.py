@@ -47,12 +47,13 @@ class Prediction(NamedTuple):
 
 
 def prepare(
-    recipe: Recipe | None, device: str, data_dir: Path | str | None, notify: Callable[[str], None]
-) -> tuple[Recipe, torch.device, Data]:
-    """The recipe with what depends on device and images resolved, the device, and the images."""
+    recipe: Recipe | None, device: str, data_dir: Path | str | None, notify: Callable[[str], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Recipe, torch.device, Data]:  # fmt: skip
+    """The recipe with what depends on device and images resolved, the device, and the images; see `datasets.load`."""
     resolved = resolve_device(device)
     recipe = resolve_precision(recipe or Recipe(), resolved)
-    data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify)
+    data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify, progress)
     return datasets.with_statistics(recipe, data.train), resolved, data
 
 

@@ -38,12 +38,14 @@ class Watcher:
 
     A watcher is any object with some of these methods; it need not be made from this class.
 
-    `begin` is called before the first step, with the recipe that is trained, the folder, what `metrics.json` keeps as
+    `reading` is called while the images of a folder are read, with how many are, of how many; not where they are kept from an
+    earlier time. `begin` is called before the first step, with the recipe that is trained, the folder, what `metrics.json` keeps as
     `environment`, the images, and where the run stands. `step` is called after every step; reading `step.loss` waits for the
     device. `epoch` is called after every epoch, once it is evaluated, with what `metrics.json` says of it as `epoch.metrics`.
     `warn` is called with a line that a user should see.
     """
 
+    def reading(self, done: int, total: int) -> None: ...
     def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: Data, state: State) -> None: ...
     def step(self, step: Step, state: State) -> None: ...
     def epoch(self, epoch: Epoch) -> None: ...
@@ -82,6 +84,9 @@ class Watchers(Watcher):
         for watcher in self.watchers:
             if hasattr(watcher, method):
                 getattr(watcher, method)(*what)
+
+    def reading(self, done: int, total: int) -> None:
+        self._tell("reading", done, total)
 
     def begin(self, *what: Any) -> None:
         self._tell("begin", *what)
@@ -221,7 +226,8 @@ class _Run:
             planned, checkpoint = self.resume.open(self.must_match)
             if checkpoint and checkpoint.finished and self.resume.finished():
                 return planned, checkpoint, True
-        planned, _, self.read_data = prepare(planned, self.asked["device"], self.asked["data_dir"], self.watcher.warn)
+        where = self.asked["device"], self.asked["data_dir"]
+        planned, _, self.read_data = prepare(planned, *where, self.watcher.warn, self.watcher.reading)
         least = 2 if self.resume is None else 1  # a run that was begun with steps of one image goes on
         check_batches(planned, len(self.read_data.train), distributed.ranks(), least)
         return planned, checkpoint, False

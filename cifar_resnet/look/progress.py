@@ -199,6 +199,7 @@ class TrainingTable:
     def __init__(self, began: float | None = None) -> None:
         self.imports = 0.0 if began is None else time.perf_counter() - began
         self.begun = False
+        self.read: tuple[float, int, int] | None = None  # since when images are read, how many are, of how many
         self.live: LiveLine | None = None
         self.lines: list[str] = []  # of a notebook
         self.now: Step | None = None
@@ -214,6 +215,24 @@ class TrainingTable:
             self.live.close()
             self.live.update(self.lines, last=True)
             self.live = None
+
+    def reading(self, done: int, total: int) -> None:
+        """A bar, where reading takes longer than a second."""
+        began = self.read[0] if self.read else time.monotonic()
+        self.read = began, done, total
+        if self.live is None and time.monotonic() - began > 1 and (console.console.is_terminal or console.console.is_jupyter):
+            self.live = LiveLine(self._reading_line)
+        if self.live and done < total:
+            self.live.update()
+        else:
+            self.close()
+
+    def _reading_line(self) -> Line:
+        assert self.read
+        began, done, total = self.read
+        counted = f"{count_of(done, total)} images"
+        left = (time.monotonic() - began) * (total - done) / done
+        return Line(done / total, [["reading", counted, f"{time_left(left)} left"], ["reading", counted], ["reading"]])
 
     def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: Data, state: State) -> None:
         from ..data.loaders import batch_sizes

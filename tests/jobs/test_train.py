@@ -421,9 +421,12 @@ def test_all_files_that_are_made_of_a_checkpoint_are_known():
 @pytest.fixture
 def own_run(own_images, tmp_path, no_figures):
     """The folder of a run on the images of `own_images`, stopped after its first step."""
-    recipe = Recipe.build(dataset=str(own_images), epochs=2, batch_size=16, max_lr=0.02, width=4)
+    recipe, read = Recipe.build(dataset=str(own_images), epochs=2, batch_size=16, max_lr=0.02, width=4), []
+    watcher = StopAfter(1)
+    watcher.reading = lambda *numbers: read.append(numbers)
     with pytest.raises(Interrupted):
-        train(recipe, tmp_path / "run", watcher=StopAfter(1))
+        train(recipe, tmp_path / "run", watcher=watcher)
+    assert read == [(i, 60) for i in range(1, 61)]
     return tmp_path / "run"
 
 

@@ -186,6 +186,18 @@ def test_a_bar_is_gone_when_its_job_is_done(terminal):
     assert terminal.lines() == []
 
 
+def test_a_bar_tells_of_images_whose_reading_takes_longer_than_a_second(terminal, monkeypatch):
+    clock, table = iter((10.0, 10.0, 11.0)), TrainingTable()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 12.0))
+    for done in (1, 2):  # at 10 and 11 seconds
+        table.reading(done, 40)
+        assert terminal.lines() == []
+    table.reading(10, 40)
+    assert "reading · 10 of 40 images · 6.0 s left" in terminal.lines()[-1]
+    table.reading(40, 40)
+    assert terminal.lines() == []
+
+
 def test_without_a_terminal_nothing_moves(capsys):
     with progress.progress("measuring", "rounds", 6) as tell:
         tell(3)
