@@ -25,12 +25,13 @@ from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures
 from ..run_dir import LATEST, Checkpoint
 from .common import Prediction, command_line, content_of, data_url, logits_of, opened, rendered
+from .misclassified import by_label
 
 if TYPE_CHECKING:
     from ..look.page import Content, Mistake
 
 LAYER = "layer2"  # of the mistakes' Grad-CAM
-ORDERS = {"surest first": "confidence", "by class": "class", "random": "random"}
+ORDERS = {"surest first": "confidence", "by class": "class", "random": "random", "label may be wrong": "label"}
 
 
 @checked
@@ -165,6 +166,7 @@ class _Shown:
 
         try:
             found, wrong = self.judged
+            wrong = self.doubted if ORDERS[order] == "label" else wrong
         except CifarResnetError as error:
             raise Problem(f"There are no mistakes to show: {error}") from None
         chosen = analysis.choose(wrong, found.data.classes, ORDERS[order], true, predicted)
@@ -209,6 +211,11 @@ class _Shown:
         return found, analysis.mistakes(
             found.logits, found.labels, found.data.evaluation, found.data.classes, self.checkpoint.temperature
         )
+
+    @cached_property
+    def doubted(self) -> list[analysis.Mistake]:
+        """The images whose label is less probable than another class, the least believed first."""
+        return by_label(self.judged[0])[0]
 
     def _check_images(self) -> None:
         if self.checkpoint.recipe.dataset in ("cifar10", "cifar100") and not self.download:

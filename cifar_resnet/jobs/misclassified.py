@@ -62,7 +62,7 @@ def misclassified(
     _check(layer, format, checkpoint, copy_to, save_images)
     found = logits_of(checkpoint, data_dir, device, notify)
     wrong = analysis.mistakes(*found.judged)
-    listed, ranked = _by_label(found) if sort == "label" else (wrong, [])
+    listed, ranked = by_label(found) if sort == "label" else (wrong, [])
     chosen = analysis.choose(listed, found.data.classes, sort, true, predicted)
     right = [] if chosen or sort == "label" else analysis.least_sure(*found.judged)
     unsure = analysis.choose(right, found.data.classes, "confidence", true, predicted)[:count]
@@ -89,7 +89,7 @@ def _draw(found: Prediction, shown: list[analysis.Mistake], layer: str, title: s
     save_figure(looked, folder / f"gradcam.{format}")
 
 
-def _by_label(found: Prediction) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:
+def by_label(found: Prediction) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:
     """The images whose label is less probable than another class, the least believed first; and the rows of `labels.ranked`."""
     recipe, split, classes = found.checkpoint.recipe, found.data.evaluation, found.data.classes
     logits = analysis.mean_logits(recipe, found.model, found.images, found.device, "flip" if recipe.flip_probability else "none")

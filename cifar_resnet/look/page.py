@@ -179,7 +179,7 @@ CSS = """
 .gradio-container { max-width: 76rem !important; margin: auto; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: 0.7rem; }
 .cards.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
-.cards.small { grid-template-columns: repeat(5, 1fr); gap: 0.4rem; }
+.cards.small { grid-template-columns: repeat(auto-fill, minmax(4.4rem, 1fr)); gap: 0.4rem; }
 .card { display: block; padding: 0.3rem; border-radius: 8px; border: 1px solid var(--border-color-primary); text-align: left;
   background: var(--background-fill-secondary); color: var(--body-text-color); line-height: 1.3; cursor: pointer; min-width: 0; }
 .card:hover, .card:focus-visible { border-color: var(--color-accent); }
@@ -187,7 +187,7 @@ CSS = """
 .tile img { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 4px; }
 .plain { image-rendering: pixelated; } .heat { opacity: var(--heat, 0.6); }
 .caption { display: block; margin-top: 0.25rem; font-size: 0.82rem; overflow-wrap: anywhere; }
-.small .card { padding: 0.2rem; } .small .caption { font-size: 0.6rem; font-weight: 400; text-align: center; }
+.small .card { padding: 0.2rem; } .small .caption { font-size: 0.66rem; font-weight: 400; text-align: center; }
 .wrong { color: #d55e00; } .right { color: #0072b2; } .dark .wrong { color: #ff9448; } .dark .right { color: #6cb8ee; }
 .problem, .notice { padding: 0.5rem 0.8rem; border-radius: 8px; border: 1px solid #d55e00; color: var(--body-text-color); }
 .big { padding-top: 0.8rem !important; } .big .tile { max-width: 22rem; margin: auto; }

@@ -17,7 +17,7 @@ from chromium import CHROMIUM, Browser
 from PIL import Image
 from run_helpers import content
 
-from cifar_resnet import demo, load_checkpoint
+from cifar_resnet import demo, load_checkpoint, misclassified
 from cifar_resnet.data.datasets import load
 from cifar_resnet.errors import CifarResnetError, DataError
 from cifar_resnet.look import analysis
@@ -160,8 +160,14 @@ def test_the_mistakes_are_those_of_the_run_in_order(shown, tiny_run):
         (position,) = np.flatnonzero(evaluation.indices == place)
         assert str(evaluation.labels[position]) == each.true != each.predicted
         np.testing.assert_array_equal(evaluation.images[position], each.image)
+    assert sorted(each.name for each in shown.mistakes("random", None, None)) == sorted(each.name for each in found)
     assert {each.true for each in shown.mistakes("random", found[0].true, None)} == {found[0].true}
     assert {each.predicted for each in shown.mistakes("by class", None, found[0].predicted)} == {found[0].predicted}
+
+
+def test_labels_that_may_be_wrong_are_shown_in_the_order_of_misclassified(shown, tiny_run, tmp_path, no_figures):
+    expected = misclassified(tiny_run, tmp_path, sort="label")
+    assert [each.name for each in shown.mistakes("label may be wrong", None, None)] == [each.caption for each in expected]
 
 
 def test_the_run_is_told_of_with_n_and_command(shown, tiny_run):
