@@ -179,7 +179,7 @@ CSS = """
 .gradio-container { max-width: 76rem !important; margin: auto; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: 0.7rem; }
 .cards.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
-.cards.small { grid-template-columns: repeat(auto-fill, minmax(4.4rem, 1fr)); gap: 0.4rem; }
+.cards.small { grid-template-columns: repeat(5, 1fr); gap: 0.25rem; }
 .card { display: block; padding: 0.3rem; border-radius: 8px; border: 1px solid var(--border-color-primary); text-align: left;
   background: var(--background-fill-secondary); color: var(--body-text-color); line-height: 1.3; cursor: pointer; min-width: 0; }
 .card:hover, .card:focus-visible { border-color: var(--color-accent); }
@@ -187,7 +187,7 @@ CSS = """
 .tile img { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 4px; }
 .plain { image-rendering: pixelated; } .heat { opacity: var(--heat, 0.6); }
 .caption { display: block; margin-top: 0.25rem; font-size: 0.82rem; overflow-wrap: anywhere; }
-.small .card { padding: 0.2rem; } .small .caption { font-size: 0.66rem; font-weight: 400; text-align: center; }
+.small .card { padding: 0.12rem; } .small .caption { font-size: 0.55rem; font-weight: 400; text-align: center; }
 .wrong { color: #d55e00; } .right { color: #0072b2; } .dark .wrong { color: #ff9448; } .dark .right { color: #6cb8ee; }
 .problem, .notice { padding: 0.5rem 0.8rem; border-radius: 8px; border: 1px solid #d55e00; color: var(--body-text-color); }
 .big { padding-top: 0.8rem !important; } .big .tile { max-width: 22rem; margin: auto; }
@@ -245,19 +245,19 @@ def _predict(content: Content) -> list[Any]:
     """The first tab; gives what `receive` fills."""
     seen = gr.State(None)
     with gr.Row():
-        with gr.Column(min_width=320):
+        with gr.Column(min_width=320, scale=5):
             picture = _upload()
             message = gr.HTML()
             examples = "".join(card(tile(image), escape(name)) for image, name in content.examples)
             if examples:
                 cards = gr.HTML(f'<p>or one of these:</p><div class="cards small">{examples}</div>', js_on_load=CLICK)
-        with gr.Column(min_width=300):
+        with gr.Column(min_width=300, scale=4):
             bars = gr.Label(label="What the network sees in it", num_top_classes=10)
             top = gr.Slider(1, min(10, len(content.classes)), min(5, len(content.classes)), step=1, label="Classes shown")
             views = gr.Checkbox(
                 label="Test-time augmentation", info="Mean over mirrored and shifted views", visible=content.augmented
             )
-        with gr.Column(min_width=300):
+        with gr.Column(min_width=300, scale=4):
             cam = gr.HTML(label="Grad-CAM", show_label=True, container=True, elem_classes="big", min_height=120)
             explained = gr.Dropdown([MOST_PROBABLE, *content.classes], value=MOST_PROBABLE, label="Class to explain")
             layer = gr.Radio(LAYERS, value="layer2", label="Layer", info="32x32, 16x16, 8x8 and 4x4 places")
