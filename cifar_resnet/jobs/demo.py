@@ -208,9 +208,7 @@ class _Shown:
         """The logits of all evaluation images, and the mistakes; this takes a while."""
         self._check_images()
         found = logits_of(self.checkpoint.path, self.data_dir, str(self.device), self.download or _silent)
-        return found, analysis.mistakes(
-            found.logits, found.labels, found.data.evaluation, found.data.classes, self.checkpoint.temperature
-        )
+        return found, analysis.mistakes(*found.judged)
 
     @cached_property
     def doubted(self) -> list[analysis.Mistake]:

@@ -103,7 +103,7 @@ def test_the_page_works_in_chromium(served, photo, width, dark):
         choose(browser, "True class", "3")
         browser.until("[...document.querySelectorAll('.right')].every(e => e.textContent == '3')")
         click(browser, "button[role=tab]", "Run")
-        browser.until("document.querySelectorAll('.pictures img').length == 2")
+        browser.until("document.querySelectorAll('.pictures img').length == 3")
         assert browser.js("document.documentElement.scrollWidth") <= width
         click(browser, "button[role=tab]", "Mistakes")
         browser.js("document.querySelector('.cards.wide .card').click()")
@@ -176,7 +176,7 @@ def test_the_run_is_told_of_with_n_and_command(shown, tiny_run):
     assert f'<p class="headline">{last:.2f} %</p>' in html
     assert "n = 1 run, seed 0" in html
     assert "cifar-resnet train --recipe default --dataset digits" in html
-    assert html.count("data:image/svg+xml") == 2
+    assert html.count("data:image/svg+xml") == 3
 
 
 def test_a_picture_is_handed_on_as_it_is_and_an_upload_is_removed(shown, photo):
