@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -157,12 +158,15 @@ def _preview(file: str | io.BytesIO) -> Image.Image:
         Problem: it is a huge one.
     """
     try:
-        with Image.open(file) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file)
+        with image:
             if image.width * image.height > MEGAPIXELS * 1e6:
                 raise Image.DecompressionBombError
             image.draft("RGB", (640, 640))
             upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Problem(f"This image is huge: at most {MEGAPIXELS} megapixels are taken. Make it smaller first.") from None
     square = ImageOps.fit(upright, (320, 320), Image.Resampling.NEAREST if min(upright.size) < 160 else Image.Resampling.LANCZOS)
     return Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
