@@ -84,7 +84,7 @@ Cell = str | Text
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[Cell]], spare: Sequence[int] = (), title: str | None = None, gap: bool = True,
+    columns: Sequence[str], rows: Iterable[Sequence[Cell]], spare: Sequence[int | tuple[int, ...]] = (), title: str | None = None, gap: bool = True,
     **options: Any,
 ) -> None:  # fmt: skip
     """A table without lines; with a gap, an empty line below it. A column whose name begins with > is aligned right.
@@ -92,8 +92,8 @@ def print_table(
     Where the terminal is too narrow the columns `spare` are left out, the first one first, as far as needed; then text is folded.
     """
     rows, left = list(rows), list(range(len(columns)))
-    for without in (None, *spare):
-        left = [each for each in left if each != without]
+    for without in ((), *spare):
+        left = [each for each in left if each not in (without if isinstance(without, tuple) else (without,))]
         table = Table(header_style="bold", title=title, title_justify="left", **{"box": None, "pad_edge": False, **options})
         for each in left:
             right = columns[each].startswith(">")
@@ -139,7 +139,8 @@ def predictions(found: list[dict[str, Any]]) -> None:
         [row["image"], *chain.from_iterable((each["class"], f"{100 * each['probability']:.1f} %") for each in row["classes"])]
         for row in found
     ]
-    print_table(["image", *chain.from_iterable((rank, ">") for rank in ranks)], rows, spare=range(2 * count, 2, -1), gap=False)
+    pairs = [(2 * each + 1, 2 * each + 2) for each in range(count)]
+    print_table(["image", *chain.from_iterable((rank, ">") for rank in ranks)], rows, spare=pairs[:0:-1], gap=False)
 
 
 def evaluation(content: dict[str, Any]) -> None:

@@ -113,3 +113,11 @@ def test_a_number_and_its_percent_stay_together(shown):
         lines = shown(width, console.say, "test accuracy 98.61 % of 360 images, expected calibration error 12.80 %")
         assert not any(line.startswith("%") for line in lines)
         assert " ".join(lines) == "test accuracy 98.61 % of 360 images, expected calibration error 12.80 %"
+
+
+def test_of_predictions_a_narrow_terminal_shows_fewer_but_whole(shown):
+    classes = [{"class": name, "probability": p} for name, p in (("automobile", 0.5), ("airplane", 0.3), ("ship", 0.2))]
+    found = [{"image": "photo.png", "classes": classes}]
+    wide, narrow = shown(80, console.predictions, found), shown(40, console.predictions, found)
+    assert " ".join(wide[1].split()) == "photo.png automobile 50.0 % airplane 30.0 % ship 20.0 %"
+    assert " ".join(narrow[1].split()) == "photo.png automobile 50.0 %"
