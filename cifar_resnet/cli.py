@@ -186,7 +186,10 @@ Layer = Annotated[Literal["prep", "layer1", "layer2", "layer3"], _option(
 )]
 
 Runs = Annotated[list[Path], _argument("Folders of finished runs or of repetitions, or checkpoint files.", "RUN")]
-Page = Annotated[Path | None, _option("Where the page goes.", default="report.html beside the checkpoint")]
+Page = Annotated[Path | None, _option(
+    "The file of the page, or the folder of the Markdown.", default="report.html or report beside the checkpoint"
+)]
+ReportFormat = Annotated[Literal["html", "markdown"], _option("markdown: a folder with README.md and pictures, to paste.")]
 RunAndImages = Annotated[list[Path], _argument(
     "The folder of a run, or its checkpoint file; then image files, or folders of them. Without a run: the newest one in runs/.",
     "RUN IMAGE",
@@ -524,13 +527,16 @@ def compare(runs: Runs, output: Picture = Path("comparison.png"), json_output: J
 
 
 @app.command(rich_help_panel=AFTER)
-def report(checkpoint: Checkpoint = None, output: Page = None, data_dir: DataDir = None, device: Device = "auto") -> None:
-    """Write a finished run as one HTML page: figures, pictures, mistakes, recipe, and the command that repeats it."""
+def report(
+    checkpoint: Checkpoint = None, format: ReportFormat = "html", output: Page = None, data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Write a run as one HTML page, or as Markdown: figures, pictures, mistakes, recipe, and the command that repeats it."""
     from .jobs.report import report
 
     run = _one_run(checkpoint, "report")
     with console.console.status("writing the report"):
-        path = report(run, output, data_dir=data_dir, device=device, notify=console.say)
+        path = report(run, output, format=format, data_dir=data_dir, device=device, notify=console.say)
     console.say(_written(path.parent, path.name))
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cifar_resnet import CifarResnetError, report
+from cifar_resnet import CifarResnetError, compare
 from cifar_resnet.errors import shell_command
 from cifar_resnet.jobs.interrupt import Interrupted
 from cifar_resnet.run_dir import check_free
@@ -30,10 +30,10 @@ def test_hints_name_a_folder_so_that_it_can_be_pasted(unfinished, name, tmp_path
     with pytest.raises(CifarResnetError) as not_free:
         check_free(folder)
     with pytest.raises(CifarResnetError) as not_finished:
-        report(folder)
+        compare([folder])
     (folder / "checkpoint.pt").unlink()
     with pytest.raises(CifarResnetError) as not_begun:
-        report(folder)
+        compare([folder])
     for said in (not_free, not_finished, not_begun):
         assert str(said.value).endswith(f"cifar-resnet train --resume '{folder}'"), said.value
     assert shlex.split(str(Interrupted(2, folder)))[-1] == str(folder)

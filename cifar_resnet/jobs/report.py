@@ -1,19 +1,31 @@
-"""A finished run as a page of HTML that needs nothing beside it."""
+"""A run as a page of HTML that needs nothing beside it, or as Markdown with its pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+import html
+import io
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..arguments import checked
+from ..errors import UsageError, printable
 from ..look import analysis, figures, pictures
-from ..run_dir import LATEST, write_whole
-from .common import Prediction, command_line, content_of, data_url, finished, grad_cams, logits_of, rendered
+from ..look.progress import epoch_line
+from ..look.words import count_of, duration, plural
+from ..run_dir import LATEST, load_checkpoint, writable, write_whole
+from .common import Prediction, command_line, content_of, data_url, grad_cams, logits_of, rendered, save_figure
 
-SHOWN = 8  # of the mistakes
+SHOWN = 10  # of the mistakes
+CHART = (4.6, 3.8)  # inches, as wide as a telephone's screen
 
 
 @checked
@@ -21,50 +33,129 @@ def report(
     run: Path | str = LATEST,
     path: Path | str | None = None,
     *,
+    format: str = "html",
     data_dir: Path | str | None = None,
     device: str = "auto",
     notify: Callable[[str], None] = lambda message: None,
 ) -> Path:
-    """Writes a finished run as one HTML file, images inside, and gives its path.
+    """Writes a run as one HTML file with its images inside, or as Markdown with its pictures beside it; gives the file's path.
+
+    A run that has not ended is reported as it stands.
 
     Args:
         run: a checkpoint file, a run directory, or "latest": the newest run in `runs`.
-        path: the file; `report.html` beside the checkpoint if not given.
+        path: the HTML file, or the folder of the Markdown; `report.html` or `report` beside the checkpoint if not given.
+        format: "html" or "markdown".
 
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    checkpoint = finished(run)
+    if format not in ("html", "markdown"):
+        raise UsageError(f"--format {format}: it is html or markdown")
+    checkpoint = load_checkpoint(run)
     found = logits_of(checkpoint.path, data_dir, device, notify)
     content = content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")
-    wrong = analysis.mistakes(found.logits, found.labels, found.data.evaluation, found.data.classes, checkpoint.temperature)
-    page = rendered(
-        "report.html",
+    wrong = analysis.mistakes(*found.judged)
+    shown = wrong[:SHOWN] or analysis.least_sure(*found.judged)[:SHOWN]
+    values = dict(
         run=checkpoint,
         content=content,
-        training_images=len(found.data.train),
-        command=command_line(checkpoint.recipe),
-        pictures={title: data_url(figure, "svg") for title, figure in _pictures(found, content).items()},
-        wrong=len(wrong),
-        mistakes=[data_url(_mistake(found, mistake), "png") for mistake in wrong[:SHOWN]],
+        tiles=_tiles(found, content),
+        command=shlex.split(command_line(checkpoint.recipe)) if format == "html" else [command_line(checkpoint.recipe)],
+        which=_which(len(shown), len(wrong)),
+        plural=plural,
+        duration=duration,
     )
+    if format == "markdown":
+        return _write_markdown(found, content, shown, values, Path(path) if path else checkpoint.path.parent / "report")
     path = Path(path) if path else checkpoint.path.parent / "report.html"
-    write_whole(path, page)
+    page = rendered("report.html", **values, wrong=len(wrong), charts=_charts(found, content), cards=_cards(found, shown))
+    write_whole(path, page.encode(errors="backslashreplace"))
     return path
 
 
-def _pictures(found: Prediction, content: dict[str, Any]) -> dict[str, Figure]:
+def _which(shown: int, wrong: int) -> str:
+    if not wrong:
+        return f"No mistake. The {shown} least sure images"
+    return "The one mistake" if wrong == 1 else f"The surest mistakes: {count_of(shown, wrong)}"
+
+
+def _tiles(found: Prediction, content: dict[str, Any]) -> dict[str, str]:
+    """The figures of a run beside its accuracy, by what they are called."""
     checkpoint, recipe = found.checkpoint, found.checkpoint.recipe
-    drawn = figures.evaluation(content)
+    flipped = {"accuracy with flips": f"{content['tta']['flip']['accuracy']:.2f} %"} if content["tta"] else {}
+    written = datetime.fromtimestamp(checkpoint.path.stat().st_mtime, UTC)
     return {
-        "Loss and accuracy by epoch": figures.curves(checkpoint.history, recipe, content["evaluated_on"]),
-        "Learning rate of every step": figures.learning_rate(recipe, analysis.steps_per_epoch(recipe, len(found.data.train))),
-        "Confusion matrix": drawn["confusion_matrix"],
-        "Accuracy by class": drawn["class_accuracy"],
-        "Calibration": drawn["reliability"],
+        **flipped,
+        "negative log likelihood": f"{content['loss']:.4f}",
+        "calibration error": f"{content['calibration_error']:.2f} %",
+        "training images": f"{len(found.data.train):,}",
+        "epochs": str(recipe.epochs) if checkpoint.finished else count_of(checkpoint.content["epoch"], recipe.epochs),
+        "batch size": f"{recipe.batch_size:,}",
+        "time of training": duration(checkpoint.content["seconds"] + sum(row["seconds"] for row in checkpoint.history)),
+        "evaluated in": content["precision"],
+        "checkpoint of": f"{written:%Y-%m-%d %H:%M} UTC",
     }
 
 
-def _mistake(found: Prediction, mistake: analysis.Mistake) -> Figure:
-    images, predicted, true = grad_cams(found, [mistake], "layer2")
-    return pictures.grad_cam(images, predicted, true, [mistake], "")
+def _charts(found: Prediction, content: dict[str, Any]) -> dict[str, str]:
+    """Charts of one size as SVG elements, by their captions."""
+    checkpoint, recipe, judged = found.checkpoint, found.checkpoint.recipe, content["evaluated_on"]
+    steps = analysis.steps_per_epoch(recipe, len(found.data.train))
+    history = checkpoint.history
+    curves = {
+        f"{each.capitalize()} by epoch": figures.curve(each, history, recipe, judged, CHART) for each in ("loss", "accuracy")
+    }
+    drawn = {
+        **(curves if history else {}),
+        "Learning rate of every step": figures.learning_rate(recipe, steps, CHART),
+        "Confusion matrix": figures.confusion_matrix(content["confusion_matrix"], list(content["classes"]), "", CHART),
+        "Recall by class": figures.class_accuracy(content["classes"], "", CHART),
+        "Calibration": figures.reliability(content["reliability"], content["calibration_error"], content["loss"], "", CHART),
+    }
+    return {caption: _svg(figure) for caption, figure in drawn.items()}
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an element of a page, its letters as text of the page."""
+    figure.patch.set_alpha(0)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        svg = figures.render(figure, "svg").decode()
+    svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg))
+
+
+def _cards(found: Prediction, shown: Sequence[analysis.Mistake]) -> list[dict[str, Any]]:
+    """Each image, and where the network looked, as addresses that hold them."""
+    cards = []
+    for mistake, image, *maps in zip(shown, *grad_cams(found, shown, "layer2"), strict=True) if shown else ():
+        figure = Figure(figsize=(0.75, 0.75))
+        axis = figure.add_axes((0, 0, 1, 1))
+        axis.axis("off")
+        pictures.draw_difference(axis, image, *maps)
+        Image.fromarray(image).save(buffer := io.BytesIO(), "png")
+        plain = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        cards.append({"mistake": mistake, "image": plain, "looked": data_url(figure, "png")})
+    return cards
+
+
+def _write_markdown(
+    found: Prediction, content: dict[str, Any], shown: list[analysis.Mistake], values: dict[str, Any], folder: Path
+) -> Path:  # fmt: skip
+    checkpoint, drawn = found.checkpoint, {"confusion_matrix": figures.evaluation(content)["confusion_matrix"]}
+    if checkpoint.history:
+        drawn["curves"] = figures.curves(checkpoint.history, checkpoint.recipe, content["evaluated_on"])
+    if shown:
+        drawn["gradcam"] = pictures.grad_cam(*grad_cams(found, shown, "layer2"), shown, f"Grad-CAM at layer2. {values['which']}")
+    layers = analysis.layers(checkpoint.recipe, checkpoint.recipe.batch_size, len(checkpoint.classes))
+    text = rendered("report.md", **values, layers=layers, cell=_cell, epoch_line=epoch_line)
+    writable(folder)
+    for name, figure in drawn.items():
+        save_figure(figure, folder / f"{name}.png")
+    write_whole(folder / "README.md", text.encode(errors="backslashreplace"))
+    return folder / "README.md"
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of a table shows it: no Markdown, and no HTML."""
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(printable(text), quote=False))

@@ -348,7 +348,7 @@ def reliability(
     """
     figure, (axis, below) = _figure(2, size, sharex=True, height_ratios=(3, 1))
     centres, width = [(row["from"] + row["to"]) / 2 for row in bins], bins[0]["to"] - bins[0]["from"]
-    bars = axis.bar(centres, [row["accuracy"] or 0 for row in bins], 0.92 * width, color=BLUE, label="accuracy of the bin")
+    bars = axis.bar(centres, [row["accuracy"] or 0 for row in bins], 0.92 * width, color=BLUE)
     filled = [row for row in bins if row["count"]]
     axis.plot([r["confidence"] for r in filled], [r["accuracy"] for r in filled], "o", color=RED, label="at its mean confidence")
     axis.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="perfectly calibrated")
@@ -357,7 +357,7 @@ def reliability(
     axis.set_title(f"{lettering.title(title)}\n{numbers}" if title else "")
     counts = below.bar(centres, [row["count"] for row in bins], 0.92 * width, color=GREY)
     below.set(xlabel="confidence: probability of the predicted class, percent", ylabel="images")
-    handles = axis.get_legend_handles_labels()[0]
+    handles = [Patch(color=BLUE, label="accuracy of the bin"), *axis.get_legend_handles_labels()[0]]
     for row, *pair in zip(bins, bars, counts, strict=True):
         if row["count"]:
             text = f"{row['from']:.0f} to {row['to']:.0f} %: {row['count']:,} images, {row['accuracy']:.1f} % right"

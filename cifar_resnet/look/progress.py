@@ -188,6 +188,15 @@ class Pace:
         return max(planned - (now - self.mark[1]), 0.0)
 
 
+def epoch_line(m: dict[str, float], evaluated_on: str) -> str:
+    """An epoch of a history as one line of text."""
+    return (
+        f"epoch {m['epoch']:2d}  LR {m['lr']:.5f}  train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.2f} %  "
+        f"{evaluated_on} loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.2f} %  "
+        f"{m['seconds']:.1f} s  {m['images_per_second']:,.0f} images/s"
+    )
+
+
 class TrainingTable:
     """A Watcher that prints a row an epoch, above a line that tells of the epoch under way; without a terminal, a line an epoch.
 
@@ -334,11 +343,7 @@ class TrainingTable:
                 self.close()
             return
         with suppress(*GONE):
-            command(
-                f"epoch {m['epoch']:2d}  LR {m['lr']:.5f}  train loss {m['train_loss']:.4f} accuracy {m['train_accuracy']:.2f} %  "
-                f"{self.evaluated_on} loss {m['test_loss']:.4f} accuracy {m['test_accuracy']:.2f} %  "
-                f"{m['seconds']:.1f} s  {m['images_per_second']:,.0f} images/s"
-            )
+            command(epoch_line(m, self.evaluated_on))
 
     def warn(self, message: str) -> None:
         with suppress(*GONE):
