@@ -82,7 +82,10 @@ def with_statistics(recipe: Recipe, train: Split | None = None) -> Recipe:
 
 def _check_size(option: str, size: int, most: int, classes: int) -> None:
     if not classes <= size <= most:
-        raise UsageError(f"{option} {size} does not fit: it takes {classes} to {most} images here")
+        fits = (
+            f"it takes {classes} to {most} images here" if classes <= most else f"of {classes} classes there are too few images"
+        )
+        raise UsageError(f"{option} {size} does not fit: {fits}")
 
 
 def _digits() -> tuple[Split, Split, tuple[str, ...]]:

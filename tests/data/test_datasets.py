@@ -79,6 +79,13 @@ def test_a_holdout_leaves_every_class_an_image_to_train_on(own_images, tmp_path)
     ]
     with pytest.raises(UsageError, match="--holdout 11 does not fit: it takes 3 to 10 images here"):
         load(Recipe.build(dataset=str(own_images), batch_size=1, holdout=11), notify=silent)
+    for image in [*own_images.glob("train/*/[1-9].png")]:
+        image.unlink()
+    with pytest.raises(UsageError, match="--holdout 3 does not fit: of 3 classes there are too few images"):
+        load(Recipe.build(dataset=str(own_images), batch_size=1, holdout=3), notify=silent)
+
+
+def test_samples_of_a_holdout_that_leaves_a_class_one_image_are_drawn(own_images):
     figure = samples(Recipe.build(dataset=str(own_images), holdout=10), views=1)
     assert len(figure.axes) >= 3
 
