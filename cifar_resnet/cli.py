@@ -116,6 +116,9 @@ DataDir = Annotated[Path | None, _option(
     "Folder with CIFAR-10 or its archive, downloaded there if missing; or that a folder of your own images is now in.",
     envvar="CIFAR_RESNET_DATA_DIR", default="the user's cache folder",
 )]
+Moved = Annotated[Path | None, _option(
+    "Folder that the run's own images are in now, if they have moved or were renamed.", WHERE, "--dataset", default="the run's"
+)]
 Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: the first there of cuda, mps, cpu.")]
 Loader = Annotated[Literal["auto", "tensor", "albumentations"], _option(
     "What augments: tensor, a batch at a time on the device; albumentations, image by image in worker processes; auto is tensor.",
@@ -452,7 +455,7 @@ def _one_run(given: list[Path] | None, command: str) -> Path:
 @app.command(rich_help_panel=STEPS)
 def evaluate(
     checkpoints: Checkpoints = None, tta: Tta = "none", json_output: Json = False, run_dir: RunDir = None,
-    data_dir: DataDir = None, device: Device = "auto", format: Format = "png",
+    dataset: Moved = None, data_dir: DataDir = None, device: Device = "auto", format: Format = "png",
 ) -> None:  # fmt: skip
     """Evaluate checkpoints: loss, accuracy, calibration, a table by class, the confusion matrix.
 
@@ -463,7 +466,7 @@ def evaluate(
     runs, done, notify = _runs(checkpoints), [], _aside if json_output else console.say
     if run_dir and len(runs) > 1:
         raise UsageError(f"--run-dir takes the files of one run, not of {len(runs)}; without it they go beside each checkpoint")
-    how: dict[str, Any] = dict(tta=tta, data_dir=data_dir, device=device, format=format)
+    how: dict[str, Any] = dict(tta=tta, dataset=dataset, data_dir=data_dir, device=device, format=format)
     if not json_output:
         how["found"] = console.evaluation
     for run in runs:
@@ -493,7 +496,7 @@ def evaluate(
 def misclassified(
     checkpoint: Checkpoint = None, count: Count = 25, sort: Sort = "confidence", true: TrueClass = None,
     predicted: PredictedClass = None, layer: Layer = "layer2", copy_to: CopyTo = None, save_images: SaveImages = None,
-    run_dir: RunDir = None, data_dir: DataDir = None, device: Device = "auto", format: Format = "png",
+    run_dir: RunDir = None, dataset: Moved = None, data_dir: DataDir = None, device: Device = "auto", format: Format = "png",
 ) -> None:  # fmt: skip
     """Show what a checkpoint gets wrong, and where it looked: Grad-CAM of the class predicted and of the true one."""
     from .jobs.misclassified import misclassified
@@ -502,8 +505,9 @@ def misclassified(
     run = _one_run(checkpoint, "misclassified")
     choice: dict[str, Any] = dict(count=count, sort=sort, true=true, predicted=predicted, layer=layer)
     choice |= dict(copy_to=copy_to, save_images=save_images)
+    where: dict[str, Any] = dict(dataset=dataset, data_dir=data_dir, device=device)
     with console.console.status("looking for mistakes"):
-        chosen = misclassified(run, run_dir, **choice, data_dir=data_dir, device=device, format=format, notify=console.say)
+        chosen = misclassified(run, run_dir, **choice, **where, format=format, notify=console.say)
     drawn = chosen or not (sort == "label" or (true and predicted))  # without a mistake, the least sure images
     pictures = [f"misclassified.{format}", f"gradcam.{format}"] if drawn else []
     lists = ["misclassified.json", "labels.json", "labels.csv"] if sort == "label" else ["misclassified.json"]
@@ -528,15 +532,15 @@ def compare(runs: Runs, output: Picture = Path("comparison.png"), json_output: J
 
 @app.command(rich_help_panel=AFTER)
 def report(
-    checkpoint: Checkpoint = None, format: ReportFormat = "html", output: Page = None, data_dir: DataDir = None,
-    device: Device = "auto",
+    checkpoint: Checkpoint = None, format: ReportFormat = "html", output: Page = None, dataset: Moved = None,
+    data_dir: DataDir = None, device: Device = "auto",
 ) -> None:  # fmt: skip
     """Write a run as one HTML page, or as Markdown: figures, pictures, mistakes, recipe, and the command that repeats it."""
     from .jobs.report import report
 
     run = _one_run(checkpoint, "report")
     with console.console.status("writing the report"):
-        path = report(run, output, format=format, data_dir=data_dir, device=device, notify=console.say)
+        path = report(run, output, format=format, dataset=dataset, data_dir=data_dir, device=device, notify=console.say)
     console.say(_written(path.parent, path.name))
 
 

@@ -15,7 +15,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from filelock import FileLock, Timeout
 from . import __version__
 from .arguments import checked
 from .data.images import WHITES
-from .data.splits import Data
+from .data.splits import Data, Split, fingerprint
 from .errors import CheckpointError, RunDirectoryError, UsageError, printable, shell_command
-from .recipe import Recipe, read_json
+from .recipe import DATASETS, Recipe, read_json
 from .training.engine import State, finite, start
 from .training.model import ResNet, build_model
 from .training.optim import make_optimizer
@@ -260,6 +260,15 @@ class Checkpoint:
         temperature = self.content.get("temperature")
         return 1.0 if temperature is None else temperature
 
+    def difference(self, part: str, split: Split) -> str:
+        """What differs between `split` and the "train" or "evaluation" images of the run; "" for nothing. Old checkpoints do not know."""
+        before = (self.content.get("data") or {}).get(part)
+        if before is None or before == (now := fingerprint(split, self.classes)):
+            return ""
+        if before["images"] != now["images"]:
+            return f"there were {before['images']:,}, and there are {now['images']:,}"
+        return f"of the {now['images']:,}, pixels or labels have changed"
+
     def model(self, device: torch.device | str = "cpu") -> ResNet:
         """The model that is evaluated: the averaged weights where there are any."""
         model = build_model(self.recipe, len(self.classes))
@@ -286,7 +295,7 @@ class Checkpoint:
 
 def save_checkpoint(
     path: Path, state: State, classes: tuple[str, ...], evaluated_on: str, environment: dict[str, Any],
-    temperature: float | None = None, whites: Mapping[str, int] | None = None,
+    temperature: float | None = None, whites: Mapping[str, int] | None = None, fingerprints: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Everything that evaluation and resuming need; tensors and plain values only."""
     content = {
@@ -307,6 +316,7 @@ def save_checkpoint(
         "history": state.history,
         "temperature": temperature,
         "whites": dict(whites or {}),
+        "data": dict(fingerprints or {}),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -406,6 +416,10 @@ def _check_content(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} stands at a place that its run does not have")
     if not isinstance(checkpoint.whites, dict) or not set(checkpoint.whites.values()) <= set(WHITES):
         raise CheckpointError(f"{checkpoint.path} has the values of white {checkpoint.whites!r}; they are of {WHITES}")
+    fingerprints = content.get("data") or {}
+    of_parts = all(set(each) == {"images", "sha256"} for each in fingerprints.values())
+    if not of_parts or not set(fingerprints) <= {"train", "evaluation"}:
+        raise CheckpointError(f"{checkpoint.path} does not say which images it was trained on")
     if not (isinstance(checkpoint.temperature, float) and 0 < checkpoint.temperature < math.inf):
         raise CheckpointError(f"{checkpoint.path} has the temperature {checkpoint.temperature!r}, which must be a number above 0")
     if (content["averaged"] is not None) != (recipe.ema_decay > 0):
@@ -467,7 +481,8 @@ class RunDir:
         """The recipe of the run, and its checkpoint where it lived to write one.
 
         Args:
-            must_match: values that fields of the recipe must have.
+            must_match: values that fields of the recipe must have. Another `dataset` is where the run's images are now, if the
+                checkpoint knows them; whether they are the same is left to the caller.
 
         Raises:
             UsageError: there is no run in the folder, or its recipe has another value.
@@ -480,7 +495,13 @@ class RunDir:
             checkpoint, recipe = None, Recipe.load(read_json(self.path / RECIPE, "recipe file"))
         else:
             raise UsageError(f"--resume {self.path}: holds neither {CHECKPOINT} nor recipe.json, so no run to go on with")
-        check_match(recipe, must_match or {}, self.path)
+        must_match = dict(must_match or {})
+        now = must_match.get("dataset", recipe.dataset)
+        moved = not {recipe.dataset, now} & set(DATASETS) and os.path.realpath(now) != os.path.realpath(recipe.dataset)
+        if moved and checkpoint and checkpoint.content.get("data"):
+            recipe = recipe.replace(dataset=str(must_match.pop("dataset")))
+            checkpoint = replace(checkpoint, recipe=recipe)
+        check_match(recipe, must_match, self.path)
         return recipe, checkpoint
 
     @contextmanager
@@ -544,7 +565,7 @@ class RunDir:
         """Writes `checkpoint.pt`, if asked, and `metrics.json`; gives what kept them from being written, or ""."""
         try:
             if checkpoint:
-                about = (data.classes, data.evaluated_on, environment, temperature, data.whites)
+                about = (data.classes, data.evaluated_on, environment, temperature, data.whites, data.fingerprints)
                 save_checkpoint(self.path / CHECKPOINT, state, *about)
             self.write_metrics(state, data, environment)
         except RunDirectoryError as error:

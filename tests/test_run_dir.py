@@ -658,7 +658,7 @@ def test_checkpoints_that_cannot_be_trusted_are_refused_in_one_line(tiny_run, tm
         (dict(kind="something else"), "not a checkpoint of cifar-resnet"),
         (dict(schema=99), "schema 99"),
         (dict(recipe={**good["recipe"], "epochs": -1}), "--epochs -1"),
-        (dict(recipe={**good["recipe"], "schema": 3}), "a recipe of schema 3; this version of cifar-resnet reads 1 to 2"),
+        (dict(recipe={**good["recipe"], "schema": 4}), "a recipe of schema 4; this version of cifar-resnet reads 1 to 3"),
         (dict(classes=["a", "b"]), "2 classes"),
         (dict(classes=list(range(10))), "class names"),
         (with_slots(0, {"momentum_buffer": torch.tensor(0.0)}), "optimizer state of another model"),

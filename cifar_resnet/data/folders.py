@@ -121,7 +121,8 @@ def _present(folder: Path, moved_to: Path | None) -> Path:
     if folder.is_dir():
         return folder
     near = difflib.get_close_matches(folder.name, DATASETS, n=1)
-    advice = f"did you mean {near[0]}?" if near else "if it has moved, give the folder that holds it with --data-dir"
+    moved = "if it has moved, give the folder that holds it with --data-dir, or its new path with --dataset"
+    advice = f"did you mean {near[0]}?" if near else moved
     kinds = f"{', '.join(DATASETS)} or a folder"
     raise UsageError(f"--dataset {folder.name}: it is {kinds}, and there is no folder {folder}; {advice}")
 

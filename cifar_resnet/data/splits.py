@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +50,19 @@ class Data:
     def __repr__(self) -> str:
         judged = f"{len(self.evaluation):,} {self.evaluated_on} images"
         return f"Data({len(self.train):,} training images, {judged}, {len(self.classes)} classes)"
+
+    @cached_property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Of "train" and "evaluation"; see `fingerprint`."""
+        return {"train": fingerprint(self.train, self.classes), "evaluation": fingerprint(self.evaluation, self.classes)}
+
+
+def fingerprint(split: Split, classes: tuple[str, ...]) -> dict[str, Any]:
+    """What tells a split from another, wherever its files lie: the count of its images, and the SHA-256 of pixels, labels and class names."""
+    found = hashlib.sha256(np.ascontiguousarray(split.images).data)
+    found.update(split.labels.astype("<i8").tobytes())
+    found.update(json.dumps(classes).encode())
+    return {"images": len(split), "sha256": found.hexdigest()}
 
 
 def stratified(labels: np.ndarray, count: int, seed: int, keep_one: bool = False) -> np.ndarray:

@@ -39,6 +39,7 @@ class Prediction(NamedTuple):
     logits: Tensor
     labels: Tensor
     device: torch.device
+    changed: str  # how the images differ from the run's; "" where they do not, or the checkpoint does not know
 
     @property
     def judged(self) -> tuple[Tensor, Tensor, datasets.Split, tuple[str, ...], float]:
@@ -134,16 +135,30 @@ def say_unfinished(loaded: Checkpoint, notify: Callable[[str], object]) -> None:
         notify(f"the run stands at epoch {loaded.content['epoch']} of {loaded.recipe.epochs}: what follows is not its end")
 
 
-def logits_of(checkpoint: Path | str, data_dir: Path | str | None, device: str, notify: Callable[[str], None]) -> Prediction:
-    """Dataset, recipe and precision are the checkpoint's, so that the figures are those that `train` reported."""
+def logits_of(
+    checkpoint: Path | str,
+    data_dir: Path | str | None,
+    device: str,
+    notify: Callable[[str], None],
+    dataset: Path | str | None = None,
+) -> Prediction:
+    """Dataset, recipe and precision are the checkpoint's, so that the figures are those that `train` reported.
+
+    `dataset` is where the images are now. Images other than the run's are told of.
+    """
     loaded, resolved = opened(checkpoint, device, notify)
+    if dataset is not None:
+        loaded = replace(loaded, recipe=loaded.recipe.replace(dataset=str(dataset)))
     data = datasets.load(loaded.recipe, Path(data_dir) if data_dir else None, notify)
     if data.classes != loaded.classes:
         raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")
     say_unfinished(loaded, notify)
+    changed = loaded.difference("evaluation", data.evaluation)
+    if changed:
+        notify(f"the evaluation images are not those of the run: {changed}")
     model, images = loaded.model(resolved), make_loader(data.evaluation, loaded.recipe, resolved)
     logits, labels = predict_logits(loaded.recipe, model, images.plain(EVALUATION_BATCH), resolved)
-    return Prediction(loaded, model, data, images, logits, labels, resolved)
+    return Prediction(loaded, model, data, images, logits, labels, resolved, changed)
 
 
 def standing(loaded: Checkpoint) -> dict[str, int]:
@@ -160,6 +175,7 @@ def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
         "recipe": loaded.recipe.recipe,
         **standing(loaded),
         "evaluated_on": found.data.evaluated_on,
+        "images_changed": bool(found.changed) if loaded.content.get("data") else None,
         "precision": loaded.recipe.precision,
         "environment": environment(found.device),
         **analysis.report(found.logits, found.labels, found.data.classes),

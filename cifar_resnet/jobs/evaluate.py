@@ -17,6 +17,7 @@ def evaluate(
     checkpoint: Path | str = LATEST,
     run_dir: Path | str | None = None,
     *,
+    dataset: Path | str | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
     tta: str = "none",
@@ -32,13 +33,14 @@ def evaluate(
         tta: "flip" or "flip-shift" add loss and accuracy of the mean logits of several views; see `analysis.views`.
         format: of the pictures: "png", "svg" or "pdf".
         found: called with what is returned, before the pictures are drawn.
+        dataset: the folder that the images are in now, if they have moved.
 
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
     figures.check_format(format)
     analysis.views(tta)
-    prediction = logits_of(checkpoint, data_dir, device, notify)
+    prediction = logits_of(checkpoint, data_dir, device, notify, dataset)
     content = content_of(prediction, tta)
     folder = writable(Path(run_dir) if run_dir else prediction.checkpoint.path.parent)
     write_json(folder / "evaluation.json", content)

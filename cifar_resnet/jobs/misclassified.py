@@ -31,6 +31,7 @@ def misclassified(
     predicted: str | None = None,
     copy_to: Path | str | None = None,
     save_images: Path | str | None = None,
+    dataset: Path | str | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
     format: str = "png",
@@ -53,6 +54,7 @@ def misclassified(
         copy_to: a new folder, into which the files of all mistakes chosen are copied, as `true/predicted/file`.
         save_images: a new folder for all mistakes chosen as PNG files of 32x32 pixels, in the same layout.
         format: of the pictures: "png", "svg" or "pdf".
+        dataset: the folder that the images are in now, if they have moved.
 
     Raises:
         CifarResnetError: one line that says what was wrong.
@@ -60,7 +62,7 @@ def misclassified(
     if not 1 <= count <= 100:
         raise UsageError(f"--count {count} must be 1 to 100")
     _check(layer, format, checkpoint, copy_to, save_images)
-    found = logits_of(checkpoint, data_dir, device, notify)
+    found = logits_of(checkpoint, data_dir, device, notify, dataset)
     wrong = analysis.mistakes(*found.judged)
     listed, ranked = by_label(found) if sort == "label" else (wrong, [])
     chosen = analysis.choose(listed, found.data.classes, sort, true, predicted)

@@ -34,6 +34,7 @@ def report(
     path: Path | str | None = None,
     *,
     format: str = "html",
+    dataset: Path | str | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
     notify: Callable[[str], None] = lambda message: None,
@@ -46,6 +47,7 @@ def report(
         run: a checkpoint file, a run directory, or "latest": the newest run in `runs`.
         path: the HTML file, or the folder of the Markdown; `report.html` or `report` beside the checkpoint if not given.
         format: "html" or "markdown".
+        dataset: the folder that the images are in now, if they have moved.
 
     Raises:
         CifarResnetError: one line that says what was wrong.
@@ -53,7 +55,7 @@ def report(
     if format not in ("html", "markdown"):
         raise UsageError(f"--format {format}: it is html or markdown")
     checkpoint = load_checkpoint(run)
-    found = logits_of(checkpoint.path, data_dir, device, notify)
+    found = logits_of(checkpoint.path, data_dir, device, notify, dataset)
     content = content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")
     wrong = analysis.mistakes(*found.judged)
     shown = wrong[:SHOWN] or analysis.least_sure(*found.judged)[:SHOWN]

@@ -257,6 +257,13 @@ class _Run:
         if self.checkpoint and self.checkpoint.classes != self.data.classes:
             trained, found = (", ".join(classes) for classes in (self.checkpoint.classes, self.data.classes))
             raise CifarResnetError(f"{self.folder.path} was trained on the classes {trained}, not {found}")
+        for part, split in (("train", self.data.train), ("evaluation", self.data.evaluation)):
+            if self.checkpoint and (changed := self.checkpoint.difference(part, split)):
+                what = "training" if part == "train" else "evaluation"
+                raise CifarResnetError(
+                    f"the {what} images are not those of the run in {self.folder.path}: {changed}; put them back, give their "
+                    "folder with --dataset, or start a new run"
+                )
 
     def _claim(self, held: ExitStack) -> tuple[Path, Recipe, Checkpoint | None]:
         planned, checkpoint = self.recipe, None

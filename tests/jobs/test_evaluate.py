@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_resnet import CifarResnetError, Recipe, evaluate, load_checkpoint, misclassified, predict, train
+from cifar_resnet import CifarResnetError, Recipe, evaluate, load_checkpoint, misclassified, predict, report, train
 from cifar_resnet.data import label_errors
 from cifar_resnet.data.datasets import load
 from cifar_resnet.data.loaders import make_loader
@@ -133,10 +133,32 @@ def test_own_images_that_were_moved_are_found_and_others_refused(own_images, tmp
     shutil.move(own_images, tmp_path / "elsewhere")
     assert "give the folder that holds it with --data-dir" in cli("evaluate", tmp_path / "run")[2]
     assert cli("evaluate", tmp_path / "run", "--data-dir", tmp_path / "elsewhere")[:2] == (0, out)
+    (tmp_path / "elsewhere" / "own").rename(tmp_path / "elsewhere" / "renamed")
+    assert cli("evaluate", tmp_path / "run", "--dataset", tmp_path / "elsewhere" / "renamed")[:2] == (0, out)
+    (tmp_path / "elsewhere" / "renamed").rename(tmp_path / "elsewhere" / "own")
     for part in ("train", "test"):
         (tmp_path / "elsewhere" / "own" / part / "dark").rename(tmp_path / "elsewhere" / "own" / part / "cold")
     with pytest.raises(CifarResnetError, match="knows bright, dark; the images are of bright, cold"):
         evaluate(tmp_path / "run", data_dir=tmp_path / "elsewhere")
+
+
+def test_images_that_are_not_the_runs_are_told_of(own_images, tmp_path, no_figures):
+    run, said = tmp_path / "run", []
+    train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), run)
+    own_images.rename(tmp_path / "now")
+    where = dict(dataset=tmp_path / "now", notify=said.append)
+    assert evaluate(run, **where)["images_changed"] is False
+    assert said == []
+    (tmp_path / "now" / "test" / "dark" / "3.png").unlink()
+    assert evaluate(run, **where)["images_changed"] is True
+    misclassified(run, **where)
+    report(run, **where)
+    assert said == ["the evaluation images are not those of the run: there were 12, and there are 11"] * 3
+
+
+def test_a_checkpoint_that_does_not_know_its_images_is_evaluated(tmp_path, no_figures):
+    shutil.copytree(Path(__file__).parent.parent / "data" / "run-0.1", tmp_path / "run")
+    assert evaluate(tmp_path / "run")["images_changed"] is None
 
 
 # Which runs

@@ -329,7 +329,7 @@ def test_a_run_directory_of_the_version_before_evaluates_and_goes_on_to_its_end(
     after = content(folder)
     assert (after["epoch"], after["step"]) == (2, 0)
     assert after["history"][0] == before["history"][0]
-    assert after["recipe"] == {"schema": 3, "width": 64, "batches": "fixed", **before["recipe"]}
+    assert after["recipe"] == {"schema": 3, "width": 64, "split": None, "batches": "fixed", **before["recipe"]}
     assert not torch.equal(after["model"]["fc.weight"], before["model"]["fc.weight"])
     assert json.loads((folder / "recipe.json").read_text())["schema"] == 3
 
@@ -438,12 +438,41 @@ def test_own_images_are_trained_on_with_their_class_names_mean_and_deviation(own
     assert checkpoint.recipe.std == pytest.approx(images.std((0, 1, 2)), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("training", lambda folder: [path.unlink() for path in folder.glob("train/*/1*.png")], "there were 48, and there are 26"),
+        ("training", lambda folder: shutil.copy(folder / "train/dark/3.png", folder / "train/dark/4.png"), "of the 48, pixels or labels"),
+        ("training", lambda folder: (folder / "train/dark/23.png").rename(folder / "train/bright/24.png"), "of the 48, pixels or labels"),
+        ("evaluation", lambda folder: (folder / "test/dark/0.png").unlink(), "there were 12, and there are 11"),
+    ],
+)  # fmt: skip
+def test_a_run_does_not_go_on_with_other_images(own_run, own_images, part, change, said):
+    before = (own_run / "checkpoint.pt").read_bytes()
+    change(own_images)
+    message = f"the {part} images are not those of the run in {own_run}: {said}.* --dataset, or start a new run"
+    with pytest.raises(CifarResnetError, match=message):
+        train(resume=own_run)
+    assert (own_run / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_goes_on_where_its_images_have_moved_to(own_run, own_images, tmp_path, cli, no_figures):
+    """The same to the bit as where they were; and finds them there from then on."""
+    shutil.copytree(own_run, tmp_path / "moved")
+    train(resume=own_run)
+    own_images.rename(tmp_path / "renamed")
+    code, _, err = cli("train", "--resume", tmp_path / "moved", "--dataset", tmp_path / "renamed")
+    assert (code, err) == (0, "")
+    assert_same_run(content(own_run), content(tmp_path / "moved"))
+    assert json.loads((tmp_path / "moved" / "recipe.json").read_text())["dataset"] == str(tmp_path / "renamed")
+    assert cli("evaluate", tmp_path / "moved")[0] == 0
+
+
 def test_a_run_on_own_images_goes_on_in_any_spelling_of_their_folder(own_run, own_images, cli, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(own_images)
-    shutil.copytree(own_images, tmp_path / "other")
-    line = refused(2, "train", "--resume", "run", "--dataset", "other")
-    assert line == f"cifar-resnet: --dataset other contradicts the run in run, which has {own_images}; leave it out\n"
+    line = refused(2, "train", "--resume", "run", "--dataset", "digits")
+    assert line == f"cifar-resnet: --dataset digits contradicts the run in run, which has {own_images}; leave it out\n"
     for spelling in ("own/", "other/../own", "link"):
         shutil.copytree("run", "again")
         code, out, err = cli("train", "--resume", "again", "--dataset", spelling)
