@@ -27,6 +27,8 @@ MIN_POINTS = 20
 SHARE = 0.05  # of the whole drop of the range test's loss: what counts as still being at the bottom
 MOST_TRIALS = 6
 TRIAL_IMAGES = 25_600
+DIVERGED = 5  # times its lowest: where torch-lr-finder stops
+OTHER_TRIALS = "try more --trial-steps, or --trial-steps 0, which reads the maximum off the range test"
 GROWTH = 0.2  # the best maximum rises about with this power of the number of steps: docs/log/range-test.md, entry 16
 
 
@@ -122,11 +124,23 @@ def range_test(
     progress(num_iter, num_iter)
     lr, loss = (np.array(finder.history[key]) for key in ("lr", "loss"))
     if len(loss) < MIN_POINTS:
+        advice = _advice_for_more_points(lr, loss, end_lr, num_iter)
         raise CifarResnetError(
-            f"the range test has only {len(loss)} points before the loss diverged, and needs {MIN_POINTS}: "
-            f"give more --num-iter than {num_iter}, or a lower --start-lr than {start_lr:g}"
+            f"the range test has only {len(loss)} points before the loss diverged, and needs {MIN_POINTS}: {advice}"
         )
     return History(lr, loss)
+
+
+def _advice_for_more_points(lr: np.ndarray, loss: np.ndarray, end_lr: float, num_iter: int) -> str:
+    """What to change of a test that diverged early: its start where the first step did it, else how fast the rate rises."""
+    if len(loss) < 2 or loss[1] > 1.5 * loss[0]:
+        return f"give a lower --start-lr than {lr[0]:g}" if len(lr) else "give a lower --start-lr"
+    cause = len(loss) - 2 if loss[-1] > DIVERGED * loss.min() else len(loss) - 1  # the step whose rate was too high
+    if cause < 2:
+        return f"give a far lower --end-lr than {end_lr:g}"
+    more = f"--num-iter {math.ceil(MIN_POINTS * num_iter / (cause - 1))}"
+    enough = num_iter * (cause - 1) / cause >= MIN_POINTS  # points below the rate of the cause, if the test ends there
+    return f"give --end-lr {lr[cause]:.3g}, or {more}" if enough else f"give {more}"
 
 
 class _NotFinite(Exception):
@@ -232,11 +246,11 @@ def suggest(history: History, trials: Sequence[Trial] = (), longer: float = 1.0)
     drop = level[top] - level[lowest]
     max_lr = min_lr = why_not = None
     if drop <= 3 * noise[lowest]:
-        why_not = "the loss never fell clearly; try a lower --start-lr, or more --num-iter"
+        why_not = f"the loss never fell clearly; {_advice_for_a_fall(lr, level, float(noise[-1]))}"
     elif lowest == len(lr) - 1:
         why_not = "the loss fell to the end of the range; try a higher --end-lr"
     elif trials and min(trial.loss for trial in trials) >= level[0]:
-        why_not = f"no short training got below the first loss, down to LR {trials[0].max_lr:g}; try more --trial-steps"
+        why_not = f"no short training got below the first loss, down to LR {trials[0].max_lr:g}; {OTHER_TRIALS}"
     else:
         half = top + np.flatnonzero(level[top : lowest + 1] <= level[top] - drop / 2)[0]
         past = np.flatnonzero(level[lowest:] > level[lowest] + SHARE * drop)
@@ -246,9 +260,20 @@ def suggest(history: History, trials: Sequence[Trial] = (), longer: float = 1.0)
         min_lr = None
         why_not = (
             f"the best of the short trainings, from LR {trials[0].max_lr:g} to {trials[-1].max_lr:g}, is not between worse ones; "
-            "try more --trial-steps"
+            f"{OTHER_TRIALS}"
         )
     return Suggestions(float(steepest), float(lr[valley(lagging)]), float(lr[lagging.argmin()] / 10), max_lr, min_lr, why_not)
+
+
+def _advice_for_a_fall(lr: np.ndarray, level: np.ndarray, noise: float) -> str:
+    """What to change of a test without a clear fall, of this smoothed loss."""
+    lowest = int(level.argmin())
+    past = np.flatnonzero(level[lowest:] > level[lowest] + 5 * noise)
+    if not len(past):
+        return "try a higher --end-lr"
+    if lr[lowest + past[0]] > 10 * lr[0]:  # it began low enough, and the fall lies between too few points
+        return "try a lower --end-lr, or more --num-iter"
+    return "try a lower --start-lr"
 
 
 def _best(history: History, trials: Sequence[Trial], longer: float) -> float | None:

@@ -1,5 +1,7 @@
 """The range test, the trials after it, and what is read off them. The job around it is in tests/jobs."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -165,13 +167,81 @@ def test_a_second_fall_after_the_bottom_is_left_does_not_count():
         assert 0.008 < found.min_lr < 0.012
 
 
-@pytest.mark.parametrize(("slope", "why_not"), [(0.0, "never fell"), (0.5, "never fell"), (-0.5, "a higher --end-lr")])
+@pytest.mark.parametrize(("slope", "why_not"), [(0.0, "clearly; try a higher --end-lr"), (0.5, "clearly; try a lower --"), (-0.5, "end of the range; try a higher --end-lr")])
 def test_nothing_is_recommended_where_the_loss_never_falls_or_never_stops(slope, why_not):
     lr = np.geomspace(1e-4, 10, 200)
     loss = 2.3 + slope * (np.log10(lr) + 4) + np.random.default_rng(0).normal(0, 0.05, 200)
     found = suggest(History(lr, loss))
     assert (found.max_lr, found.min_lr) == (None, None)
     assert why_not in found.why_not
+
+
+def curve(start_lr, end_lr, points=100):
+    """A part of the usual range test: flat to 1e-3, lowest at 0.3, then up without end."""
+    lr = np.geomspace(start_lr, end_lr, points)
+    x = np.log10(lr)
+    loss = np.interp(x, [-3, -0.5], [2.3, 0.8]) + 40 * np.maximum(x + 0.5, 0)
+    return History(lr, loss + np.random.default_rng(0).normal(0, 0.005, points))
+
+
+@pytest.mark.parametrize(
+    ("begun", "advice", "followed"),
+    [
+        (dict(start_lr=1e-7, end_lr=1e-4), "try a higher --end-lr", dict(start_lr=1e-7, end_lr=10)),
+        (dict(start_lr=1e-5, end_lr=1e-2), "try a higher --end-lr", dict(start_lr=1e-5, end_lr=10)),
+        (dict(start_lr=0.5, end_lr=10), "try a lower --start-lr", dict(start_lr=1e-4, end_lr=10)),
+        (dict(start_lr=1e-4, end_lr=1e30, points=30), "try a lower --end-lr, or more --num-iter", dict(start_lr=1e-4, end_lr=10)),
+        (dict(start_lr=1e-4, end_lr=1e30, points=30), "try a lower --end-lr, or more --num-iter", dict(start_lr=1e-4, end_lr=1e30, points=2000)),
+    ],
+)  # fmt: skip
+def test_what_is_advised_where_nothing_is_recommended_helps(begun, advice, followed):
+    assert advice in suggest(curve(**begun)).why_not
+    assert 0.01 < suggest(curve(**followed)).max_lr < 0.4
+
+
+def test_without_trials_there_is_a_recommendation_where_these_show_none():
+    found = suggest(made(noise=0), [Trial(0.5, np.inf), Trial(1.0, np.inf)])
+    assert found.why_not.endswith("try more --trial-steps, or --trial-steps 0, which reads the maximum off the range test")
+    assert suggest(made(noise=0)).max_lr is not None
+
+
+@pytest.mark.parametrize("diverged", [np.nan, 1e6])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(start_lr=1e-4, end_lr=1e30, num_iter=40),
+        dict(start_lr=1e-4, end_lr=1e30, num_iter=20),
+        dict(start_lr=1e-3, end_lr=5e3, num_iter=24),
+        dict(start_lr=1e-3, end_lr=300.0, num_iter=100, step_mode="linear"),
+        dict(start_lr=50.0, end_lr=100.0, num_iter=25),
+        dict(start_lr=1e-4, end_lr=1e5, num_iter=25, step_mode="linear"),
+    ],
+    ids=str,
+)
+def test_a_test_with_too_few_points_says_what_gives_more(monkeypatch, settings, diverged):
+    """The loss is of a rate that must stay below 20; each piece of advice is followed by itself."""
+    worst = 0.0
+
+    def given(state, batch, rates):
+        nonlocal worst
+        before, worst = worst, max(worst, float(rates.lr))
+        return torch.tensor(diverged if before > 20 else 2.3)
+
+    monkeypatch.setattr(lr_finder, "train_step", given)
+    recipe, loader = small()
+    with pytest.raises(CifarResnetError, match="only .* points") as raised:
+        range_test(recipe, loader, CPU, **settings)
+    advice = str(raised.value).split("needs 20: ")[1]
+    given_numbers = re.findall(r"--(end-lr|num-iter) ([\d.e+-]+)(?=,|$)", advice)
+    changes = [{name.replace("-", "_"): float(number) if name == "end-lr" else int(number)} for name, number in given_numbers]
+    if "lower --start-lr" in advice:
+        changes = [dict(start_lr=1e-3)]
+    if "lower --end-lr" in advice:
+        changes = [dict(end_lr=10.0)]
+    assert changes
+    for change in changes:
+        worst = 0.0
+        assert len(range_test(recipe, loader, CPU, **{**settings, **change}).lr) >= 20, advice
 
 
 def test_a_rule_names_its_learning_rate():
@@ -262,6 +332,6 @@ def test_every_step_of_the_range_test_is_one_of_the_training_loop():
 def test_a_test_that_diverges_at_once_is_a_clear_error(end_lr):
     recipe, loader = small(optimizer="sgd")
     with pytest.raises(
-        CifarResnetError, match=r"only \d+ points .* give more --num-iter than 25, or a lower --start-lr than 1000"
+        CifarResnetError, match=r"only \d+ points .* give a lower --start-lr than 1000"
     ):
         range_test(recipe, loader, CPU, start_lr=1e3, end_lr=end_lr, num_iter=25)
