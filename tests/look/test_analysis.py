@@ -177,3 +177,20 @@ def test_the_totals_are_torchinfos(options):
     found = torchinfo.summary(build_model(recipe), input_data=images, verbose=0)
     assert (totals["parameters"], totals["multiply_adds"]) == (found.total_params, found.total_mult_adds)
     assert totals["multiply_adds_per_image"] * recipe.batch_size == totals["multiply_adds"]
+
+
+def test_the_report_of_a_thousand_classes():
+    """Five thousand images, a class without any, against counting them one by one."""
+    rng = np.random.default_rng(0)
+    labels, guesses = rng.integers(0, 999, (2, 5000))
+    guesses[:3000] = labels[:3000]
+    logits = torch.nn.functional.one_hot(torch.from_numpy(guesses), 1000).float()
+    found = analysis.report(logits, torch.from_numpy(labels), tuple(f"class {i}" for i in range(1000)))
+    counted = np.zeros((1000, 1000), int)
+    for label, guess in zip(labels, guesses, strict=True):
+        counted[label, guess] += 1
+    assert found["confusion_matrix"] == counted.tolist()
+    assert found["accuracy"] == pytest.approx(100 * counted.trace() / 5000)
+    assert (found["classes"]["class 999"]["count"], len(found["most_confused"])) == (0, 10)
+    np.fill_diagonal(counted, 0)
+    assert [row["count"] for row in found["most_confused"]] == sorted(counted.ravel().tolist(), reverse=True)[:10]
