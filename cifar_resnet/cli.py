@@ -116,9 +116,7 @@ DataDir = Annotated[Path | None, _option(
     "Folder with CIFAR-10 or its archive, downloaded there if missing; or that a folder of your own images is now in.",
     envvar="CIFAR_RESNET_DATA_DIR", default="the user's cache folder",
 )]
-Moved = Annotated[Path | None, _option(
-    "Folder that the run's own images are in now, if they have moved or were renamed.", WHERE, "--dataset", default="the run's"
-)]
+Moved = Annotated[Path | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
 Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: the first there of cuda, mps, cpu.")]
 Loader = Annotated[Literal["auto", "tensor", "albumentations"], _option(
     "What augments: tensor, a batch at a time on the device; albumentations, image by image in worker processes; auto is tensor.",

@@ -59,9 +59,7 @@ def misclassified(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    if not 1 <= count <= 100:
-        raise UsageError(f"--count {count} must be 1 to 100")
-    _check(layer, format, checkpoint, copy_to, save_images)
+    _check(count, layer, format, checkpoint, copy_to, save_images)
     found = logits_of(checkpoint, data_dir, device, notify, dataset)
     wrong = analysis.mistakes(*found.judged)
     listed, ranked = by_label(found) if sort == "label" else (wrong, [])
@@ -109,9 +107,11 @@ def _write_labels(found: Prediction, rows: list[dict[str, Any]], folder: Path) -
 
 
 def _check(
-    layer: str, format: str, checkpoint: Path | str, copy_to: Path | str | None, save_images: Path | str | None
+    count: int, layer: str, format: str, checkpoint: Path | str, copy_to: Path | str | None, save_images: Path | str | None
 ) -> None:  # fmt: skip
     figures.check_format(format)
+    if not 1 <= count <= 100:
+        raise UsageError(f"--count {count} must be 1 to 100")
     if layer not in analysis.LAYERS:
         raise UsageError(f"--layer {layer}: it is {', '.join(analysis.LAYERS)}")
     for folder in (copy_to, save_images):
