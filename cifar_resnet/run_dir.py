@@ -90,7 +90,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     check_new_folder(path)
     path = Path(os.path.realpath(path))
-    part = writable(path.parent) / f".{path.name}.{os.getpid()}.part"
+    part = writable(path.parent) / f".{path.name}.{os.getpid()}.new"  # unlike .part, not removed by a run beside it
     try:
         part.mkdir()
         yield part
@@ -417,8 +417,7 @@ def _check_content(checkpoint: Checkpoint) -> None:
     if not isinstance(checkpoint.whites, dict) or not set(checkpoint.whites.values()) <= set(WHITES):
         raise CheckpointError(f"{checkpoint.path} has the values of white {checkpoint.whites!r}; they are of {WHITES}")
     fingerprints = content.get("data") or {}
-    of_parts = all(set(each) == {"images", "sha256"} for each in fingerprints.values())
-    if not of_parts or not set(fingerprints) <= {"train", "evaluation"}:
+    if not set(fingerprints) <= {"train", "evaluation"} or not all(map(_is_fingerprint, fingerprints.values())):
         raise CheckpointError(f"{checkpoint.path} does not say which images it was trained on")
     if not (isinstance(checkpoint.temperature, float) and 0 < checkpoint.temperature < math.inf):
         raise CheckpointError(f"{checkpoint.path} has the temperature {checkpoint.temperature!r}, which must be a number above 0")
@@ -427,6 +426,11 @@ def _check_content(checkpoint: Checkpoint) -> None:
     _check_optimizer(checkpoint, make_optimizer(recipe, build_model(recipe, len(checkpoint.classes))))
     if not finite(checkpoint.state(torch.device("cpu")).tensors()):
         raise CheckpointError(f"{checkpoint.path} holds weights that are not finite numbers")
+
+
+def _is_fingerprint(value: Any) -> bool:
+    kinds = {"images": int, "sha256": str}
+    return isinstance(value, dict) and {key: type(each) for key, each in value.items()} == kinds
 
 
 def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
@@ -550,7 +554,8 @@ class RunDir:
     def remove_parts(self) -> None:
         """Removes what a killed writer left under temporary names; with the lock held."""
         for part in self.path.glob(".*.part"):
-            part.unlink(missing_ok=True)
+            if not part.is_dir():  # which no writer of the run made
+                part.unlink(missing_ok=True)
 
     def remove_made(self) -> list[str]:
         """Removes what commands made of the checkpoint, which is about to change, and gives the names of the files."""

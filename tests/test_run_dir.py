@@ -34,6 +34,7 @@ from cifar_resnet.run_dir import (
     directory_for,
     find_run,
     find_runs,
+    new_folder,
     writable,
     write_whole,
 )
@@ -386,6 +387,15 @@ def test_create_removes_what_a_killed_writer_left(tmp_path, recipe):
     assert os.listdir(tmp_path) == ["recipe.json"]
 
 
+def test_a_folder_that_is_being_filled_beside_a_run_does_not_hinder_the_run(tmp_path, recipe):
+    (tmp_path / ".left by another program.part").mkdir()
+    with new_folder(tmp_path / "space") as part:
+        (part / "app.py").write_text("half")
+        RunDir(tmp_path).begin(recipe)
+        assert (part / "app.py").read_text() == "half"
+    assert (tmp_path / "space" / "app.py").exists()
+
+
 def test_open_goes_by_the_checkpoint_and_before_there_is_one_by_the_recipe(tmp_path, recipe, tiny_run):
     with pytest.raises(UsageError, match=f"{tmp_path}: holds neither checkpoint.pt nor recipe.json"):
         RunDir(tmp_path).open()
@@ -681,6 +691,9 @@ def test_checkpoints_that_cannot_be_trusted_are_refused_in_one_line(tiny_run, tm
         (dict(temperature="warm"), "the temperature 'warm'"),
         (dict(whites={"uint16": 0}), "the values of white {'uint16': 0}"),
         (dict(whites=[255]), "the values of white [255]"),
+        *((dict(data={"evaluation": each}), "which images it was trained on") for each in (
+            {"images": "8", "sha256": "a"}, {"images": 8, "sha256": 9}, {"images": 8}, ["images", "sha256"], None,
+        )),
     ):
         changed(**changes)
         refused_with(word)
