@@ -8,8 +8,11 @@ import unicodedata
 
 def shell_command(*words: object) -> str:
     """A command line to paste, its words quoted as the system's shell wants them."""
-    given = ["cifar-resnet", *map(str, words)]
-    return subprocess.list2cmdline(given) if os.name == "nt" else shlex.join(given)
+    return " ".join(map(shell_word, ("cifar-resnet", *words)))
+
+
+def shell_word(word: object) -> str:
+    return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
 
 
 class CifarResnetError(Exception):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data import datasets, label_errors
 from ..data.loaders import Loader, make_loader
 from ..data.splits import Data
-from ..errors import CifarResnetError, UsageError, shell_command
+from ..errors import CifarResnetError, UsageError, shell_command, shell_word
 from ..look import analysis, figures
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe
@@ -223,26 +223,31 @@ def grad_cams(found: Prediction, shown: Sequence[analysis.Mistake], layer: str) 
 
 
 def command_line(recipe: Recipe, rounded: Collection[str] = ()) -> str:
-    """The command that repeats a run: its preset, and every option that differs from it.
+    """The words of `command_words`, to paste."""
+    return " ".join(command_words(recipe, rounded))
+
+
+def command_words(recipe: Recipe, rounded: Collection[str] = ()) -> list[str]:
+    """The command that repeats a run: its preset, and every option that differs from it; each word quoted for the shell.
 
     The fields `rounded` are given in three digits.
     """
-    recipe = recipe.replace(**{name: float(f"{getattr(recipe, name):.3g}") for name in rounded})
+    recipe = recipe.model_copy(update={name: float(f"{getattr(recipe, name):.3g}") for name in rounded})
     preset = recipe.recipe if recipe.recipe in PRESETS else "default"
     before = Recipe.build(preset)
     if recipe.dataset in DATASETS:  # which fill in what the preset leaves to them
         recipe, filled = datasets.with_statistics(recipe), datasets.with_statistics(before.replace(dataset=recipe.dataset))
         before = before.replace(mean=filled.mean, std=filled.std)
-    words = ["train", "--recipe", preset]
+    words = ["cifar-resnet", "train", "--recipe", preset]
     for name, value in recipe:
         moved = name == "peak_epoch" and recipe.epochs != before.epochs  # it would move in proportion
         if name == "recipe" or (value == getattr(before, name) and not moved):
             continue
         if value is None:  # which no option can say
-            return shell_command("train", "--recipe-file", "recipe.json")
+            return ["cifar-resnet", "train", "--recipe-file", "recipe.json"]
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
             words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shell_command(*words)
+    return [shell_word(word) for word in words]

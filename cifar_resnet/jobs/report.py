@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..look import analysis, figures, pictures
 from ..look.progress import epoch_line
 from ..look.words import count_of, duration, plural
 from ..run_dir import LATEST, load_checkpoint, writable, write_whole
-from .common import Prediction, command_line, content_of, data_url, grad_cams, logits_of, rendered, save_figure
+from .common import Prediction, command_words, content_of, data_url, grad_cams, logits_of, rendered, save_figure
 
 SHOWN = 10  # of the mistakes
 CHART = (4.6, 3.8)  # inches, as wide as a telephone's screen
@@ -63,7 +62,7 @@ def report(
         run=checkpoint,
         content=content,
         tiles=_tiles(found, content),
-        command=shlex.split(command_line(checkpoint.recipe)) if format == "html" else [command_line(checkpoint.recipe)],
+        command=command_words(checkpoint.recipe),
         which=_which(len(shown), len(wrong)),
         plural=plural,
         duration=duration,

@@ -1,6 +1,7 @@
 import base64
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -69,6 +70,14 @@ def test_what_a_checkpoint_holds_is_text_on_the_page_and_no_html(tiny_run, tmp_p
     shown = Reader(report(tmp_path / "run").read_text())
     assert shown.tags <= Reader(page.read_text()).tags
     assert shown.text.count(evil) >= 12
+
+
+def test_the_command_on_the_page_keeps_a_folder_with_spaces_in_one_word(own_images, tmp_path, no_figures):
+    folder = own_images.rename(tmp_path / "my own")
+    train(Recipe.build(dataset=str(folder), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
+    command = re.search("<pre>(.*?)</pre>", report(tmp_path / "run").read_text(), re.DOTALL)[1]
+    words = shlex.split(Reader(command).text)
+    assert words[words.index("--dataset") + 1] == str(folder)
 
 
 def test_the_command_repeats_the_run(cli, tmp_path, no_figures):
