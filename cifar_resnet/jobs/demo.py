@@ -8,6 +8,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from ..data.loaders import Loader, make_loader
 from ..data.splits import Split
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures
+from ..recipe import Recipe
 from ..run_dir import LATEST, Checkpoint
 from .common import Prediction, command_line, content_of, data_url, logits_of, opened, rendered
 from .misclassified import by_label
@@ -85,22 +87,25 @@ def _wait_for_the_end() -> None:
     if threading.current_thread() is not threading.main_thread():
         ended.wait()  # only the main thread may set handlers
     before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    ended.wait()
+    while not ended.wait(0.5):  # on Windows a signal does not end a wait without a limit
+        pass
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def content_of_page(
-    run: Path | str, data_dir: Path | str | None, device: str, download: Callable[[str], None] | None = None
-) -> Content:
+    run: Path | str, data_dir: Path | str | None, device: str, download: Callable[[str], None] | None = None,
+    recipe: Recipe | None = None,
+) -> Content:  # fmt: skip
     """What the page shows of a run. Its test images are looked at when a tab first asks for them.
 
     Args:
         download: told of images that are fetched. Without it nothing is fetched, and what needs images that are missing is left out.
+        recipe: shown in place of the run's own.
     """
     from ..look.page import Content
 
-    shown = _Shown(*opened(run, device), data_dir, download)
+    shown = _Shown(*opened(run, device), data_dir, download, recipe)
     loaded = shown.checkpoint
     recipe, epoch = loaded.recipe, loaded.content["epoch"]
     try:
@@ -117,7 +122,7 @@ def content_of_page(
         examples=examples,
         augmented=recipe.flip_probability > 0,
         orders=list(ORDERS),
-        read=lambda file: read_image(Path(file)),
+        read=lambda file: read_image(Path(file), loaded.whites),
         probabilities=shown.probabilities,
         grad_cam=shown.grad_cam,
         mistakes=shown.mistakes,
@@ -136,10 +141,12 @@ class _Shown:
     """A checkpoint, and what of its images has been looked at so far."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, data_dir: Path | str | None, download: Callable[[str], None] | None
-    ) -> None:
+        self, checkpoint: Checkpoint, device: torch.device, data_dir: Path | str | None, download: Callable[[str], None] | None,
+        recipe: Recipe | None,
+    ) -> None:  # fmt: skip
         self.checkpoint, self.device, self.download = checkpoint, device, download
         self.data_dir = Path(data_dir) if data_dir else None
+        self.recipe = recipe or Recipe.load(checkpoint.content["recipe"])  # the run's, which the checkpoint opened may not have
         self.model = checkpoint.model(device)
         self.lock = threading.Lock()  # captum hangs its hooks on the model
 
@@ -168,6 +175,8 @@ class _Shown:
             found, wrong = self.judged
             wrong = self.doubted if ORDERS[order] == "label" else wrong
         except CifarResnetError as error:
+            if self.download:
+                raise
             raise Problem(f"There are no mistakes to show: {error}") from None
         chosen = analysis.choose(wrong, found.data.classes, ORDERS[order], true, predicted)
         images = found.data.evaluation.images
@@ -196,10 +205,10 @@ class _Shown:
             missing = f"What the run gets right by class cannot be shown: {error}"
         return rendered(
             "run.html",
-            run=loaded,
+            run=replace(loaded, recipe=self.recipe),
             content=content,
             missing=missing,
-            command=command_line(loaded.recipe),
+            command=command_line(self.recipe),
             pictures={title: data_url(figure, "svg") for title, figure in pictures.items()},
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..arguments import checked
 from ..errors import CifarResnetError, UsageError
+from ..recipe import DATASETS
 from ..run_dir import LATEST, Checkpoint, load_checkpoint, write_whole
 from ..training.model import ResNet
 from .space import space
@@ -62,6 +64,8 @@ def export(
         holds = "safetensors holds weights, and no computation" if format == "safetensors" else "a space always normalises itself"
         raise UsageError(f"--with-preprocessing goes with --format onnx: {holds}")
     loaded = load_checkpoint(checkpoint)
+    if format == "space" and loaded.recipe.dataset not in DATASETS:  # what is published says no path of this machine
+        loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"dataset": f"./{loaded.recipe.dataset_name}"}))
     told = {"recipe": loaded.recipe.to_dict(), "classes": loaded.classes, "temperature": loaded.temperature}
     metadata = {name: json.dumps(value) for name, value in told.items()}
     try:

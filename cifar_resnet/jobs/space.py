@@ -28,7 +28,7 @@ MISTAKES = 200  # at most, the surest
 def space(
     checkpoint: Checkpoint, folder: Path, weights: bytes, data_dir: Path | str | None, device: str, notify: Callable[[str], None]
 ) -> None:
-    """Writes the folder: `app.py`, which needs nothing of this package, and all that it shows.
+    """Writes the folder: `app.py`, which needs nothing of this package, and all that it shows: of the recipe, the checkpoint's.
 
     Raises:
         RunDirectoryError: the folder is not empty, or cannot be written.
@@ -37,17 +37,21 @@ def space(
     if importlib.util.find_spec("gradio") is None:
         raise CifarResnetError("--format space needs the package gradio: pip install 'cifar-resnet[demo]'")
     with new_folder(folder) as part:
-        content = content_of_page(checkpoint.path, data_dir, device, download=notify)
+        content = content_of_page(checkpoint.path, data_dir, device, download=notify, recipe=checkpoint.recipe)
         mistakes = content.mistakes(content.orders[0], None, None)
         package = files("cifar_resnet") / "look"
         for name, source in (("app.py", "space_app.py"), ("page.py", "page.py")):
             (part / name).write_text((package / source).read_text(encoding="utf-8"), encoding="utf-8")
         (part / "model.safetensors").write_bytes(weights)
-        (part / "run.html").write_text(content.run(), encoding="utf-8")
+        _write(part / "run.html", content.run())
         (part / "requirements.txt").write_text("".join(f"{name}=={_version(name)}\n" for name in NEEDED), encoding="utf-8")
-        (part / "README.md").write_text(_readme(checkpoint, content, len(mistakes)) + "\n", encoding="utf-8")
+        _write(part / "README.md", _readme(checkpoint, content, len(mistakes)) + "\n")
         write_json(part / "model.json", {**_settings(checkpoint, content), "examples": _examples(part, content)})
         write_json(part / "mistakes.json", _mistakes(part, content, mistakes[:MISTAKES]))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _version(name: str) -> str:

@@ -179,6 +179,27 @@ def test_the_run_is_told_of_with_n_and_command(shown, tiny_run):
     assert html.count("data:image/svg+xml") == 3
 
 
+def test_the_command_shown_is_of_the_run_where_bfloat16_is_emulated(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    found = content(tmp_path / "run")
+    found["recipe"]["precision"] = "bfloat16"
+    torch.save(found, tmp_path / "run" / "checkpoint.pt")
+    monkeypatch.setattr(
+        "cifar_resnet.jobs.common.without_emulation", lambda recipe, device: recipe.replace(precision="float32")
+    )
+    html = content_of_page(tmp_path / "run", None, "cpu").run()
+    assert "--precision bfloat16" in html
+    assert "float32" not in html
+
+
+def test_an_image_of_12_bits_is_read_by_the_white_of_training(tiny_run, tmp_path):
+    """The image alone would say that 255 is white."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    torch.save(content(tmp_path / "run") | {"whites": {"uint16": 4095}}, tmp_path / "run" / "checkpoint.pt")
+    Image.fromarray(np.full((40, 40), 255, np.uint16)).save(tmp_path / "dark.png")
+    assert content_of_page(tmp_path / "run", None, "cpu").read(str(tmp_path / "dark.png")).max() == 255 * 255 // 4095
+
+
 def test_a_picture_is_handed_on_as_it_is_and_an_upload_is_removed(shown, photo):
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     _, pixels, message = page.receive(shown, {}, page.data_url(image))

@@ -133,7 +133,8 @@ def test_it_needs_nothing_of_the_package_and_trains_nothing(space):
     assert needed == {name: version(name).partition("+")[0] for name in ("gradio", "torch", "safetensors", "numpy", "pillow")}
     front, text = (space / "README.md").read_text().split("---\n")[1:]
     fields = dict(line.split(": ", 1) for line in front.splitlines())
-    assert {"title", "emoji", "sdk", "sdk_version", "app_file", "license"} <= set(fields)
+    assert {"title", "emoji", "sdk", "sdk_version", "app_file"} <= set(fields)
+    assert "license" not in fields
     assert (fields["sdk"], fields["sdk_version"], fields["app_file"]) == ("gradio", version("gradio"), "app.py")
     assert "cifar-resnet train --recipe default" in text
     assert not re.search(r"\{\{|\{%", front + text)
@@ -167,6 +168,32 @@ def test_it_runs_in_chromium_without_the_package(space, tmp_path):
         process.kill()
         _, err = process.communicate()
     assert err == b""
+
+
+@pytest.fixture
+def own_run(own_images, tmp_path):
+    train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_what_is_published_names_no_folder_of_this_machine(own_run, own_images, app_of, no_figures):
+    folder = export(own_run, format="space")
+    for file in folder.rglob("*"):
+        assert file.is_dir() or os.fsencode(own_images.parent) not in file.read_bytes(), file
+    assert "--dataset ./own" in (folder / "README.md").read_text()
+    assert "--dataset ./own" in (folder / "run.html").read_text()
+    app = app_of(folder)
+    Image.fromarray(np.full((40, 40), 9, np.uint16)).save(own_run / "deep.png")
+    with pytest.raises(Exception, match="more than 8 bits a channel"):
+        app.read(str(own_run / "deep.png"))
+
+
+def test_a_class_that_was_renamed_is_one_line(own_run, own_images, refused, no_figures):
+    for part in ("train", "test"):
+        (own_images / part / "dark").rename(own_images / part / "black")
+    line = refused(1, "export", own_run, "--format", "space", "--output", own_run / "space")
+    assert "knows bright, dark; the images are of black, bright" in line
+    assert not (own_run / "space").exists()
 
 
 def test_what_cannot_be_exported_as_a_space_is_one_line(refused, tiny_run, tmp_path, monkeypatch):
