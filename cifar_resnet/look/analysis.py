@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..data.loaders import Loader
 from ..data.splits import Split
-from ..errors import UsageError
+from ..errors import UsageError, printable
 from ..recipe import Recipe
 from ..training.engine import EVALUATION_BATCH, predict_logits, scores
 from ..training.model import ResNet, build_model
@@ -39,7 +39,7 @@ class Mistake(NamedTuple):
     @property
     def caption(self) -> str:
         """What the image is called under a picture of it."""
-        return self.name or f"image {self.index}"
+        return printable(self.name or f"image {self.index}")
 
     @property
     def wrong(self) -> bool:

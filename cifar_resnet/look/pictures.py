@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..errors import printable
 from . import lettering
 from .analysis import Mistake
 from .figures import BLUE, GREEN, GREY, RED
@@ -25,7 +24,7 @@ def misclassified(images: np.ndarray, shown: Sequence[Mistake], title: str) -> F
     for (axis,), image, mistake in zip(tiles, images, shown, strict=False):
         axis.imshow(image, interpolation="nearest")
         _two_lines(axis, *_names(mistake))
-        axis.set_xlabel(lettering.name(printable(mistake.caption), 22), fontsize=7, color=GREY, labelpad=2)
+        axis.set_xlabel(lettering.name(mistake.caption, 22), fontsize=7, color=GREY, labelpad=2)
     return figure
 
 

@@ -234,8 +234,9 @@ def test_json_is_what_the_file_holds_and_nothing_else_is_printed(tiny_run, unfin
     code, out, err = cli("evaluate", tiny_run, "--json", "--run-dir", tmp_path)
     assert (code, err) == (0, "")
     assert json.loads(out) == json.loads((tmp_path / "evaluation.json").read_text())
-    code, out, err = cli("evaluate", tiny_run, unfinished, "--json")
-    assert (code, [each["checkpoint"] for each in json.loads(out)]) == (0, [str(run / "checkpoint.pt") for run in (tiny_run, unfinished)])
+    runs = [shutil.copytree(run, tmp_path / run.name) for run in (tiny_run, unfinished)]
+    code, out, err = cli("evaluate", *runs, "--json")
+    assert (code, [each["checkpoint"] for each in json.loads(out)]) == (0, [str(run / "checkpoint.pt") for run in runs])
     assert "the run stands at epoch 1 of 2" in err
 
 

@@ -221,7 +221,7 @@ def test_in_a_notebook_the_table_is_one_output_that_changes(tiny_recipe, tmp_pat
     monkeypatch.setattr(console, "console", Console(file=io.StringIO(), force_jupyter=True, width=100))
     monkeypatch.setattr("rich.jupyter.display", lambda *text: None)
     with TrainingTable() as table:
-        history = train(tiny_recipe, tmp_path, watcher=table).history
+        history = train(tiny_recipe, tmp_path, watcher=table, progress=False).history
     (states,) = shown
     assert "epoch 1/2" in states[0]
     assert "epoch 2/2" not in states[-1]  # what moved is gone
