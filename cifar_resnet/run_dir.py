@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from . import __version__
 from .arguments import checked
 from .data.images import WHITES
-from .data.splits import Data, Split, fingerprint
+from .data.splits import Data, same_images
 from .errors import CheckpointError, RunDirectoryError, UsageError, printable, shell_command
 from .recipe import DATASETS, Recipe, read_json
 from .training.engine import State, finite, start
@@ -260,13 +260,27 @@ class Checkpoint:
         temperature = self.content.get("temperature")
         return 1.0 if temperature is None else temperature
 
-    def difference(self, part: str, split: Split) -> str:
-        """What differs between `split` and the "train" or "evaluation" images of the run; "" for nothing. Old checkpoints do not know."""
-        before = (self.content.get("data") or {}).get(part)
-        if before is None or before == (now := fingerprint(split, self.classes)):
+    @property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Of the "train" and "evaluation" images; see `splits.fingerprint`. Old checkpoints have none."""
+        return self.content.get("data") or {}
+
+    def difference(self, part: str, now: Mapping[str, Any]) -> str:
+        """What differs between images and the run's "train" or "evaluation" images; "" for nothing. Old checkpoints do not know.
+
+        Args:
+            now: the `splits.fingerprint` of the images.
+        """
+        before = self.fingerprints.get(part)
+        if before is None or before["sha256"] == now["sha256"]:
             return ""
         if before["images"] != now["images"]:
             return f"there were {before['images']:,}, and there are {now['images']:,}"
+        if same_images(before, now):
+            return (
+                f"of the {now['images']:,}, pixels have changed in files of the same names; another version of Pillow does this, "
+                "or a file that was replaced"
+            )
         return f"of the {now['images']:,}, pixels or labels have changed"
 
     def model(self, device: torch.device | str = "cpu") -> ResNet:
@@ -416,7 +430,7 @@ def _check_content(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} stands at a place that its run does not have")
     if not isinstance(checkpoint.whites, dict) or not set(checkpoint.whites.values()) <= set(WHITES):
         raise CheckpointError(f"{checkpoint.path} has the values of white {checkpoint.whites!r}; they are of {WHITES}")
-    fingerprints = content.get("data") or {}
+    fingerprints = checkpoint.fingerprints
     if not set(fingerprints) <= {"train", "evaluation"} or not all(map(_is_fingerprint, fingerprints.values())):
         raise CheckpointError(f"{checkpoint.path} does not say which images it was trained on")
     if not (isinstance(checkpoint.temperature, float) and 0 < checkpoint.temperature < math.inf):
@@ -430,7 +444,7 @@ def _check_content(checkpoint: Checkpoint) -> None:
 
 def _is_fingerprint(value: Any) -> bool:
     kinds = {"images": int, "sha256": str}
-    return isinstance(value, dict) and {key: type(each) for key, each in value.items()} == kinds
+    return isinstance(value, dict) and {key: type(value[key]) for key in value} in (kinds, kinds | {"files": str})
 
 
 def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
@@ -502,7 +516,7 @@ class RunDir:
         must_match = dict(must_match or {})
         now = must_match.get("dataset", recipe.dataset)
         moved = not {recipe.dataset, now} & set(DATASETS) and os.path.realpath(now) != os.path.realpath(recipe.dataset)
-        if moved and checkpoint and checkpoint.content.get("data"):
+        if moved and checkpoint and checkpoint.fingerprints:
             recipe = recipe.replace(dataset=str(must_match.pop("dataset")))
             checkpoint = replace(checkpoint, recipe=recipe)
         check_match(recipe, must_match, self.path)

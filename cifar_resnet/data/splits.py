@@ -58,11 +58,23 @@ class Data:
 
 
 def fingerprint(split: Split, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What tells a split from another, wherever its files lie: the count of its images, and the SHA-256 of pixels, labels and class names."""
-    found = hashlib.sha256(np.ascontiguousarray(split.images).data)
-    found.update(split.labels.astype("<i8").tobytes())
-    found.update(json.dumps(classes).encode())
-    return {"images": len(split), "sha256": found.hexdigest()}
+    """What tells a split from another, wherever its folder lies.
+
+    `images` is their count, `sha256` the SHA-256 of pixels, labels and class names. `files`, where images have some, is that of
+    their names, labels and class names, which another decoder of images does not change.
+    """
+    labels = split.labels.astype("<i8").tobytes() + json.dumps(classes).encode()
+    pixels = hashlib.sha256(np.ascontiguousarray(split.images).data)
+    pixels.update(labels)
+    found = {"images": len(split), "sha256": pixels.hexdigest()}
+    if split.names is not None:
+        found["files"] = hashlib.sha256(json.dumps(split.names.tolist()).encode() + labels).hexdigest()
+    return found
+
+
+def same_images(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of the same pixels or, with other pixels, of files of the same names and classes."""
+    return a["sha256"] == b["sha256"] or ("files" in a and a["files"] == b.get("files"))
 
 
 def stratified(labels: np.ndarray, count: int, seed: int, keep_one: bool = False) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data import datasets, label_errors
 from ..data.loaders import Loader, make_loader
-from ..data.splits import Data
+from ..data.splits import Data, fingerprint, same_images
 from ..errors import CifarResnetError, UsageError, shell_command, shell_word
 from ..look import analysis, figures
 from ..presets import PRESETS
@@ -56,6 +56,26 @@ def prepare(
     recipe = resolve_precision(recipe or Recipe(), resolved)
     data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify, progress)
     return datasets.with_statistics(recipe, data.train), resolved, data
+
+
+def check_images(checkpoint: Checkpoint, data: Data, warn: Callable[[str], None]) -> None:
+    """Whether a run can go on with these images; warns where they are other pixels in files of the same names.
+
+    Raises:
+        CifarResnetError: classes or images are not those of the run.
+    """
+    folder = checkpoint.path.parent
+    if checkpoint.classes != data.classes:
+        trained, found = (", ".join(classes) for classes in (checkpoint.classes, data.classes))
+        raise CifarResnetError(f"{folder} was trained on the classes {trained}, not {found}")
+    for part, what in (("train", "training"), ("evaluation", "evaluation")):
+        now = data.fingerprints[part]
+        changed = checkpoint.difference(part, now)
+        said = f"the {what} images are not those of the run in {folder}: {changed}"
+        if changed and not same_images(checkpoint.fingerprints[part], now):
+            raise CifarResnetError(f"{said}; put them back, give their folder with --dataset, or start a new run")
+        if changed:
+            warn(f"{said}; the run goes on with these")
 
 
 def spread(accuracies: Sequence[float]) -> dict[str, Any]:
@@ -153,7 +173,7 @@ def logits_of(
     if data.classes != loaded.classes:
         raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")
     say_unfinished(loaded, notify)
-    changed = loaded.difference("evaluation", data.evaluation)
+    changed = loaded.difference("evaluation", fingerprint(data.evaluation, data.classes))
     if changed:
         notify(f"the evaluation images are not those of the run: {changed}")
     model, images = loaded.model(resolved), make_loader(data.evaluation, loaded.recipe, resolved)
@@ -175,7 +195,7 @@ def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
         "recipe": loaded.recipe.recipe,
         **standing(loaded),
         "evaluated_on": found.data.evaluated_on,
-        "images_changed": bool(found.changed) if loaded.content.get("data") else None,
+        "images_changed": bool(found.changed) if loaded.fingerprints else None,
         "precision": loaded.recipe.precision,
         "environment": environment(found.device),
         **analysis.report(found.logits, found.labels, found.data.classes),

@@ -15,18 +15,18 @@ from torch import Tensor
 from ..arguments import checked
 from ..data.datasets import load, with_statistics
 from ..data.loaders import Loader, TensorLoader, check_batches, check_loader, make_loader
-from ..data.splits import Data
+from ..data.splits import Data, same_images
 from ..errors import CifarResnetError, RunDirectoryError, UsageError
 from ..look import calibration, figures
 from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe
-from ..run_dir import Checkpoint, RunDir, SavePolicy, default_directory, find_run, write_whole
+from ..run_dir import Checkpoint, RunDir, SavePolicy, check_free, default_directory, find_run, write_whole
 from ..training import distributed, engine
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step
 from ..training.runtime import check_compile_mode, compiled, environment, resolve_device, resolve_precision
-from .common import prepare
+from .common import check_images, prepare
 from .interrupt import Interrupted, signals
 
 DRAWN_EVERY = 100  # times as long as drawing takes: a hundredth of a run at most goes into its curves
@@ -222,6 +222,8 @@ class _Run:
         check_loader(self.asked["loader"], self.asked["workers"])
         if distributed.ranks() > 1 and self.asked["compile"] == "on":
             raise UsageError("--compile on: several processes train without compiling; leave it out")
+        if self.run_dir is not None:
+            check_free(Path(self.run_dir))
         if self.resume is not None:
             planned, checkpoint = self.resume.open(self.must_match)
             if checkpoint and checkpoint.finished and self.resume.finished():
@@ -252,18 +254,12 @@ class _Run:
 
     def claim_folder(self, held: ExitStack) -> None:
         """Locks the run directory. What it says once nobody else can write it is what is trained."""
+        first, *others = distributed.gather(self.data.fingerprints)
+        for rank, found in enumerate(others, 1):
+            if not all(same_images(first[part], found[part]) for part in first):
+                raise CifarResnetError(f"process {rank} has other images than process 0; give each the same")
         path, self.recipe, self.checkpoint = distributed.on_first(partial(self._claim, held))
         self.folder = RunDir(path)
-        if self.checkpoint and self.checkpoint.classes != self.data.classes:
-            trained, found = (", ".join(classes) for classes in (self.checkpoint.classes, self.data.classes))
-            raise CifarResnetError(f"{self.folder.path} was trained on the classes {trained}, not {found}")
-        for part, split in (("train", self.data.train), ("evaluation", self.data.evaluation)):
-            if self.checkpoint and (changed := self.checkpoint.difference(part, split)):
-                what = "training" if part == "train" else "evaluation"
-                raise CifarResnetError(
-                    f"the {what} images are not those of the run in {self.folder.path}: {changed}; put them back, give their "
-                    "folder with --dataset, or start a new run"
-                )
 
     def _claim(self, held: ExitStack) -> tuple[Path, Recipe, Checkpoint | None]:
         planned, checkpoint = self.recipe, None
@@ -272,6 +268,8 @@ class _Run:
             taken_over = held.enter_context(folder.create(planned))
         else:
             planned, checkpoint, taken_over = held.enter_context(folder.resume(self.must_match))
+            if checkpoint:
+                check_images(checkpoint, self.data, self.watcher.warn)
             planned = with_statistics(resolve_precision(planned, self.device), self.data.train)
             folder.begin(planned)
             if checkpoint and not checkpoint.finished and (made := folder.remove_made()):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from cifar_resnet.data.loaders import ENDING
 from cifar_resnet.errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
 from cifar_resnet.jobs.interrupt import Interrupted, signals
 from cifar_resnet.look import figures, progress
+from cifar_resnet.training import distributed
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor such terminals")
 DIGITS = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--width", 4)
@@ -438,22 +440,56 @@ def test_own_images_are_trained_on_with_their_class_names_mean_and_deviation(own
     assert checkpoint.recipe.std == pytest.approx(images.std((0, 1, 2)), abs=1e-4)
 
 
+@contextmanager
+def untouched(run):
+    """Checks that all files of a run, and what was made of it, are as they were."""
+    (run / "evaluation.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    yield
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("part", "change", "said"),
     [
         ("training", lambda folder: [path.unlink() for path in folder.glob("train/*/1*.png")], "there were 48, and there are 26"),
-        ("training", lambda folder: shutil.copy(folder / "train/dark/3.png", folder / "train/dark/4.png"), "of the 48, pixels or labels"),
         ("training", lambda folder: (folder / "train/dark/23.png").rename(folder / "train/bright/24.png"), "of the 48, pixels or labels"),
         ("evaluation", lambda folder: (folder / "test/dark/0.png").unlink(), "there were 12, and there are 11"),
     ],
 )  # fmt: skip
 def test_a_run_does_not_go_on_with_other_images(own_run, own_images, part, change, said):
-    before = (own_run / "checkpoint.pt").read_bytes()
     change(own_images)
     message = f"the {part} images are not those of the run in {own_run}: {said}.* --dataset, or start a new run"
-    with pytest.raises(CifarResnetError, match=message):
+    with untouched(own_run), pytest.raises(CifarResnetError, match=message):
         train(resume=own_run)
-    assert (own_run / "checkpoint.pt").read_bytes() == before
+    own_images.rename(own_images.with_name("renamed"))
+    with untouched(own_run), pytest.raises(CifarResnetError, match=message):
+        train(resume=own_run, must_match={"dataset": str(own_images.with_name("renamed"))})
+
+
+def test_a_run_goes_on_with_other_pixels_in_the_same_files_and_says_so_once(own_run, own_images):
+    """As another version of Pillow decodes them."""
+    for part in ("train", "test"):
+        shutil.copy(own_images / part / "dark/3.png", own_images / part / "dark/4.png")
+    first, second = Listener(), Listener()
+    first.step = StopAfter(1).step
+    with pytest.raises(Interrupted):
+        train(resume=own_run, watcher=first)
+    assert [re.sub(", pixels.*;", " ...;", line) for line in first.warnings] == [
+        f"the {part} images are not those of the run in {own_run}: of the {count} ...; the run goes on with these"
+        for part, count in (("training", 48), ("evaluation", 12))
+    ]
+    assert train(resume=own_run, watcher=second).finished
+    assert second.warnings == []
+
+
+def test_a_run_of_images_without_files_does_not_go_on_with_other_pixels(unfinished, tmp_path):
+    shutil.copytree(unfinished, tmp_path / "run")
+    changed = content(unfinished)
+    changed["data"]["evaluation"]["sha256"] = "another"
+    torch.save(changed, tmp_path / "run" / "checkpoint.pt")
+    with untouched(tmp_path / "run"), pytest.raises(CifarResnetError, match="of the 40, pixels or labels have changed; put"):
+        train(resume=tmp_path / "run")
 
 
 def test_a_run_goes_on_where_its_images_have_moved_to(own_run, own_images, tmp_path, cli, no_figures):
@@ -487,8 +523,17 @@ def test_a_run_on_own_images_goes_on_in_any_spelling_of_their_folder(own_run, ow
 def test_a_run_does_not_go_on_with_images_of_other_classes(own_run, own_images):
     for part in ("train", "test"):
         (own_images / part / "dark").rename(own_images / part / "cold")
-    with pytest.raises(CifarResnetError, match="was trained on the classes bright, dark, not bright, cold"):
+    with untouched(own_run), pytest.raises(CifarResnetError, match="was trained on the classes bright, dark, not bright, cold"):
         train(resume=own_run)
+
+
+def test_processes_with_other_images_are_refused_on_each(own_images, tmp_path, monkeypatch):
+    """Before the run has a folder; as where two machines have each a copy of the images."""
+    monkeypatch.setattr(distributed, "gather", lambda mine: [mine, {**mine, "train": {"images": 47, "sha256": "another"}}])
+    recipe = Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, width=4)
+    with pytest.raises(CifarResnetError, match="process 1 has other images than process 0; give each the same"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_in_another_layout_is_refused(own_images, refused, tmp_path):
@@ -513,6 +558,8 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path, refused):
     (tmp_path / "notes.txt").write_text("mine")
     assert "is not empty; choose another\n" in refused(1, "train", *DIGITS, "--run-dir", tmp_path)
     assert os.listdir(tmp_path) == ["notes.txt"]
+    nowhere = ["--dataset", tmp_path / "nowhere"]  # which is not looked at
+    assert "is not empty; choose another\n" in refused(1, "train", *nowhere, "--run-dir", tmp_path)
     (tmp_path / "recipe.json").write_text("{}")
     assert f"--resume {tmp_path}" in refused(1, "train", *DIGITS, "--run-dir", tmp_path)
 
