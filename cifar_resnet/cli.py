@@ -498,20 +498,18 @@ def misclassified(
 ) -> None:  # fmt: skip
     """Show what a checkpoint gets wrong, and where it looked: Grad-CAM of the class predicted and of the true one."""
     from .jobs.misclassified import misclassified
-    from .run_dir import find_checkpoint
 
     run = _one_run(checkpoint, "misclassified")
     choice: dict[str, Any] = dict(count=count, sort=sort, true=true, predicted=predicted, layer=layer)
     choice |= dict(copy_to=copy_to, save_images=save_images)
     where: dict[str, Any] = dict(dataset=dataset, data_dir=data_dir, device=device)
+    written = list[Path]()
     with console.console.status("looking for mistakes"):
-        chosen = misclassified(run, run_dir, **choice, **where, format=format, notify=console.say)
-    drawn = chosen or not (sort == "label" or (true and predicted))  # without a mistake, the least sure images
-    pictures = [f"misclassified.{format}", f"gradcam.{format}"] if drawn else []
-    lists = ["misclassified.json", "labels.json", "labels.csv"] if sort == "label" else ["misclassified.json"]
+        chosen = misclassified(run, run_dir, **choice, **where, format=format, notify=console.say, written=written.append)
+    files = [path.name for path in written if path not in (copy_to, save_images)]
     show = console.doubtful_labels if sort == "label" else console.mistakes
-    show(chosen, _written(run_dir or find_checkpoint(run).parent, *lists, *pictures))
-    for folder in filter(None, (copy_to, save_images) if chosen else ()):
+    show(chosen, _written(written[0].parent, *files))
+    for folder in written[len(files) :]:
         console.say(f"{plural(len(chosen), 'image')} written in\n  {folder}")
 
 

@@ -65,7 +65,7 @@ def image_folder(
         DataError: a class is missing or empty, or an image cannot be read.
         UsageError: there is no such folder, or `split` does not fit what it holds.
     """
-    folder = _present(folder, moved_to)
+    folder = present(folder, moved_to)
     listings = [_listed(part) for part in _parts(folder, split, notify)]
     _check_classes(folder, listings)
     _say_skipped([path.relative_to(folder) for listing in listings for path in listing.skipped], folder, notify)
@@ -115,16 +115,21 @@ def _is_image(path: Path) -> bool:
         return False
 
 
-def _present(folder: Path, moved_to: Path | None) -> Path:
-    if moved_to and not folder.is_dir():
-        folder = Path(moved_to) / folder.name
-    if folder.is_dir():
-        return folder
+def present(folder: Path, moved_to: Path | None) -> Path:
+    """The folder of images; or that of its name in `moved_to`, where it is not there.
+
+    Raises:
+        UsageError: it is in neither place.
+    """
+    places = [folder, *([moved_to / folder.name] if moved_to else [])]
+    for place in places:
+        if place.is_dir():
+            return place
     near = difflib.get_close_matches(folder.name, DATASETS, n=1)
-    moved = "if it has moved, give the folder that holds it with --data-dir, or its new path with --dataset"
+    moved = "if it has moved, give the folder that holds it with --data-dir, or its new path with --dataset where there is one"
     advice = f"did you mean {near[0]}?" if near else moved
     kinds = f"{', '.join(DATASETS)} or a folder"
-    raise UsageError(f"--dataset {folder.name}: it is {kinds}, and there is no folder {folder}; {advice}")
+    raise UsageError(f"--dataset {folder.name}: it is {kinds}, and there is no folder {' or '.join(map(str, places))}; {advice}")
 
 
 def _parts(folder: Path, split: float | None, notify: Callable[[str], None]) -> list[Path]:

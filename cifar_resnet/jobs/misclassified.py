@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ..arguments import checked
+from ..data.folders import present
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures, labels, pictures
 from ..recipe import DATASETS
@@ -36,6 +37,7 @@ def misclassified(
     device: str = "auto",
     format: str = "png",
     notify: Callable[[str], None] = lambda message: None,
+    written: Callable[[Path], None] = lambda path: None,
 ) -> list[analysis.Mistake]:
     """The mistakes chosen, in order; writes `misclassified.json` (every mistake), and pictures of the first of those chosen.
 
@@ -55,11 +57,13 @@ def misclassified(
         save_images: a new folder for all mistakes chosen as PNG files of 32x32 pixels, in the same layout.
         format: of the pictures: "png", "svg" or "pdf".
         dataset: the folder that the images are in now, if they have moved.
+        written: called with each file and each new folder, when it is written.
 
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    _check(count, layer, format, checkpoint, copy_to, save_images)
+    _check(count, layer, format)
+    _check_new_folders(checkpoint, copy_to, save_images, dataset, data_dir)
     found = logits_of(checkpoint, data_dir, device, notify, dataset)
     wrong = analysis.mistakes(*found.judged)
     listed, ranked = by_label(found) if sort == "label" else (wrong, [])
@@ -67,26 +71,32 @@ def misclassified(
     right = [] if chosen or sort == "label" else analysis.least_sure(*found.judged)
     unsure = analysis.choose(right, found.data.classes, "confidence", true, predicted)[:count]
     folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
-    if ranked:
-        _write_labels(found, ranked, folder)
     write_json(folder / "misclassified.json", _content(found, wrong, unsure))
+    written(folder / "misclassified.json")
+    if ranked:
+        _write_labels(found, ranked, folder, written)
     title = _title(found, count, len(chosen), sort, true, predicted, len(unsure))
     if unsure:
         notify(title)
     if shown := chosen[:count] or unsure:
-        _draw(found, shown, layer, title, folder, format)
+        _draw(found, shown, layer, title, folder, format, written)
     if chosen and copy_to:
         _copy_files(found, chosen, Path(copy_to))
+        written(Path(copy_to))
     if chosen and save_images:
         _save_images(found, chosen, Path(save_images))
+        written(Path(save_images))
     return chosen
 
 
-def _draw(found: Prediction, shown: list[analysis.Mistake], layer: str, title: str, folder: Path, format: str) -> None:
+def _draw(
+    found: Prediction, shown: list[analysis.Mistake], layer: str, title: str, folder: Path, format: str,
+    written: Callable[[Path], None],
+) -> None:  # fmt: skip
     images, of_predicted, of_rival = grad_cams(found, shown, layer)
-    save_figure(pictures.misclassified(images, shown, title), folder / f"misclassified.{format}")
+    written(save_figure(pictures.misclassified(images, shown, title), folder / f"misclassified.{format}"))
     looked = pictures.grad_cam(images, of_predicted, of_rival, shown, f"Grad-CAM at {layer}: {title}")
-    save_figure(looked, folder / f"gradcam.{format}")
+    written(save_figure(looked, folder / f"gradcam.{format}"))
 
 
 def by_label(found: Prediction) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:
@@ -100,31 +110,47 @@ def by_label(found: Prediction) -> tuple[list[analysis.Mistake], list[dict[str, 
     return wrong, labels.ranked(logits, found.labels, split, classes, temperature)
 
 
-def _write_labels(found: Prediction, rows: list[dict[str, Any]], folder: Path) -> None:
+def _write_labels(found: Prediction, rows: list[dict[str, Any]], folder: Path, written: Callable[[Path], None]) -> None:
     write_json(folder / "labels.json", {**_origin(found), "labels": rows})
+    written(folder / "labels.json")
     as_text = [{**row, "name": (row["name"] or "").encode(errors="backslashreplace").decode()} for row in rows]
     write_whole(folder / "labels.csv", csv_of(as_text))
+    written(folder / "labels.csv")
 
 
-def _check(
-    count: int, layer: str, format: str, checkpoint: Path | str, copy_to: Path | str | None, save_images: Path | str | None
-) -> None:  # fmt: skip
+def _check(count: int, layer: str, format: str) -> None:
     figures.check_format(format)
     if not 1 <= count <= 100:
         raise UsageError(f"--count {count} must be 1 to 100")
     if layer not in analysis.LAYERS:
         raise UsageError(f"--layer {layer}: it is {', '.join(analysis.LAYERS)}")
-    for folder in (copy_to, save_images):
-        if folder:
-            check_new_folder(Path(folder))
-    if copy_to and (dataset := load_checkpoint(checkpoint).recipe.dataset) in DATASETS:
-        raise UsageError(f"--copy-to {copy_to}: the images of {dataset} have no files to copy; use --save-images {copy_to}")
+
+
+def _check_new_folders(
+    checkpoint: Path | str, copy_to: Path | str | None, save_images: Path | str | None, moved: Path | str | None,
+    data_dir: Path | str | None,
+) -> None:  # fmt: skip
+    """Whether they are new, none is in the other, and none is among the images, which are in `moved` if they have moved.
+
+    Raises:
+        UsageError: names the option and the folder.
+        RunDirectoryError: one is there and not empty, or cannot be made.
+    """
+    given = {option: Path(folder) for option, folder in (("--copy-to", copy_to), ("--save-images", save_images)) if folder}
+    if not given:
+        return
+    source = str(moved or load_checkpoint(checkpoint).recipe.dataset)
+    if copy_to and source in DATASETS:
+        raise UsageError(f"--copy-to {copy_to}: the images of {source} have no files to copy; use --save-images {copy_to}")
+    images = [] if source in DATASETS else [present(Path(source), Path(data_dir) if data_dir else None)]
+    for option, folder in given.items():
+        check_new_folder(folder)
+        for other in [*images, *(each for each in given.values() if each is not folder)]:
+            if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(other)):
+                raise UsageError(f"{option} {folder} lies in {other}; choose a folder outside")
 
 
 def _copy_files(found: Prediction, chosen: list[analysis.Mistake], folder: Path) -> None:
-    for split in (found.data.train, found.data.evaluation):
-        if split.folder and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(split.folder)):
-            raise UsageError(f"--copy-to {folder} lies in {split.folder}, whose files are the data set; choose a folder outside")
     source, files = found.data.evaluation.folder or Path(), [Path(mistake.name or "") for mistake in chosen]
     with new_folder(folder) as part:
         for file, path in zip(files, _places(part, found, chosen, [file.name for file in files]), strict=True):

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -65,7 +66,27 @@ def test_no_such_mistake_draws_no_picture(tiny_run, tmp_path, cli):
     code, out, _ = cli("misclassified", tiny_run, "--true", true, "--predicted", predicted, "--run-dir", tmp_path / "none")
     assert code == 0
     assert "there is no such mistake to show" in out
+    assert ".png" not in out
     assert os.listdir(tmp_path / "none") == ["misclassified.json"]
+
+
+def test_the_files_named_are_those_written(tiny_run, tmp_path, cli, no_figures, monkeypatch):
+    """Of a network that knows one class alone: never 3, and right on every 7."""
+    from cifar_resnet.jobs import common
+
+    labels_of = common.predict_logits
+
+    def always_7(*given):
+        _, labels = labels_of(*given)
+        return torch.eye(10)[torch.full_like(labels, 7)], labels
+
+    monkeypatch.setattr(common, "predict_logits", always_7)
+    for place, options in enumerate((["--predicted", 3], ["--true", 7, "--predicted", 7], ["--true", 2, "--sort", "label"], [])):
+        folder = tmp_path / str(place)
+        code, out, _ = cli("misclassified", tiny_run, *options, "--run-dir", folder)
+        assert code == 0
+        assert sorted(re.findall(r"^  (/.*)", out, re.MULTILINE)) == sorted(map(str, folder.iterdir()))
+    assert [len(list((tmp_path / place).iterdir())) for place in "013"] == [1, 3, 3]
 
 
 def test_labels_that_may_be_wrong_come_first(own_images, tmp_path, cli, no_figures):
@@ -202,9 +223,15 @@ def test_images_go_into_a_new_folder_alone(own_images, own_run, tmp_path, monkey
         for option in ("--copy-to", "--save-images"):
             assert str(folder) in refused(1, "misclassified", own_run, option, folder)
     assert files_in(tmp_path / "full") == ["mine.txt"]
-    inside = own_images / "train" / "copies"
-    assert "choose a folder outside" in refused(2, "misclassified", own_run, "--copy-to", inside)
-    assert not inside.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("cifar_resnet.jobs.misclassified.logits_of", lambda *_: pytest.fail("evaluated first"))
+        for inside in (own_images / "train" / "copies", own_images / "valid"):
+            for option in ("--copy-to", "--save-images"):
+                assert "choose a folder outside" in refused(2, "misclassified", own_run, option, inside)
+            assert not inside.exists()
+        for other in (tmp_path / "link", tmp_path / "link" / "small"):
+            line = refused(2, "misclassified", own_run, "--copy-to", tmp_path / "empty", "--save-images", other)
+            assert "choose a folder outside" in line
     misclassified(own_run, copy_to=tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert len(files_in(tmp_path / "empty")) == 19
