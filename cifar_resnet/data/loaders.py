@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..recipe import Recipe
+from ..signals import ENDING
 from .augment import (
     Choices,
     TensorAugmentation,
@@ -227,14 +228,6 @@ class AlbumentationsLoader(_Steps):
 def _close(reference: weakref.ref) -> None:
     if loader := reference():
         loader.close()
-
-
-# Signals that end a process, and that somebody sends it. SIGSEGV and its kind are left out: after them nothing can be relied on.
-# Python ignores SIGPIPE and SIGXFSZ. Not every system has all of them.
-ENDING = (
-    "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGBREAK", "SIGXCPU", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO",
-    "SIGPWR", "SIGSTKFLT",
-)  # fmt: skip
 
 
 def leave_signals(_worker: int) -> None:

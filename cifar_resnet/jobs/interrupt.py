@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..data.loaders import ENDING
 from ..errors import CifarResnetError, shell_command
+from ..signals import ENDING
 
 # A user who sends one of these a second time does not want to wait. The others may come again by themselves: a terminal that is
 # closed sends SIGHUP from the shell and from the kernel, and SIGXCPU comes every second.

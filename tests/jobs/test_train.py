@@ -19,10 +19,10 @@ from run_helpers import FILES, Listener, StopAfter, assert_same_run, content, eq
 
 from cifar_resnet import Recipe, Watcher, evaluate, load_checkpoint, misclassified, run_dir, train
 from cifar_resnet.data.images import read_image
-from cifar_resnet.data.loaders import ENDING
 from cifar_resnet.errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError
 from cifar_resnet.jobs.interrupt import Interrupted, signals
 from cifar_resnet.look import figures, progress
+from cifar_resnet.signals import ENDING
 from cifar_resnet.training import distributed
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor such terminals")
