@@ -17,12 +17,12 @@ from ..data.datasets import load, with_statistics
 from ..data.loaders import Loader, TensorLoader, check_batches, check_loader, make_loader
 from ..data.splits import Data, same_images
 from ..errors import CifarResnetError, RunDirectoryError, UsageError
-from ..look import calibration, figures
+from ..look import figures
 from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe
 from ..run_dir import Checkpoint, RunDir, SavePolicy, check_free, default_directory, find_run, write_whole
-from ..training import distributed, engine
+from ..training import calibration, distributed, engine
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step
 from ..training.runtime import check_compile_mode, compiled, environment, resolve_device, resolve_precision

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..data.datasets import Split
+from ..data.splits import Split
 from .analysis import probabilities
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_resnet.data.datasets import Split
+from cifar_resnet.data.splits import Split
 from cifar_resnet.look import labels
 
 CLASSES = ("ant", "bee", "cat", "dog")

@@ -4,9 +4,10 @@ import torch
 
 from cifar_resnet import Recipe, build_model
 from cifar_resnet.data import datasets
-from cifar_resnet.data.datasets import Data
 from cifar_resnet.data.loaders import make_loader
-from cifar_resnet.look import analysis, calibration
+from cifar_resnet.data.splits import Data
+from cifar_resnet.look import analysis
+from cifar_resnet.training import calibration
 
 CPU = torch.device("cpu")
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..data.datasets import Data, stratified
 from ..data.loaders import TensorLoader
+from ..data.splits import Data, stratified
 from ..recipe import Recipe
-from ..training.engine import EVALUATION_BATCH, predict_logits, scores
-from ..training.model import ResNet
+from .engine import EVALUATION_BATCH, predict_logits, scores
+from .model import ResNet
 
 IMAGES, SEED = 2000, 20_17  # that a temperature is fitted on, and which ones
 GAP = 5  # points: a network that is right so much more often about training images is told nothing by them
