@@ -645,13 +645,14 @@ def schedule(
         raise UsageError(f"--step-size {step_size} and --cycles {cycles} must be at least 1")
     if policy == "triangular" and not 0 < min_lr < recipe.max_lr:
         raise UsageError(f"--min-lr {min_lr:g} must be above 0 and below --max-lr {recipe.max_lr:g}")
+    from .data.loaders import batch_sizes
     from .jobs.common import save_figure
-    from .look import analysis, figures
+    from .look import figures
 
     if policy == "triangular":
         figure = figures.triangular(min_lr, recipe.max_lr, step_size, cycles)
     else:
-        figure = figures.learning_rate(recipe, analysis.steps_per_epoch(recipe))
+        figure = figures.learning_rate(recipe, len(batch_sizes(recipe, 50_000)))
     save_figure(figure, output)
     console.say(_written(output.parent, output.name))
 
@@ -693,7 +694,7 @@ def recipes(name: RecipeName = None) -> None:
 def main() -> None:
     """Runs the command line; every failure is one line on standard error, with its exit code."""
     os.environ.setdefault("MPLBACKEND", "Agg")
-    console.printable()
+    console.replace_unencodable()
     warnings.formatwarning = lambda message, *_: f"cifar-resnet: {message}\n"
     try:
         code = app(standalone_mode=False)

@@ -107,10 +107,10 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def data_url(figure: Figure, format: str) -> str:
-    """The figure as an address that holds all of it; format: "png" or "svg"."""
+def data_url(picture: bytes, format: str) -> str:
+    """A picture's file as an address that holds all of it; format: "png" or "svg"."""
     kind = {"svg": "svg+xml", "png": "png"}[format]
-    return f"data:image/{kind};base64,{base64.b64encode(figures.render(figure, format)).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def rendered(template: str, **values: Any) -> str:
@@ -136,13 +136,14 @@ def finished(path: Path | str) -> Checkpoint:
 
 
 def opened(
-    checkpoint: Path | str, device: str, notify: Callable[[str], None] = lambda message: None
+    checkpoint: Checkpoint | Path | str, device: str, notify: Callable[[str], None] = lambda message: None
 ) -> tuple[Checkpoint, torch.device]:
     """A checkpoint to evaluate in the arithmetic of its run, and the device.
 
     A CPU that only emulates bfloat16 evaluates in float32, and says so.
     """
-    resolved, loaded = resolve_device(device), load_checkpoint(checkpoint)
+    resolved = resolve_device(device)
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
     set_tf32(bool(loaded.environment.get("tf32")))
     recipe = without_emulation(loaded.recipe, resolved)
     if recipe != loaded.recipe:
@@ -156,7 +157,7 @@ def say_unfinished(loaded: Checkpoint, notify: Callable[[str], object]) -> None:
 
 
 def logits_of(
-    checkpoint: Path | str,
+    checkpoint: Checkpoint | Path | str,
     data_dir: Path | str | None,
     device: str,
     notify: Callable[[str], None],

@@ -209,14 +209,14 @@ class _Shown:
             content=content,
             missing=missing,
             command=command_line(self.recipe),
-            pictures={title: data_url(figure, "svg") for title, figure in pictures.items()},
+            pictures={title: data_url(figures.render(figure, "svg"), "svg") for title, figure in pictures.items()},
         )
 
     @cached_property
     def judged(self) -> tuple[Prediction, list[analysis.Mistake]]:
         """The logits of all evaluation images, and the mistakes; this takes a while."""
         self._check_images()
-        found = logits_of(self.checkpoint.path, self.data_dir, str(self.device), self.download or _silent)
+        found = logits_of(self.checkpoint, self.data_dir, str(self.device), self.download or _silent)
         return found, analysis.mistakes(*found.judged)
 
     @cached_property

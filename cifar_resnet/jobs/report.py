@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import re
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..arguments import checked
+from ..data.loaders import batch_sizes
 from ..errors import UsageError, printable
 from ..look import analysis, figures, pictures
 from ..look.progress import epoch_line
@@ -54,7 +54,7 @@ def report(
     if format not in ("html", "markdown"):
         raise UsageError(f"--format {format}: it is html or markdown")
     checkpoint = load_checkpoint(run)
-    found = logits_of(checkpoint.path, data_dir, device, notify, dataset)
+    found = logits_of(checkpoint, data_dir, device, notify, dataset)
     content = content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")
     wrong = analysis.mistakes(*found.judged)
     shown = wrong[:SHOWN] or analysis.least_sure(*found.judged)[:SHOWN]
@@ -102,7 +102,7 @@ def _tiles(found: Prediction, content: dict[str, Any]) -> dict[str, str]:
 def _charts(found: Prediction, content: dict[str, Any]) -> dict[str, str]:
     """Charts of one size as SVG elements, by their captions."""
     checkpoint, recipe, judged = found.checkpoint, found.checkpoint.recipe, content["evaluated_on"]
-    steps = analysis.steps_per_epoch(recipe, len(found.data.train))
+    steps = len(batch_sizes(recipe, len(found.data.train)))
     history = checkpoint.history
     curves = {
         f"{each.capitalize()} by epoch": figures.curve(each, history, recipe, judged, CHART) for each in ("loss", "accuracy")
@@ -129,14 +129,14 @@ def _svg(figure: Figure) -> str:
 def _cards(found: Prediction, shown: Sequence[analysis.Mistake]) -> list[dict[str, Any]]:
     """Each image, and where the network looked, as addresses that hold them."""
     cards = []
-    for mistake, image, *maps in zip(shown, *grad_cams(found, shown, "layer2"), strict=True) if shown else ():
+    for mistake, image, *maps in zip(shown, *grad_cams(found, shown, "layer2"), strict=True):
         figure = Figure(figsize=(0.75, 0.75))
         axis = figure.add_axes((0, 0, 1, 1))
         axis.axis("off")
         pictures.draw_difference(axis, image, *maps)
         Image.fromarray(image).save(buffer := io.BytesIO(), "png")
-        plain = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        cards.append({"mistake": mistake, "image": plain, "looked": data_url(figure, "png")})
+        looked = data_url(figures.render(figure, "png"), "png")
+        cards.append({"mistake": mistake, "image": data_url(buffer.getvalue(), "png"), "looked": looked})
     return cards
 
 
@@ -146,8 +146,7 @@ def _write_markdown(
     checkpoint, drawn = found.checkpoint, {"confusion_matrix": figures.evaluation(content)["confusion_matrix"]}
     if checkpoint.history:
         drawn["curves"] = figures.curves(checkpoint.history, checkpoint.recipe, content["evaluated_on"])
-    if shown:
-        drawn["gradcam"] = pictures.grad_cam(*grad_cams(found, shown, "layer2"), shown, f"Grad-CAM at layer2. {values['which']}")
+    drawn["gradcam"] = pictures.grad_cam(*grad_cams(found, shown, "layer2"), shown, f"Grad-CAM at layer2. {values['which']}")
     layers = analysis.layers(checkpoint.recipe, checkpoint.recipe.batch_size, len(checkpoint.classes))
     text = rendered("report.md", **values, layers=layers, cell=_cell, epoch_line=epoch_line)
     writable(folder)

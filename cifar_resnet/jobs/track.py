@@ -8,7 +8,8 @@ from typing import Any, Self
 import torch
 
 from ..arguments import checked
-from ..data.datasets import Data
+from ..data.loaders import batch_sizes
+from ..data.splits import Data
 from ..errors import CifarResnetError, UsageError
 from ..look import figures
 from ..recipe import Recipe
@@ -50,7 +51,7 @@ class TensorBoard(Watcher):
         from torch.utils.tensorboard.summary import hparams
 
         self.recipe, self.judged, self.state = recipe, data.evaluated_on, state
-        self.steps_per_epoch = -(-len(data.train) // recipe.batch_size)
+        self.steps_per_epoch = len(batch_sizes(recipe, len(data.train)))
         first = state.epoch * self.steps_per_epoch + state.step + 1  # a run that was killed may have written later ones
         self.writer = SummaryWriter(str(run_dir / FOLDER), purge_step=first)
         fields = {

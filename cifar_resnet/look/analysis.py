@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -243,11 +242,6 @@ def pixels(images: Tensor, recipe: Recipe) -> np.ndarray:
     """Normalised images, (N, 3, 32, 32), as uint8 (N, 32, 32, 3)."""
     mean, std = torch.tensor(recipe.mean), torch.tensor(recipe.std)
     return ((images.permute(0, 2, 3, 1) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-def steps_per_epoch(recipe: Recipe, images: int = 50_000) -> int:
-    """Steps of an epoch of so many training images; without a number, of CIFAR-10."""
-    return math.ceil(images / recipe.batch_size)
 
 
 def summary(recipe: Recipe, batch_size: int = 512) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def _replaced(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("cifar_resnet.plain", _replaced)
 
 
-def printable() -> None:
+def replace_unencodable() -> None:
     """Lets nothing that is printed fail for the encoding of the terminal: what has no letter there is replaced."""
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", "") in ("strict", "surrogateescape") and isinstance(stream, io.TextIOWrapper):

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ..recipe import Recipe
 from . import console
-from .console import command, printable, say, warn
+from .console import command, replace_unencodable, say, warn
 from .words import count_of, duration, plural, time_left
 
 if TYPE_CHECKING:  # torch stays out of what only prints
@@ -94,7 +94,7 @@ class _Live(Live):
 @contextmanager
 def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """A bar for a job; gives what the job calls with the count done, and with the total where it alone knows that."""
-    printable()
+    replace_unencodable()
     began, state = time.monotonic(), [0, total]
 
     def line() -> Line:
@@ -229,7 +229,7 @@ class TrainingTable:
         """A bar, where reading takes longer than a second."""
         began = self.read[0] if self.read else time.monotonic()
         self.read = began, done, total
-        if self.live is None and time.monotonic() - began > 1 and (console.console.is_terminal or console.console.is_jupyter):
+        if self.live is None and time.monotonic() - began > 1 and visible():
             self.live = LiveLine(self._reading_line)
         if self.live and done < total:
             self.live.update()
@@ -247,7 +247,7 @@ class TrainingTable:
         from ..data.loaders import batch_sizes
         from ..training.runtime import Glance
 
-        printable()
+        replace_unencodable()
         self.begun, self.recipe, self.evaluated_on = True, recipe, data.evaluated_on
         self.pace = Pace(recipe, batch_sizes(recipe, len(data.train)), len(data.evaluation))
         # Of several processes each sums up its own images.
@@ -255,7 +255,7 @@ class TrainingTable:
         self.epochs_done = state.epoch
         with suppress(*GONE):
             self._head(recipe, run_dir, environment, data, state)
-        if console.console.is_terminal or console.console.is_jupyter:
+        if visible():
             self.columns = _columns(data.evaluated_on, console.console.width)
             self._print(Text("  ".join(f"{each.head:>{each.width}}" for each in self.columns), "bold"))
             for row in state.history:

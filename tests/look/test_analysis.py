@@ -141,11 +141,6 @@ def test_pixels_undo_the_normalisation():
     assert np.array_equal(analysis.pixels(normalised, recipe), images)
 
 
-@pytest.mark.parametrize(("batch", "steps"), [(512, 98), (500, 100), (50_000, 1), (60_000, 1)])
-def test_an_epoch_takes_every_image(batch, steps):
-    assert analysis.steps_per_epoch(Recipe(batch_size=batch)) == steps
-
-
 # What `summary` shows
 
 
