@@ -38,7 +38,7 @@ RUNS, LATEST = Path("runs"), "latest"
 MADE_OF_CHECKPOINT = (
     "class_accuracy", "confusion_matrix", "evaluation", "gradcam", "labels", "misclassified", "model", "reliability", "report",
 )  # fmt: skip
-SUFFIXES = (".csv", ".html", ".json", ".md", ".onnx", ".pdf", ".png", ".safetensors", ".svg")
+SUFFIXES = (".csv", ".html", ".json", ".onnx", ".pdf", ".png", ".safetensors", ".svg")
 ROW = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second")
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
 
