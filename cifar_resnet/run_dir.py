@@ -514,9 +514,7 @@ class RunDir:
         else:
             raise UsageError(f"--resume {self.path}: holds neither {CHECKPOINT} nor recipe.json, so no run to go on with")
         must_match = dict(must_match or {})
-        now = must_match.get("dataset", recipe.dataset)
-        moved = not {recipe.dataset, now} & set(DATASETS) and os.path.realpath(now) != os.path.realpath(recipe.dataset)
-        if moved and checkpoint and checkpoint.fingerprints:
+        if moved(recipe, must_match) and checkpoint and checkpoint.fingerprints:
             recipe = recipe.replace(dataset=str(must_match.pop("dataset")))
             checkpoint = replace(checkpoint, recipe=recipe)
         check_match(recipe, must_match, self.path)
@@ -618,6 +616,12 @@ def csv_of(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None)
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def moved(recipe: Recipe, must_match: Mapping[str, Any]) -> bool:
+    """Whether `must_match` has another folder for the images of a recipe on a folder."""
+    now = must_match.get("dataset", recipe.dataset)
+    return not {recipe.dataset, now} & set(DATASETS) and os.path.realpath(now) != os.path.realpath(recipe.dataset)
 
 
 def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> None:

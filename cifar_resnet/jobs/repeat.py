@@ -8,15 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import check, checked
+from ..data.datasets import load
 from ..errors import UsageError
 from ..recipe import Recipe, read_json
-from ..run_dir import RECIPE, REPEAT, SCHEMA, check_free, check_match, directory_for, find_run, seeds_of, writable, write_json
+from ..run_dir import (
+    CHECKPOINT,
+    RECIPE,
+    REPEAT,
+    SCHEMA,
+    RunDir,
+    check_free,
+    check_match,
+    directory_for,
+    find_run,
+    moved,
+    seeds_of,
+    writable,
+    write_json,
+)
 from ..training import distributed
 from ..training.capture import CapturedEpoch
 from ..training.runtime import resolve_device, resolve_precision
-from .common import spread
+from .common import check_images, spread
 from .interrupt import Interrupted, signals
-from .train import Watcher, train
+from .train import Watcher, Watchers, train
 
 
 @checked
@@ -36,7 +51,8 @@ def repeat(
 
     Args:
         recipe, run_dir, must_match, options: as `train` takes them; `progress` and `on_epoch` are for each run.
-        resume: the folder of a repetition to go on with, or "latest"; it knows recipe and count.
+        resume: the folder of a repetition to go on with, or "latest"; it knows recipe and count. A `dataset` in `must_match` may be
+            where its images are now.
         watch: gives a context with a watcher for each run.
 
     Returns:
@@ -51,17 +67,21 @@ def repeat(
         raise UsageError("a resumed repetition takes recipe, count and folder from itself; give none of them")
     if distributed.started() > 1:
         raise UsageError("--repeat does not go with torchrun: train one seed after the other")
-    device = options.get("device", "auto")
+    device, said = options.get("device", "auto"), list[str]()
     if resume is None:
         begun: Any = _begin(recipe or Recipe(), count or 1, run_dir, device)
     else:
-        begun = nullcontext(_standing(find_run(resume, repetition=True), must_match or {}, device))
+        standing = _standing(find_run(resume, repetition=True), must_match or {}, device, options.get("data_dir"), said.append)
+        begun = nullcontext(standing)
     done, captured = [], dict[Recipe, CapturedEpoch]()
     with begun as (folder, recipe, count), signals() as received:
         for seed in range(recipe.seed, recipe.seed + count):
             one = folder / f"s{seed}"
-            how = dict(resume=one) if (one / RECIPE).exists() else dict(recipe=recipe.replace(seed=seed), run_dir=one)
+            new = dict(recipe=recipe.replace(seed=seed), run_dir=one)
+            how = dict(resume=one, must_match={"dataset": recipe.dataset}) if (one / RECIPE).exists() else new
             with suppress(Interrupted), watch() as watcher:
+                while said:
+                    Watchers(watcher).warn(said.pop(0))
                 done.append(train(**how, watcher=watcher, captured=captured, **options))  # type: ignore[arg-type]
             if received and len(done) < count:
                 raise Interrupted(received[0], folder)
@@ -88,13 +108,21 @@ def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) 
                 (folder / REPEAT).unlink(missing_ok=True)
 
 
-def _standing(folder: Path, must_match: dict[str, Any], device: str) -> tuple[Path, Recipe, int]:
+def _standing(
+    folder: Path, must_match: dict[str, Any], device: str, data_dir: Path | str | None, warn: Callable[[str], None]
+) -> tuple[Path, Recipe, int]:
     """What a repetition that was begun is of."""
     path = folder / REPEAT
     written = read_json(path, "repetition")
     recipe, count = Recipe.load(written.get("recipe"), f"{path}: "), written.get("count")
     if not isinstance(count, int) or count < 2:
         raise UsageError(f"{path} has the count {count!r}, not a number of runs")
+    with_checkpoint = [run for run in seeds_of(folder) if (run / CHECKPOINT).exists()]
+    if moved(recipe, must_match) and with_checkpoint:
+        _, checkpoint = RunDir(with_checkpoint[0]).open({"dataset": must_match["dataset"]})
+        assert checkpoint is not None
+        check_images(checkpoint, load(checkpoint.recipe, Path(data_dir) if data_dir else None, warn), warn)
+        recipe = recipe.replace(dataset=checkpoint.recipe.dataset)
     check_match(recipe, must_match, folder)
     if recipe.precision == "auto":  # begun by a version that left it to each run: the first one's holds
         files = [folder / f"s{seed}" / RECIPE for seed in range(recipe.seed, recipe.seed + count)]

@@ -107,6 +107,28 @@ def test_a_signal_after_the_last_step_of_a_seed_stops_the_repetition(recipe, tmp
     assert len(repeat(resume=many)["accuracies"]) == 2
 
 
+def test_a_repetition_goes_on_where_its_images_have_moved_to(own_images, tmp_path, cli, refused):
+    """One run has ended, one has begun, one has not; from then on the repetition finds the images there."""
+    fields, many, now = dict(epochs=1, batch_size=16, width=4), tmp_path / "many", tmp_path / "now"
+    repeat(Recipe.build(dataset=str(own_images), **fields), 3, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        repeat(Recipe.build(dataset=str(own_images), **fields), 3, many, watch=in_turn(Watcher(), StopAfter(1)))
+    own_images.rename(now)
+    before = (many / "repeat.json").read_text()
+    image = now / "train" / "dark" / "0.png"
+    image.rename(tmp_path / "0.png")
+    line = refused(1, "train", "--resume", many, "--dataset", now)
+    assert f"not those of the run in {many / 's0'}: there were 48, and there are 47" in line
+    assert (many / "repeat.json").read_text() == before
+    (tmp_path / "0.png").rename(image)
+    with pytest.raises(Interrupted):
+        repeat(resume=many, must_match={"dataset": str(now), "seed": 0}, watch=in_turn(Watcher(), Watcher(), StopAfter(1)))
+    code, _, err = cli("train", "--resume", many)
+    assert (code, err) == (0, "")
+    for seed in ("s0", "s1", "s2"):
+        assert_same_run(content(many / seed), content(tmp_path / "whole" / seed))
+
+
 @pytest.fixture
 def native(monkeypatch):
     """Sets whether the CPU multiplies in bfloat16, which decides what precision `auto` is."""
