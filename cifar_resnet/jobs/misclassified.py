@@ -51,8 +51,7 @@ def misclassified(
         sort: "confidence" (surest first), "class", "random", or "label": the least believed label first, in the mean of the image
             and, where training flips, its mirror image; see `labels.label_scores`. Then `labels.json` and `labels.csv` are written,
             with every image.
-        true: only mistakes on images of this class.
-        predicted: only images that were taken for this class.
+        true, predicted: only mistakes on images of this class; only images that were taken for this class.
         copy_to: a new folder, into which the files of all mistakes chosen are copied, as `true/predicted/file`.
         save_images: a new folder for all mistakes chosen as PNG files of 32x32 pixels, in the same layout.
         format: of the pictures: "png", "svg" or "pdf".
@@ -71,21 +70,16 @@ def misclassified(
     right = [] if chosen or sort == "label" else analysis.least_sure(*found.judged)
     unsure = analysis.choose(right, found.data.classes, "confidence", true, predicted)[:count]
     folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
-    write_json(folder / "misclassified.json", _content(found, wrong, unsure))
-    written(folder / "misclassified.json")
-    if ranked:
-        _write_labels(found, ranked, folder, written)
+    _write_lists(found, wrong, unsure, ranked, folder, written)
     title = _title(found, count, len(chosen), sort, true, predicted, len(unsure))
     if unsure:
         notify(title)
     if shown := chosen[:count] or unsure:
         _draw(found, shown, layer, title, folder, format, written)
-    if chosen and copy_to:
-        _copy_files(found, chosen, Path(copy_to))
-        written(Path(copy_to))
-    if chosen and save_images:
-        _save_images(found, chosen, Path(save_images))
-        written(Path(save_images))
+    for place, fill in ((copy_to, _copy_files), (save_images, _save_images)):
+        if chosen and place:
+            fill(found, chosen, Path(place))
+            written(Path(place))
     return chosen
 
 
@@ -110,10 +104,18 @@ def by_label(found: Prediction) -> tuple[list[analysis.Mistake], list[dict[str, 
     return wrong, labels.ranked(logits, found.labels, split, classes, temperature)
 
 
-def _write_labels(found: Prediction, rows: list[dict[str, Any]], folder: Path, written: Callable[[Path], None]) -> None:
-    write_json(folder / "labels.json", {**_origin(found), "labels": rows})
+def _write_lists(
+    found: Prediction, wrong: list[analysis.Mistake], unsure: list[analysis.Mistake], ranked: list[dict[str, Any]], folder: Path,
+    written: Callable[[Path], None],
+) -> None:  # fmt: skip
+    """`misclassified.json`, and of labels that are `ranked` `labels.json` and `labels.csv`."""
+    write_json(folder / "misclassified.json", _content(found, wrong, unsure))
+    written(folder / "misclassified.json")
+    if not ranked:
+        return
+    write_json(folder / "labels.json", {**_origin(found), "labels": ranked})
     written(folder / "labels.json")
-    as_text = [{**row, "name": (row["name"] or "").encode(errors="backslashreplace").decode()} for row in rows]
+    as_text = [{**row, "name": (row["name"] or "").encode(errors="backslashreplace").decode()} for row in ranked]
     write_whole(folder / "labels.csv", csv_of(as_text))
     written(folder / "labels.csv")
 
