@@ -433,10 +433,10 @@ def _aside(message: str) -> None:
 
 def _runs(given: list[Path] | None) -> list[Path]:
     """The runs that a command was given; the newest one, where it was given none."""
-    from .run_dir import find_runs
+    from .run_dir import LATEST, find_runs
 
     runs = find_runs(given)
-    _say_newest(len(runs) == 1 and runs != given, runs[0])
+    _say_newest(given in (None, [], [Path(LATEST)]) and runs != given, runs[0])
     return runs
 
 
@@ -598,6 +598,8 @@ def export(
     """Export the model: as an ONNX graph, its weights as safetensors, or a space, which shows it to others in the browser."""
     from .jobs.export import export
 
+    if format != "space" and data_dir == Path(os.environ.get("CIFAR_RESNET_DATA_DIR", "")):  # which is set for other commands
+        data_dir = None
     how: dict[str, Any] = dict(with_preprocessing=with_preprocessing, data_dir=data_dir, device=device, notify=console.say)
     path = export(_one_run(checkpoint, "export"), output, format=format, **how)
     console.say(_written(path.parent, path.name))
@@ -609,7 +611,7 @@ def export(
 
 
 @_command(BEFORE, "samples", "samples --dataset digits --views 12 --output digits.png")
-@with_fields(lambda name, panel: panel in ("Recipe", "Augmentation") or name in ("dataset", "mean", "std", "seed"))
+@with_fields(lambda name, panel: panel in ("Recipe", "Augmentation") or name in ("dataset", "split", "mean", "std", "seed"))
 def samples(
     recipe: Recipe, views: Views = 8, output: Picture = Path("samples.png"), data_dir: DataDir = None, loader: Loader = "auto",
     workers: Workers = None,
@@ -658,7 +660,7 @@ def schedule(
 
 
 @_command(BEFORE, "bench", "bench --reference --json bench.json")
-@with_fields(lambda name, panel: name not in ("dataset", "holdout", "train_limit", "test_limit"))
+@with_fields(lambda name, panel: name not in ("dataset", "split", "holdout", "train_limit", "test_limit"))
 def bench(
     recipe: Recipe, rounds: Rounds = 9, reference: Reference = False, profile: Profile = False, json_file: JsonFile = None,
     device: Device = "auto", workers: Workers = None, compile: Compile = "auto",

@@ -158,6 +158,7 @@ USAGE_ERRORS = [
     (("train", "-q"), "it goes before the command"),
     (("-q",), "--quiet goes before a command, and none is given"),
     (("recipes", "nine"), "nine"),
+    (("bench", "--split", "0.2"), "No such option"),
     (("evaluate",), "there is no run in"),
     (("predict",), "IMAGE"),
     (("predict", "x.png"), "there is no run in"),

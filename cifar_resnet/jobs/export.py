@@ -16,6 +16,7 @@ from ..errors import CifarResnetError, UsageError
 from ..recipe import DATASETS
 from ..run_dir import LATEST, Checkpoint, load_checkpoint, write_whole
 from ..training.model import ResNet
+from .common import say_unfinished, standing
 from .space import space
 
 
@@ -47,13 +48,15 @@ def export(
     """Writes the model that is evaluated in float32 for other programs, and gives the path.
 
     onnx: input `images`, float32 (N, 3, 32, 32), normalised; with `with_preprocessing` uint8 (N, 32, 32, 3) as image
-    libraries give them. Output `logits`, float32 (N, classes). safetensors: the state dict. Both hold the recipe, the
-    classes and the temperature, by which logits are to be divided before their softmax, as metadata.
+    libraries give them. Output `logits`, float32 (N, classes). safetensors: the state dict. Both hold as metadata
+    the recipe, the classes, the temperature, by which logits are to be divided before their softmax, and the `epoch` of
+    `epochs` at which the run stands.
 
     Args:
         checkpoint: a checkpoint file, a run directory, or "latest": the newest run in `runs`.
         path: the file, or the new folder; `model.onnx`, `model.safetensors` or `space` beside the checkpoint if not given.
-        data_dir: of a space, whose examples and mistakes are images of the run; so are `device` and `notify`.
+        data_dir: of a space, whose examples and mistakes are images of the run; so is `device`.
+        notify: called with a line where the run has not ended, and with what concerns the images of a space.
 
     Raises:
         CifarResnetError: one line that says what was wrong; a package of an extra that is not installed, too.
@@ -63,10 +66,13 @@ def export(
     if with_preprocessing and format != "onnx":
         holds = "safetensors holds weights, and no computation" if format == "safetensors" else "a space always normalises itself"
         raise UsageError(f"--with-preprocessing goes with --format onnx: {holds}")
+    if format != "space" and (data_dir or device != "auto"):
+        option = f"--data-dir {data_dir}" if data_dir else f"--device {device}"
+        raise UsageError(f"{option} goes with --format space: {format} holds no images, and is written on the CPU")
     loaded = load_checkpoint(checkpoint)
     if format == "space" and loaded.recipe.dataset not in DATASETS:  # what is published says no path of this machine
         loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"dataset": f"./{loaded.recipe.dataset_name}"}))
-    told = {"recipe": loaded.recipe.to_dict(), "classes": loaded.classes, "temperature": loaded.temperature}
+    told = {"recipe": loaded.recipe.to_dict(), "classes": loaded.classes, "temperature": loaded.temperature, **standing(loaded)}
     metadata = {name: json.dumps(value) for name, value in told.items()}
     try:
         content = _onnx(loaded, metadata, with_preprocessing) if format == "onnx" else _safetensors(loaded, metadata)
@@ -77,6 +83,7 @@ def export(
         path = Path(path) if path else loaded.path.parent / "space"
         space(loaded, path, content, data_dir, device, notify)
         return path
+    say_unfinished(loaded, notify)
     path = Path(path) if path else loaded.path.parent / f"model.{format}"
     write_whole(path, content)
     return path

@@ -71,10 +71,11 @@ def predict(
     loaded, resolved = opened(checkpoint, device)
     say_unfinished(loaded, notify)
     asked, others = list[_Asked](), list[Path]()
-    for each in [images] if isinstance(images, Picture) else images:
+    images = [images] if isinstance(images, Picture) else images
+    for each in images:
         _add(each, asked, others)
     if not asked:
-        raise UsageError(f"there are no images in {', '.join(map(str, images)) if isinstance(images, Sequence) else images}")
+        raise UsageError(f"there are no images in {', '.join(map(str, images))}")
     probable = partial(_probable, loaded, loaded.model(resolved), resolved, tta, top)
     return _predictions(probable, loaded.whites, asked, others, progress, skipped, notify)
 

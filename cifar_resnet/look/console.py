@@ -193,7 +193,7 @@ def doubtful_labels(chosen: list[Mistake], written: str) -> None:
     """The first of the labels that may be wrong."""
     for mistake in chosen[:10]:
         say(f"{mistake.caption}, labelled {mistake.true}: perhaps mislabelled: {mistake.predicted}?")
-    say(f"{len(chosen)} labels are less probable than another class")
+    say(f"{plural(len(chosen), 'label is', 'labels are')} less probable than another class")
     say(written)
 
 

@@ -14,6 +14,7 @@ from cifar_resnet.data.datasets import load
 from cifar_resnet.data.loaders import make_loader
 from cifar_resnet.errors import UsageError
 from cifar_resnet.look import console
+from cifar_resnet.run_dir import REPEAT
 
 CPU = torch.device("cpu")
 
@@ -181,6 +182,13 @@ def test_the_newest_run_is_evaluated_and_named(two_runs, cli, no_figures, monkey
     assert [path.parent.name for path in Path("runs").glob("*/evaluation.json")] == ["digits-2"]
     monkeypatch.setattr(console.console, "quiet", False)  # set back at the end
     assert cli("--quiet", "evaluate", *given) == (0, "", "")
+
+
+def test_a_repetition_of_one_seed_is_not_called_the_newest_run(two_runs, cli, no_figures):
+    shutil.copytree("runs/digits-1", "runs/again/s0")
+    Path("runs/again", REPEAT).write_text("{}")
+    code, _, err = cli("evaluate", "runs/again")
+    assert (code, err) == (0, "")
 
 
 def test_each_of_several_runs_is_evaluated_and_one_that_fails_is_named(two_runs, cli, no_figures):

@@ -31,10 +31,12 @@ def test_the_onnx_model_gives_the_same_logits(with_preprocessing, tiny_run, tmp_
     assert Recipe.load(json.loads(metadata["recipe"])) == checkpoint.recipe
 
 
-def test_safetensors_hold_the_weights_that_are_evaluated(tiny_run, tmp_path, cli):
+def test_safetensors_hold_the_weights_that_are_evaluated(tiny_run, tmp_path, cli, monkeypatch):
     safetensors = pytest.importorskip("safetensors.torch", reason="the extra export is not installed")
+    monkeypatch.setenv("CIFAR_RESNET_DATA_DIR", str(tmp_path))  # which is of no concern here
     code, out, _ = cli("export", tiny_run, "--format", "safetensors", "--output", tmp_path / "m.safetensors")
     assert code == 0
+    assert "stands at epoch" not in out
     assert "m.safetensors" in out
     found = safetensors.load_file(tmp_path / "m.safetensors")
     expected = load_checkpoint(tiny_run).model().state_dict()
@@ -42,7 +44,18 @@ def test_safetensors_hold_the_weights_that_are_evaluated(tiny_run, tmp_path, cli
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_of_an_unfinished_run_the_weights_say_so(unfinished, tmp_path, cli):
+    safetensors = pytest.importorskip("safetensors", reason="the extra export is not installed")
+    code, out, _ = cli("export", unfinished, "--format", "safetensors", "--output", tmp_path / "m.safetensors")
+    assert code == 0
+    assert "the run stands at epoch 1 of 2" in out
+    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert (file.metadata()["epoch"], file.metadata()["epochs"]) == ("1", "2")
+
+
 def test_what_cannot_be_exported_is_refused(tiny_run, tmp_path, monkeypatch, refused):
+    for option in (("--data-dir", tmp_path), ("--device", "cpu")):
+        assert f"{option[0]} {option[1]} goes with --format space" in refused(2, "export", tiny_run, *option)
     assert "--with-preprocessing goes with" in refused(2, "export", tiny_run, "--format", "safetensors", "--with-preprocessing")
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(CifarResnetError, match=r"cifar-resnet\[export\]"):

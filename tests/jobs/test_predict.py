@@ -126,6 +126,9 @@ def test_what_is_wrong_is_said_when_predict_is_called(tmp_path, tiny_run):
         predict(tiny_run, "photo.jpg", tta="crop")
     with pytest.warns(UserWarning, match="nowhere.jpg: No such file"):
         assert list(predict(tiny_run, "nowhere.jpg")) == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=f"there are no images in {tmp_path / 'empty'}$"):
+        predict(tiny_run, str(tmp_path / "empty"))
 
 
 

@@ -45,6 +45,11 @@ def test_the_views_are_those_of_training():
             assert (view[where] == 255).all()
 
 
+def test_samples_of_a_folder_without_a_part_for_evaluation(own_images, tmp_path, cli, no_figures):
+    options = ("--dataset", own_images / "train", "--split", 0.2, "--views", 1, "--output", tmp_path / "s.png")
+    assert cli("samples", *options)[0] == 0
+
+
 def test_wrong_usage_of_samples_is_refused(refused, tmp_path):
     assert "--views 0" in refused(2, "samples", "--dataset", tmp_path / "nowhere", "--views", 0)
     assert "must end in" in refused(2, "samples", "--dataset", "digits", "--output", tmp_path / "s.gif")

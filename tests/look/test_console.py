@@ -85,6 +85,12 @@ def test_the_list_of_recipes_fits(shown, width):
     assert ("11 s, NVIDIA H100" in row) == (width >= 80)
 
 
+def test_one_label_is_in_the_singular(shown):
+    for count, words in ((1, "1 label is less probable"), (2, "2 labels are less probable"), (0, "0 labels are less probable")):
+        mistake = analysis.Mistake(*[0] * len(analysis.Mistake._fields))
+        assert any(line.startswith(words) for line in shown(80, console.doubtful_labels, [mistake] * count, ""))
+
+
 def test_quiet_prints_nothing(tiny_run, tmp_path, cli, monkeypatch, no_figures):
     monkeypatch.setattr(console.console, "quiet", False)  # as it is again afterwards
     assert cli("--quiet", "evaluate", tiny_run, "--run-dir", tmp_path) == (0, "", "")
