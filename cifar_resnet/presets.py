@@ -102,7 +102,7 @@ PRESETS: dict[str, Preset] = {
 
 
 class Measured(NamedTuple):
-    """Real images, test set, last epoch, single view; docs/EXPERIMENTS.md has the runs."""
+    """Real images, test set, last epoch, single view; docs/results.md has the runs. Batches were `fixed`, of every recipe."""
 
     accuracy: float  # mean, in percent
     std: float | None  # over the runs

@@ -39,7 +39,7 @@ class Prediction(NamedTuple):
     logits: Tensor
     labels: Tensor
     device: torch.device
-    changed: str  # how the images differ from the run's; "" where they do not, or the checkpoint does not know
+    changed: str  # how the images differ from the run's. "": they do not, or the checkpoint is too old to tell
 
     @property
     def judged(self) -> tuple[Tensor, Tensor, datasets.Split, tuple[str, ...], float]:

@@ -16,7 +16,9 @@ from .engine import EVALUATION_BATCH, predict_logits, scores
 from .model import ResNet
 
 IMAGES, SEED = 2000, 20_17  # that a temperature is fitted on, and which ones
-GAP = 5  # points: a network that is right so much more often about training images is told nothing by them
+# In points. A network that is right so much more often about the images that a temperature is fitted on has learned them by heart.
+# These images do not tell how sure it may be of others.
+GAP = 5
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
