@@ -197,7 +197,7 @@ def test_the_files_of_mistakes_are_copied_by_class(own_images, own_run, tmp_path
     split = load(load_checkpoint(own_run).recipe).evaluation
     shown = sorted(np.asarray(Image.open(path)).tobytes() for path in (tmp_path / "small").rglob("*.png"))
     assert shown == sorted(image.tobytes() for image in split.images)
-    assert not list(tmp_path.rglob(".*.part"))
+    assert not list(tmp_path.rglob(".*.new"))
 
 
 def test_images_without_files_are_written_by_their_index(tiny_run, tmp_path, refused, no_figures):
@@ -242,4 +242,4 @@ def test_a_file_that_is_gone_leaves_no_half_of_a_folder(own_images, own_run, tmp
     with pytest.raises(CifarResnetError, match=r"3\.png cannot be copied: No such file"):
         misclassified(own_run, copy_to=tmp_path / "copies")
     assert not (tmp_path / "copies").exists()
-    assert not list(tmp_path.glob(".*.part"))
+    assert not list(tmp_path.glob(".*.new"))
