@@ -32,7 +32,7 @@ def test_the_headline_has_mean_and_deviation_of_the_runs():
     runs = max((row["accuracy"] for row in rows if row["recipe"] == "page"), key=len)
     line = next(line for line in tables.headline().splitlines() if line.startswith("| `page`"))
     assert f"{sum(runs) / len(runs):.2f} ± {statistics.stdev(runs):.2f} %" in line
-    assert line.endswith(f"| {len(runs)} |")
+    assert f"| {len(runs)} |" in line
 
 
 def test_what_the_list_of_recipes_tells_was_measured():
