@@ -1,7 +1,7 @@
 """Rubbish in: options, damaged checkpoints, damaged JSON. Never a traceback, a success that is none, or a changed input.
 
 The command line runs in this process on a tiny network; every valid case trains one step. Each test has a quick run and,
-marked slow, one of twenty times as many cases.
+marked slow, one of forty times as many cases.
 """
 
 import io
@@ -27,10 +27,10 @@ OPTIONS = [word for name, value in STEP.items() for word in (f"--{name.replace('
 
 
 def cases(quick):
-    """Runs the property `check(data, folder, source, stopped)` on so many cases, and on twenty times as many where slow ones are run."""
+    """Runs the property `check(data, folder, source, stopped)` on so many cases, and on forty times as many where slow ones are run."""
 
     def decorate(check):
-        @pytest.mark.parametrize("count", [quick, pytest.param(20 * quick, marks=pytest.mark.slow)])
+        @pytest.mark.parametrize("count", [quick, pytest.param(40 * quick, marks=pytest.mark.slow)])
         def test(tmp_path, source, stopped, count):
             number = iter(range(10**6))
 
@@ -113,7 +113,7 @@ def options(draw):
     return chosen
 
 
-@cases(40)
+@cases(20)
 def test_options(data, folder, source, stopped):
     given = data.draw(options())
     code = command("train", *OPTIONS, "--run-dir", folder / "run", *given)
@@ -158,7 +158,7 @@ def used(path, folder):
     return codes
 
 
-@cases(25)
+@cases(12)
 def test_damaged_bytes_of_a_checkpoint(data, folder, source, stopped):
     """Code 0 only for the content of `source`."""
     shutil.copytree(source, folder / "run")
@@ -194,7 +194,7 @@ def replaced(data, value, inner):
     return data.draw(inner)
 
 
-@cases(15)
+@cases(7)
 def test_checkpoints_of_other_content(data, folder, source, stopped):
     """Well-formed archives: what does not raise must be usable whole, so only a fitting value can give code 0."""
     shutil.copytree(source, folder / "run")
@@ -214,7 +214,7 @@ JSON = st.recursive(
 )
 
 
-@cases(30)
+@cases(15)
 def test_damaged_recipes(data, folder, source, stopped):
     """As `--recipe-file`, and as all that a run left that was killed before its first checkpoint."""
     path = folder / "run" / "recipe.json"
