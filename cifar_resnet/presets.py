@@ -26,7 +26,7 @@ _DOCUMENTED = dict(
 )  # fmt: skip
 
 PRESETS: dict[str, Preset] = {
-    "default": Preset("ours: the specified network, tuned as docs/log tells", "nothing", {}),
+    "default": Preset("ours: ResNet-9, tuned as docs/log tells", "nothing", {}),
     "sprint": Preset(
         "ours, for people in a hurry: the default's network in 10 epochs, with a higher rate of Muon and less augmentation",
         "nothing",
