@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which Gradio reads when it is imported
 import gradio as gr  # noqa: E402
 from gradio.data_classes import Base64ImageData, ImageData  # noqa: E402
+from gradio.utils import is_in_or_equal  # noqa: E402
 
 MEGAPIXELS, MEGABYTES = 50, 50  # more of an upload is refused: one such image takes 600 MB of memory
 LAYERS = ("prep", "layer1", "layer2", "layer3")
@@ -107,8 +108,13 @@ def _upload() -> gr.Image:
     """Gradio's image, which hands on where its picture lies, undecoded, and shows pictures that lie in no file."""
 
     def preprocess(payload: ImageData | None) -> str | None:
-        inside = payload and payload.url and payload.url.startswith("data:")
-        return (payload.url if inside else payload.path) if payload else None
+        if payload is None:
+            return None
+        if payload.url and payload.url.startswith("data:"):
+            return payload.url
+        if not is_in_or_equal(payload.path or "", picture.GRADIO_CACHE):  # Gradio asks that only of what says it is a file
+            raise gr.Error("This is no upload.", print_exception=False)
+        return payload.path
 
     def postprocess(url: str | None) -> Base64ImageData | None:
         return Base64ImageData(url=url) if url else None

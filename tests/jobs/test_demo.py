@@ -9,6 +9,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -131,6 +132,18 @@ def test_ten_uploads_at_once_and_what_is_no_image_leave_the_page_up(served, phot
     assert "at most 50 megapixels" in answers[9][1]
     assert client.predict(handle_file(photo), api_name="/receive")[1] == ""
     assert [path for path in folder.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "other"}}])
+def test_only_what_was_uploaded_is_read_and_removed(served, photo, meta):
+    """Whoever reaches the port can send any path. Of one that is marked as a file Gradio says no by itself."""
+    asked = json.dumps({"data": [{"path": str(photo), **meta}]}).encode()
+    calls = f"{served[0]}gradio_api/call/receive"
+    with urlopen(Request(calls, asked, {"Content-Type": "application/json"}), timeout=60) as answer:
+        number = json.load(answer)["event_id"]
+    with urlopen(f"{calls}/{number}", timeout=60) as answer:
+        assert answer.read().startswith(b"event: error")
+    assert photo.exists()
 
 
 def test_what_the_page_answers_is_what_predict_and_grad_cam_say(shown, tiny_run, cli, tmp_path):
