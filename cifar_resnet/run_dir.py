@@ -34,11 +34,11 @@ from .training.optim import make_optimizer
 
 CHECKPOINT, RECIPE, REPEAT, LOCK, HOLDER = "checkpoint.pt", "recipe.json", "repeat.json", ".lock", ".lock-holder"
 RUNS, LATEST = Path("runs"), "latest"
-# Files that commands make of a checkpoint, and write beside it: by name, and by suffix.
+# Files that commands make of a checkpoint, and write beside it: by name, and by suffix. labels.csv is for a user to correct.
 MADE_OF_CHECKPOINT = (
     "class_accuracy", "confusion_matrix", "evaluation", "gradcam", "labels", "misclassified", "model", "reliability", "report",
 )  # fmt: skip
-SUFFIXES = (".csv", ".html", ".json", ".onnx", ".pdf", ".png", ".safetensors", ".svg")
+SUFFIXES = (".html", ".json", ".onnx", ".pdf", ".png", ".safetensors", ".svg")
 ROW = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second")
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
 
