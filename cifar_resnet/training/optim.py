@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -126,10 +128,10 @@ def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
     common: dict[str, Any] = dict(lr=recipe.max_lr, weight_decay=recipe.weight_decay, fused=parameters[0].device.type != "mps")
     if recipe.optimizer in ("adam", "adamw"):
         kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-        return kind(parameters, betas=(recipe.momentum, 0.999), **common)
+        return _without_dynamo(kind)(parameters, betas=(recipe.momentum, 0.999), **common)
     common |= dict(momentum=recipe.momentum, nesterov=recipe.nesterov)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, **common)
+        return _without_dynamo(torch.optim.SGD)(parameters, **common)
     first = model.prep[0].weight
     kernels = [parameter for parameter in parameters if parameter.dim() == 4 and parameter is not first]
     rest = [parameter for parameter in parameters if parameter.dim() != 4 or parameter is first]
@@ -137,7 +139,19 @@ def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
         muon_momentum=recipe.muon_momentum, lr_factor=recipe.muon_lr_factor, momentum=0.0, nesterov=False, weight_decay=0.0
     )
     dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-    return Muon([{"params": rest}, {"params": kernels, **of_kernels}], dtype, **common)
+    return _without_dynamo(Muon)([{"params": rest}, {"params": kernels, **of_kernels}], dtype, **common)
+
+
+@functools.cache
+def _without_dynamo(kind: type[torch.optim.Optimizer]) -> Any:
+    """The class of optimizers, with the bodies of torch's methods alone.
+
+    torch wraps these for torch.compile, and the wrappers import torch._dynamo, which takes as long as all else before the first
+    step. No step of an optimizer is compiled here. Where torch does not say what it wraps, its own methods stay.
+    """
+    names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    bare = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), {**bare, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 @contextmanager
