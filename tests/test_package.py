@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from run_helpers import content, equal_weights
 
 import cifar_resnet
@@ -195,3 +196,32 @@ def test_a_file_that_windows_lets_nobody_replace_for_a_moment_is_replaced(tmp_pa
         write_whole(file, "newer")
     assert file.read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+STARTED = """
+import sys
+import cifar_resnet
+from cifar_resnet import Recipe
+
+class Watcher:
+    def begin(self, *_):
+        print("begins with", sorted({"matplotlib", "torch._dynamo"} & set(sys.modules)))
+
+small = dict(epochs=1, train_limit=20, test_limit=10, batch_size=10, width=4, label_smoothing=0.0)
+for optimizer in ("muon", "sgd", "adam", "adamw"):
+    recipe = Recipe.build("digits", optimizer=optimizer, sam_share=0.5, ema_decay=0.5, ema_every=1, **small)
+    cifar_resnet.train(recipe, optimizer, watcher=Watcher(), device="cpu")
+print("ends with", sorted({"torch._dynamo"} & set(sys.modules)))
+"""
+
+
+def test_training_imports_neither_the_compiler_nor_before_its_first_step_what_draws(tmp_path):
+    """Each takes seconds of a start on a slow machine. Saving and reading a checkpoint are part of a training."""
+    methods = (torch.optim.Optimizer.zero_grad, torch.optim.SGD.step)
+    if not all(hasattr(each, "__wrapped__") for each in methods):
+        pytest.skip("this torch does not say what the methods of its optimizers wrap")
+    done = subprocess.run([sys.executable, "-c", STARTED], cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("begins", "ends"))]
+    assert lines[0] == "begins with []"  # the later ones follow what the first one drew at its end
+    assert lines[-1] == "ends with []"
+    assert len(lines) == 5

@@ -8,25 +8,29 @@ import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data import datasets, label_errors
 from ..data.loaders import Loader, make_loader
 from ..data.splits import Data, fingerprint, same_images
 from ..errors import CifarResnetError, UsageError, shell_command, shell_word
-from ..look import analysis, figures
+from ..look import analysis
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe
 from ..run_dir import SCHEMA, Checkpoint, load_checkpoint, write_whole
 from ..training.engine import EVALUATION_BATCH, predict_logits, scores
 from ..training.model import ResNet
 from ..training.runtime import environment, resolve_device, resolve_precision, set_tf32, without_emulation
+
+if TYPE_CHECKING:  # Matplotlib comes with the first picture
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "svg", "pdf")  # of pictures
 
 
 class Prediction(NamedTuple):
@@ -94,6 +98,11 @@ def spread(accuracies: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "interval": interval}
 
 
+def check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise UsageError(f"--format {format}: it is {', '.join(FORMATS)}")
+
+
 def save_figure(figure: Figure, path: Path) -> Path:
     """Writes the figure whole, in the format of its suffix, and gives the path.
 
@@ -101,7 +110,9 @@ def save_figure(figure: Figure, path: Path) -> Path:
         UsageError: the suffix is none of .png, .svg and .pdf.
         RunDirectoryError: the file cannot be written.
     """
-    if path.suffix[1:] not in figures.FORMATS:
+    from ..look import figures
+
+    if path.suffix[1:] not in FORMATS:
         raise UsageError(f"{path} must end in .png, .svg or .pdf")
     write_whole(path, figures.render(figure, path.suffix[1:]))
     return path

@@ -9,7 +9,7 @@ from typing import Any
 from ..arguments import checked
 from ..look import analysis, figures
 from ..run_dir import LATEST, writable, write_json
-from .common import content_of, logits_of, save_figure
+from .common import check_format, content_of, logits_of, save_figure
 
 
 @checked
@@ -38,7 +38,7 @@ def evaluate(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    figures.check_format(format)
+    check_format(format)
     analysis.views(tta)
     prediction = logits_of(checkpoint, data_dir, device, notify, dataset)
     content = content_of(prediction, tta)

@@ -23,7 +23,7 @@ from ..training import engine
 from ..training.engine import Epoch
 from ..training.lr_finder import MIN_POINTS, FoundLR, Suggestions, range_test, run_trials, suggest, usual_steps
 from ..training.runtime import environment
-from .common import prepare, save_figure
+from .common import check_format, prepare, save_figure
 
 SWEPT = 9  # short trainings of a sweep at most
 
@@ -95,7 +95,7 @@ def _check(
         raise UsageError(f"--start-lr {start_lr:g} must be above 0 and below --end-lr {end_lr:g}, which is finite")
     if step_mode not in ("exp", "linear"):
         raise UsageError(f"--step-mode {step_mode}: it is exp or linear")
-    figures.check_format(format)
+    check_format(format)
     if num_iter < MIN_POINTS:
         raise UsageError(f"--num-iter {num_iter} must be at least {MIN_POINTS}")
     if trial_steps and trial_steps < MIN_POINTS:

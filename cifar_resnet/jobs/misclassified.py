@@ -17,7 +17,7 @@ from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures, labels, pictures
 from ..recipe import DATASETS
 from ..run_dir import LATEST, SCHEMA, check_new_folder, csv_of, load_checkpoint, new_folder, writable, write_json, write_whole
-from .common import Prediction, grad_cams, logits_of, save_figure, standing
+from .common import Prediction, check_format, grad_cams, logits_of, save_figure, standing
 
 
 @checked
@@ -121,7 +121,7 @@ def _write_lists(
 
 
 def _check(count: int, layer: str, format: str) -> None:
-    figures.check_format(format)
+    check_format(format)
     if not 1 <= count <= 100:
         raise UsageError(f"--count {count} must be 1 to 100")
     if layer not in analysis.LAYERS:

@@ -11,7 +11,6 @@ from ..arguments import checked
 from ..data.loaders import batch_sizes
 from ..data.splits import Data
 from ..errors import CifarResnetError, UsageError
-from ..look import figures
 from ..recipe import Recipe
 from ..training.engine import Epoch, State, Step
 from .train import Watcher
@@ -72,6 +71,8 @@ class TensorBoard(Watcher):
                 self.writer.add_scalar(f"{part}/{quantity}", m[f"{name}_{quantity}"], at)
         self.writer.add_scalar("images per second", m["images_per_second"], at)
         if m["epoch"] == self.recipe.epochs:
+            from ..look import figures
+
             history, recipe = self.state.history, self.recipe
             self.writer.add_figure("curves", figures.curves(history, recipe, self.judged), at)
             self.writer.add_figure("learning rate", figures.learning_rate(recipe, self.steps_per_epoch), at)

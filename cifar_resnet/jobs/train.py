@@ -17,7 +17,6 @@ from ..data.datasets import load, with_statistics
 from ..data.loaders import Loader, TensorLoader, check_batches, check_loader, make_loader
 from ..data.splits import Data, same_images
 from ..errors import CifarResnetError, RunDirectoryError, UsageError
-from ..look import figures
 from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe
@@ -26,7 +25,7 @@ from ..training import calibration, distributed, engine
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step
 from ..training.runtime import check_compile_mode, compiled, environment, resolve_device, resolve_precision
-from .common import check_images, prepare
+from .common import check_format, check_images, prepare
 from .interrupt import Interrupted, signals
 
 DRAWN_EVERY = 100  # times as long as drawing takes: a hundredth of a run at most goes into its curves
@@ -183,7 +182,7 @@ def _check(
     if target is not None and not 0 <= target <= 100:
         raise UsageError(f"--target {target:g} must be 0 to 100")
     check_compile_mode(compile)
-    figures.check_format(format)
+    check_format(format)
 
 
 class _Run:
@@ -399,12 +398,16 @@ class _Run:
         self.drawing = self.drawn - began
 
     def _curves(self) -> tuple[Path, bytes]:
+        from ..look import figures  # whose Matplotlib the first step need not wait for
+
         format, target = self.asked["format"], self.asked["target"]
         figure = figures.curves(self.state.history, self.recipe, self.data.evaluated_on, target)
         return self.folder.path / f"curves.{format}", figures.render(figure, format)
 
     def finish(self) -> Checkpoint:
         """Draws the run, and gives its checkpoint."""
+        from ..look import figures
+
         (path, curves), format = self._curves(), self.asked["format"]
         learning_rate = figures.render(figures.learning_rate(self.recipe, self.loader.steps), format)
         return self.folder.finish({path.name: curves, f"learning_rate.{format}": learning_rate})

@@ -20,7 +20,6 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageFile
 
-from ..errors import UsageError
 from ..recipe import Recipe
 from ..training import optim
 from ..training.lr_finder import History, Suggestions, Trial, smooth
@@ -28,7 +27,6 @@ from . import lettering
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
-FORMATS = ("png", "svg", "pdf")
 DPI = 220
 MOST_CLASSES, ROOMY = 30, 14  # that a picture tells apart; that leave room for two lines in a cell
 FEW = 30  # images of a calibration bin, below which it is marked
@@ -69,11 +67,6 @@ def _hover(artist: Artist, text: str) -> None:
 
 def _titled(svg: bytes) -> bytes:
     return re.sub(rb'<g id="hover: ([^"]*)">', rb"<g><title>\1</title>", svg)
-
-
-def check_format(format: str) -> None:
-    if format not in FORMATS:
-        raise UsageError(f"--format {format}: it is {', '.join(FORMATS)}")
 
 
 def _figure(columns: int = 1, size: Size = (7, 4.2), **options: Any) -> tuple[Figure, np.ndarray]:
