@@ -297,7 +297,7 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d, pool: bool = False, residual: Ten
 
     It has first derivatives only, and calls no hooks of `norm`. The residual is of the output's shape and dtype.
     """
-    if pool:
+    if pool and (x.shape[2] % 2 or x.shape[3] % 2):  # a cut, even of nothing, takes the gradient's layout in older torch
         x = x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
