@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .training.lr_finder import FoundLR
 
 app = typer.Typer(
-    help="Take one small ResNet through CIFAR-10: find the learning rate, train, evaluate, see what it gets wrong and why.",
+    help="Train a small ResNet on CIFAR-10: find the learning rate, train, evaluate, see what it gets wrong and where it looked.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -48,6 +48,13 @@ USUAL = (
     "recipe", "dataset", "epochs", "batch_size", "max_lr", "seed", "rounds", "reference", "profile", "policy", "sweep",
     "views", "device", "run_dir", "output", "json_output", "json_file", "resume", "repeat", "help_all",
 )  # fmt: skip
+
+
+class PredictCommand(TyperCommand):
+    """Its one argument holds a run that may be left out, and images: Typer would show both as required."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", "[RUN]", "IMAGE..."]
 
 
 class BriefCommand(TyperCommand):
@@ -100,26 +107,26 @@ def _argument(help: str, metavar: str | None = None) -> Any:
 # What commands take beside the fields of a recipe: first what several of them share, then by command.
 # fmt: off
 Checkpoint = Annotated[list[Path] | None, _argument(
-    "The folder of a run, or its checkpoint file; latest, or nothing, is the newest run in runs/.", "RUN"
+    "The folder of a run, or its checkpoint file. Without one, or with latest: the newest run in runs/.", "RUN"
 )]
 Checkpoints = Annotated[list[Path] | None, _argument(
-    "Folders of runs or of repetitions, or checkpoint files; latest, or nothing, is the newest run in runs/.", "RUN"
+    "Folders of runs or of repetitions, or checkpoint files. Without one, or with latest: the newest run in runs/.", "RUN"
 )]
 RecipeFile = Annotated[Path | None, _option(
     "recipe.json of a run, or a part of one, to start from.", "Recipe", default="none"
 )]
 Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _option(
-    "Rule to go by: recommended, steepest, valley, or minimum, a tenth of the lowest point's.", RANGE, metavar=NAME
+    "Which learning rate to take: recommended, steepest, valley, or minimum, a tenth of that at the lowest loss.", RANGE, metavar=NAME
 )]
 RunDir = Annotated[Path | None, _option("Folder for what is written.", default="beside the checkpoint")]
 DataDir = Annotated[Path | None, _option(
-    "Folder with CIFAR-10 or its archive, downloaded there if missing; or that a folder of your own images is now in.",
+    "Folder with CIFAR-10, which is downloaded if missing. If your own images were moved: the folder that theirs is now in.",
     envvar="CIFAR_RESNET_DATA_DIR", default="the user's cache folder",
 )]
 Moved = Annotated[Path | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
-Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: the first there of cuda, mps, cpu.")]
+Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: cuda if there is one, else mps, else cpu.")]
 Loader = Annotated[Literal["auto", "tensor", "albumentations"], _option(
-    "What augments: tensor, a batch at a time on the device; albumentations, image by image in worker processes; auto is tensor.",
+    "How images are augmented. tensor: a batch at a time, on the device. albumentations: one by one, in worker processes. auto: tensor.",
     metavar=NAME,
 )]
 Workers = Annotated[int | None, _option(
@@ -130,8 +137,8 @@ Compile = Annotated[Literal["auto", "on", "off"], _option(
 )]
 Format = Annotated[Literal["png", "svg", "pdf"], _option("Format of the pictures: png, svg or pdf.", metavar=NAME)]
 Tta = Annotated[Literal["none", "flip", "flip-shift"], _option(
-    "Test-time augmentation, the mean logits of several views: none, flip for the image and its mirror image, or flip-shift for "
-    "these and each shifted by a pixel both ways.", metavar=NAME
+    "Test-time augmentation: predict from several views of an image. none. flip: the image and its mirror image. flip-shift: these, "
+    "and each shifted by a pixel.", metavar=NAME
 )]
 Json = Annotated[bool, _option("Print the result as JSON.", WHERE, "--json")]
 Picture = Annotated[Path, _option("Where the picture goes: a .png, .svg or .pdf.", DRAWING)]
@@ -141,18 +148,18 @@ EndLR = Annotated[float, _option("Learning rate of the last step.", RANGE)]
 NumIter = Annotated[int, _option("Steps of the range test.", RANGE)]
 StepMode = Annotated[Literal["exp", "linear"], _option("How the LR rises: exp or linear.", RANGE, metavar=NAME)]
 TrialSteps = Annotated[int | None, _option(
-    "Steps of each of the short trainings, three to six, that find the maximum; 0 for no such trainings.", RANGE,
+    "Steps of each of the three to six short trainings that find the maximum; 0: no short trainings.", RANGE,
     default="25,600 images, half of the run at most, at least 50 steps",
 )]
 Sweep = Annotated[int | None, _option(
-    "Also train this many epochs at each of nine maxima, judged on held-out images: what the rules are worth.", RANGE
+    "Also train this many epochs at each of nine maxima, and judge them on held-out images. This shows what each rule is worth.", RANGE
 )]
 FinderDir = Annotated[Path | None, _option(
     "Folder for lr_finder.json and its picture.", default="runs/find-lr-<recipe>-<n>"
 )]
 
 MaxLR = Annotated[str | None, _option(
-    "Learning rate at the peak of the schedule. With find in place of a number the search of find-lr comes first.",
+    "Learning rate at the peak of the schedule, or find: then it is found first, as by find-lr.",
     "Optimizer", metavar="<float>", default=str(Recipe.model_fields["max_lr"].default),
 )]
 NewRunDir = Annotated[Path | None, _option(
@@ -160,45 +167,45 @@ NewRunDir = Annotated[Path | None, _option(
 )]
 Resume = Annotated[Path | None, _option("Go on with the run in this folder; latest is the newest run in runs/.", show_default=False)]
 Repeat = Annotated[int | None, _option("Train this many seeds in a row, each in a folder of its own.", default="1")]
-SaveEveryMinutes = Annotated[float, _option("Minutes inside an epoch between two checkpoints.")]
+SaveEveryMinutes = Annotated[float, _option("Minutes between two checkpoints inside an epoch.")]
 TF32 = Annotated[bool, _option(
     "Let float32 matrix products and convolutions use TF32 on NVIDIA GPUs.", WHERE, "--tf32"
 )]
 Track = Annotated[Literal["tensorboard"] | None, _option(
-    "Also write the run for another program to show; tensorboard needs the extra named track.", metavar=NAME, default="none"
+    "Also write the run for a viewer: tensorboard. It needs the package's extra track.", metavar=NAME, default="none"
 )]
 Target = Annotated[float | None, _option("Accuracy in percent, drawn as a line into the accuracy curve.", min=0, max=100)]
 
 Count = Annotated[int, _option("Images in the two pictures.", CHOICE)]
 Sort = Annotated[Literal["confidence", "label", "class", "random"], _option(
-    "Order of the mistakes: confidence, the surest first; label, the label that may be wrong first; class; or random.",
+    "Order of the mistakes: confidence, the surest first; label, labels that may be wrong first; class; or random.",
     CHOICE, metavar=NAME,
 )]
 TrueClass = Annotated[str | None, _option("Only images of this class.", CHOICE, metavar="CLASS", default="all")]
 PredictedClass = Annotated[str | None, _option("Only images taken for this class.", CHOICE, metavar="CLASS", default="all")]
 CopyTo = Annotated[Path | None, _option(
-    "New folder to copy the files of all these mistakes into, as true/predicted/file.", CHOICE, default="none"
+    "New folder for copies of all these files, as true/predicted/file.", CHOICE, default="none"
 )]
 SaveImages = Annotated[Path | None, _option(
-    "New folder for all these mistakes as PNG files of 32x32 pixels, in the same layout.", CHOICE, default="none"
+    "New folder for all these images as PNG of 32x32 pixels, in the same layout.", CHOICE, default="none"
 )]
 Layer = Annotated[Literal["prep", "layer1", "layer2", "layer3"], _option(
-    "Layer whose output Grad-CAM weighs: prep (32x32), layer1 (16x16), layer2 (8x8) or layer3 (4x4).", CHOICE, metavar=NAME
+    "Layer that Grad-CAM looks at: prep (32x32), layer1 (16x16), layer2 (8x8) or layer3 (4x4).", CHOICE, metavar=NAME
 )]
 
 Runs = Annotated[list[Path], _argument("Folders of finished runs or of repetitions, or checkpoint files.", "RUN")]
 Page = Annotated[Path | None, _option(
-    "The file of the page, or the folder of the Markdown.", default="report.html or report beside the checkpoint"
+    "File for the HTML page, or folder for the Markdown.", default="report.html or report beside the checkpoint"
 )]
 ReportFormat = Annotated[Literal["html", "markdown"], _option("markdown: a folder with README.md and pictures, to paste.")]
 RunAndImages = Annotated[list[Path], _argument(
-    "The folder of a run, or its checkpoint file; then image files, or folders of them. Without a run: the newest one in runs/.",
-    "RUN IMAGE",
+    "The folder of a run, or its checkpoint file. Then image files, or folders of them. Without a run: the newest one in runs/.",
+    "RUN, IMAGE",
 )]
 Top = Annotated[int, _option("Classes shown for each image.")]
-Exported = Annotated[Path | None, _option("The file, or the new folder.", default="model.<format> or space, beside the checkpoint")]
+Exported = Annotated[Path | None, _option("New file, or new folder of a space.", default="model.<format> or space, beside the checkpoint")]
 ExportFormat = Annotated[Literal["onnx", "safetensors", "space"], _option(
-    "space: a folder with a page, to publish. The extra export has the packages for onnx and safetensors, demo those for space."
+    "space is the page of demo as a folder to publish. It needs the extra demo; onnx and safetensors need the extra export."
 )]
 WithPreprocessing = Annotated[bool, _option(
     "Normalise inside the ONNX graph, which then takes uint8 (N, 32, 32, 3).", WHERE, "--with-preprocessing"
@@ -215,8 +222,8 @@ Policy = Annotated[Literal["one-cycle", "triangular"], _option(
 MinLR = Annotated[float, _option("Lower bound of the triangular policy.", DRAWING)]
 StepSize = Annotated[int, _option("Steps of the triangular policy from one bound to the other.", DRAWING)]
 Cycles = Annotated[int, _option("How often the triangular policy goes up and down.", DRAWING)]
-Rounds = Annotated[int, _option("Times that everything is measured.", MEASURE)]
-Reference = Annotated[bool, _option("Measure a plain loop too, as notebooks have it.", MEASURE, "--reference")]
+Rounds = Annotated[int, _option("How often everything is measured.", MEASURE)]
+Reference = Annotated[bool, _option("Also measure a plain training loop, as notebooks have it.", MEASURE, "--reference")]
 Profile = Annotated[bool, _option("Show which operators take the time of training.", MEASURE, "--profile")]
 JsonFile = Annotated[Path | None, _option("File for all that was measured.", MEASURE, "--json", default="none")]
 RecipeName = Annotated[str | None, _argument("Print every field of this one, as recipe.json.")]
@@ -311,7 +318,7 @@ def find_lr(
 ) -> None:  # fmt: skip
     """Find the learning rate: a range test, then short trainings around its bottom.
 
-    The loss of a fresh model, while the LR rises, tells where it learns. Then short trainings tell which maximum is best.
+    The range test raises the learning rate and watches the loss of a fresh model. The short trainings tell which maximum is best.
     """
     from .jobs.common import command_line
     from .jobs.find_lr import with_found_lr
@@ -457,7 +464,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Evaluate checkpoints: loss, accuracy, calibration, a table by class, the confusion matrix.
 
-    Of several runs, one that fails is named, and the others are evaluated; the exit code is then 1.
+    If one of several runs fails, it is named, the others are evaluated, and the exit code is 1.
     """
     from .jobs.evaluate import evaluate
 
@@ -515,7 +522,7 @@ def misclassified(
 
 @app.command(rich_help_panel=AFTER)
 def compare(runs: Runs, output: Picture = Path("comparison.png"), json_output: Json = False) -> None:
-    """Compare finished runs in one table and one picture; those that differ only in the seed as mean and spread."""
+    """Compare finished runs in one table and one picture. Runs that differ only in the seed become their mean and spread."""
     from .jobs.compare import compare
 
     content = compare(runs, output)
@@ -540,13 +547,13 @@ def report(
     console.say(_written(path.parent, path.name))
 
 
-@app.command(rich_help_panel=AFTER)
+@app.command(cls=PredictCommand, rich_help_panel=AFTER)
 def predict(
     run_and_images: RunAndImages, top: Top = 3, json_output: Json = False, tta: Tta = "none", device: Device = "auto"
 ) -> None:
-    """Name what is on image files: each one's centred square, scaled to 32x32, through the model.
+    """Say what images show. The model sees the centred square of each image, scaled to 32x32.
 
-    A file given that is no image is named and skipped; the exit code is then 1. Those in a folder are counted.
+    If a file that you give is no image, it is named and skipped, and the exit code is 1. In a folder such files are only counted.
     """
     from .jobs.predict import predict
 
@@ -595,7 +602,7 @@ def export(
     checkpoint: Checkpoint = None, output: Exported = None, format: ExportFormat = "onnx",
     with_preprocessing: WithPreprocessing = False, data_dir: DataDir = None, device: Device = "auto",
 ) -> None:  # fmt: skip
-    """Export the model: as an ONNX graph, its weights as safetensors, or a space, which shows it to others in the browser."""
+    """Export the model as an ONNX graph, its weights as safetensors, or a space: a page that shows the model to others."""
     from .jobs.export import export
 
     if format != "space" and data_dir == Path(os.environ.get("CIFAR_RESNET_DATA_DIR", "")):  # which is set for other commands
@@ -665,7 +672,7 @@ def bench(
     recipe: Recipe, rounds: Rounds = 9, reference: Reference = False, profile: Profile = False, json_file: JsonFile = None,
     device: Device = "auto", workers: Workers = None, compile: Compile = "auto",
 ) -> None:  # fmt: skip
-    """Measure this machine: images a second of model, training and evaluation, against its peak; the time of a run.
+    """Measure this machine: images a second in training and evaluation, the share of its peak, and how long a run will take.
 
     Takes about two minutes on a CPU, half as much again with --reference, and no data. Let nothing else run beside it.
     """

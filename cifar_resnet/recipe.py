@@ -55,11 +55,11 @@ class Recipe(BaseModel):
     split: float | None = _field(
         None,
         "Data",
-        "Share of a folder's images set apart for evaluation, where it has only train/CLASS/* or CLASS/*.",
+        "Share of a folder's images kept for evaluation, for a folder that has only train/CLASS/* or CLASS/*.",
         gt=0,
         lt=1,
     )
-    holdout: int = _field(0, "Data", "Training images kept back and evaluated on instead of the test set.", ge=0)
+    holdout: int = _field(0, "Data", "Number of training images kept back, to evaluate on instead of the test set.", ge=0)
     train_limit: int | None = _field(None, "Data", "Train on a subset of this many images, each class in proportion.", ge=1)
     test_limit: int | None = _field(None, "Data", "Evaluate on a subset of this many images, each class in proportion.", ge=1)
     mean: Channels | None = _field(None, "Data", "Mean by channel, of pixels in 0 to 1; the dataset's own if not given.")
@@ -79,24 +79,26 @@ class Recipe(BaseModel):
     )
 
     optimizer: Literal["sgd", "muon", "adam", "adamw"] = _field(
-        "muon", "Optimizer", "Optimizer; muon is for all kernels but the first, with SGD for the rest."
+        "muon", "Optimizer", "Optimizer. muon trains all kernels but the first, and SGD the rest."
     )
     max_lr: float = _field(0.4, "Optimizer", "Learning rate at the peak of the schedule.", gt=0)
     momentum: float = _field(0.9, "Optimizer", "Momentum of SGD, or beta1 of Adam, at the lowest learning rate.", ge=0, lt=1)
     base_momentum: float | None = _field(
-        None, "Optimizer", "Momentum at the highest learning rate; the same throughout if not given.", ge=0, lt=1
+        None, "Optimizer", "Momentum at the highest learning rate. If not given, momentum stays the same.", ge=0, lt=1
     )
     nesterov: bool = _field(True, "Optimizer", "Nesterov's form of SGD momentum.")
-    muon_lr_factor: float = _field(0.2, "Optimizer", "Learning rate of Muon's kernels over that of the rest.", gt=0)
+    muon_lr_factor: float = _field(0.2, "Optimizer", "Learning rate of Muon's kernels, divided by that of the rest.", gt=0)
     muon_momentum: float = _field(0.6, "Optimizer", "Nesterov momentum of Muon's kernels.", ge=0, lt=1)
     weight_decay: float = _field(5e-4, "Optimizer", "Weight decay: L2 for SGD and Adam, decoupled for AdamW.", ge=0)
-    grad_clip: float = _field(
-        0.0, "Optimizer", "Largest absolute value of a gradient's elements, to which larger ones are cut; 0: none.", ge=0
-    )
+    grad_clip: float = _field(0.0, "Optimizer", "Elements of a gradient are cut to this absolute value; 0: not cut.", ge=0)
     loss: Literal["cross-entropy", "nll"] = _field("cross-entropy", "Optimizer", "Loss on the model's output.")
     label_smoothing: float = _field(0.1, "Optimizer", "Label smoothing of the cross entropy.", ge=0, lt=1)
     sam_share: float = _field(
-        0.25, "Optimizer", "Share of the run, its last, in sharpness-aware steps, which take double time; 0: none.", ge=0, le=1
+        0.25,
+        "Optimizer",
+        "Last share of the run, trained by sharpness-aware steps, which take twice as long; 0: none.",
+        ge=0,
+        le=1,
     )
     sam_radius: float = _field(
         0.01, "Optimizer", "How far a sharpness-aware step looks, in units of the weights' norms.", gt=0, le=1
@@ -105,17 +107,17 @@ class Recipe(BaseModel):
     ema_every: int = _field(5, "Optimizer", "Steps between two updates of the averaged weights.", ge=1)
 
     epochs: int = _field(24, "Schedule", "Passes over the training images.", ge=1)
-    batch_size: int = _field(512, "Schedule", "Images a step at most; an epoch takes as few steps as it can.", ge=1)
+    batch_size: int = _field(512, "Schedule", "Largest number of images in a step.", ge=1)
     batches: Literal["even", "fixed"] = _field(
         "even",
         "Schedule",
-        "even: the steps of an epoch differ by one image at most, and every image weighs the same. fixed: the last takes what is left.",
+        "even: the steps of an epoch differ by one image at most, and every image weighs the same. fixed: the last step takes what is left.",
     )
     peak_epoch: float = _field(
-        5.0, "Schedule", "Epoch at which the learning rate peaks; where only --epochs is given it moves in proportion.", gt=0
+        5.0, "Schedule", "Epoch at which the learning rate peaks. If only --epochs is given, the peak moves in proportion.", gt=0
     )
-    div_factor: float = _field(25.0, "Schedule", "Peak learning rate over the first one.", ge=1)
-    final_div_factor: float = _field(100.0, "Schedule", "First learning rate over the last one.", gt=0)
+    div_factor: float = _field(25.0, "Schedule", "Peak learning rate, divided by the first one.", ge=1)
+    final_div_factor: float = _field(100.0, "Schedule", "First learning rate, divided by the last one.", gt=0)
 
     pad: int = _field(4, "Augmentation", "Pixels added on each side before the random crop to 32x32; 0 for no crop.", ge=0, le=16)
     pad_mode: Literal["reflect", "mean", "black"] = _field("reflect", "Augmentation", "What the added pixels show.")
@@ -123,7 +125,7 @@ class Recipe(BaseModel):
     flip_order: Literal["random", "alternating"] = _field(
         "alternating",
         "Augmentation",
-        "Which epochs flip an image. alternating: every second one, after a random start; random where the probability is not 0.5.",
+        "Which epochs flip an image. alternating: every second one, from a random start. random: by chance, as also where the probability is not 0.5.",
     )
     cutout_size: int = _field(8, "Augmentation", "Side of the square holes, in pixels.", ge=1, le=32)
     cutout_count: int = _field(1, "Augmentation", "Holes an image; 0 for no cutout.", ge=0, le=16)

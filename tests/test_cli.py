@@ -99,6 +99,10 @@ def test_help_begins_with_what_one_uses(helped):
     assert len([line for line in lines if line.startswith("  cifar-resnet train ")]) == 3
 
 
+def test_the_usage_of_predict_says_that_the_run_can_be_left_out(helped):
+    assert "predict [OPTIONS] [RUN] IMAGE..." in words(helped("predict"))
+
+
 def choices(command):
     """The values that an option of the command takes, by option."""
     function = next(each.callback for each in command_line.app.registered_commands if each.callback.__name__ == command)
