@@ -167,23 +167,36 @@ def say_unfinished(loaded: Checkpoint, notify: Callable[[str], object]) -> None:
         notify(f"the run stands at epoch {loaded.content['epoch']} of {loaded.recipe.epochs}: what follows is not its end")
 
 
+def images_of(
+    loaded: Checkpoint, data_dir: Path | str | None, notify: Callable[[str], None], dataset: Path | str | None = None
+) -> tuple[Checkpoint, Data]:
+    """The images of a run, which are in `dataset` now if they have moved, and its checkpoint with that place.
+
+    Raises:
+        CifarResnetError: they are of other classes, or cannot be had.
+    """
+    if dataset is not None:
+        loaded = replace(loaded, recipe=loaded.recipe.replace(dataset=str(dataset)))
+    data = datasets.load(loaded.recipe, Path(data_dir) if data_dir else None, notify)
+    if data.classes != loaded.classes:
+        raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")
+    return loaded, data
+
+
 def logits_of(
     checkpoint: Checkpoint | Path | str,
     data_dir: Path | str | None,
     device: str,
     notify: Callable[[str], None],
     dataset: Path | str | None = None,
+    data: Data | None = None,
 ) -> Prediction:
     """Dataset, recipe and precision are the checkpoint's, so that the figures are those that `train` reported.
 
-    `dataset` is where the images are now. Images other than the run's are told of.
+    `dataset` is where the images are now; `data` has them where they are read. Images other than the run's are told of.
     """
     loaded, resolved = opened(checkpoint, device, notify)
-    if dataset is not None:
-        loaded = replace(loaded, recipe=loaded.recipe.replace(dataset=str(dataset)))
-    data = datasets.load(loaded.recipe, Path(data_dir) if data_dir else None, notify)
-    if data.classes != loaded.classes:
-        raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")
+    loaded, data = images_of(loaded, data_dir, notify, dataset) if data is None else (loaded, data)
     say_unfinished(loaded, notify)
     changed = loaded.difference("evaluation", fingerprint(data.evaluation, data.classes))
     if changed:
@@ -216,10 +229,14 @@ def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
         "tta": None,
     }
     if tta != "none":
-        logits = analysis.mean_logits(loaded.recipe, found.model, found.images, found.device, tta)
-        score = scores(logits, found.labels)
+        score = scores(mean_logits(found, tta), found.labels)
         content["tta"] = {tta: {"loss": score["test_loss"], "accuracy": score["test_accuracy"]}}
     return content
+
+
+def mean_logits(found: Prediction, tta: str) -> Tensor:
+    """See `analysis.mean_logits`."""
+    return analysis.mean_logits(found.checkpoint.recipe, found.model, found.images, found.device, tta, found.logits)
 
 
 def _calibrated(found: Prediction) -> dict[str, float] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from ..arguments import checked
 from ..data.folders import present
@@ -17,7 +18,7 @@ from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures, labels, pictures
 from ..recipe import DATASETS
 from ..run_dir import LATEST, SCHEMA, check_new_folder, csv_of, load_checkpoint, new_folder, writable, write_json, write_whole
-from .common import Prediction, check_format, grad_cams, logits_of, save_figure, standing
+from .common import Prediction, check_format, grad_cams, logits_of, mean_logits, save_figure, standing
 
 
 @checked
@@ -61,8 +62,8 @@ def misclassified(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    _check(count, layer, format)
-    _check_new_folders(checkpoint, copy_to, save_images, dataset, data_dir)
+    check(count, layer, format)
+    check_new_folders(checkpoint, copy_to, save_images, dataset, data_dir)
     found = logits_of(checkpoint, data_dir, device, notify, dataset)
     wrong = analysis.mistakes(*found.judged)
     listed, ranked = by_label(found) if sort == "label" else (wrong, [])
@@ -70,16 +71,16 @@ def misclassified(
     right = [] if chosen or sort == "label" else analysis.least_sure(*found.judged)
     unsure = analysis.choose(right, found.data.classes, "confidence", true, predicted)[:count]
     folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
-    _write_lists(found, wrong, unsure, ranked, folder, written)
-    title = _title(found, count, len(chosen), sort, true, predicted, len(unsure))
+    write_json(folder / "misclassified.json", _content(found, wrong, unsure))
+    written(folder / "misclassified.json")
+    if ranked:
+        write_labels(found, ranked, folder, "labels", {}, written)
+    said = title(found, count, len(chosen), sort, true, predicted, len(unsure))
     if unsure:
-        notify(title)
+        notify(said)
     if shown := chosen[:count] or unsure:
-        _draw(found, shown, layer, title, folder, format, written)
-    for place, fill in ((copy_to, _copy_files), (save_images, _save_images)):
-        if chosen and place:
-            fill(found, chosen, Path(place))
-            written(Path(place))
+        _draw(found, shown, layer, said, folder, format, written)
+    write_images(found, chosen, copy_to, save_images, written)
     return chosen
 
 
@@ -93,34 +94,48 @@ def _draw(
     written(save_figure(looked, folder / f"gradcam.{format}"))
 
 
-def by_label(found: Prediction) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:
-    """The images whose label is less probable than another class, the least believed first; and the rows of `labels.ranked`."""
-    recipe, split, classes = found.checkpoint.recipe, found.data.evaluation, found.data.classes
-    logits = analysis.mean_logits(recipe, found.model, found.images, found.device, "flip" if recipe.flip_probability else "none")
-    temperature = found.checkpoint.temperature
+def by_label(found: Prediction, logits: Tensor | None = None) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:
+    """The images whose label is less probable than another class, the least believed first; and the rows of `labels.ranked`.
+
+    By these logits, float32 (N, classes), or those of the network of `found`.
+    """
+    split, classes, temperature = found.data.evaluation, found.data.classes, found.checkpoint.temperature
+    if logits is None:
+        logits = mean_logits(found, "flip" if found.checkpoint.recipe.flip_probability else "none")
     scores = labels.label_scores(logits, found.labels, temperature)
     wrong = analysis.mistakes(logits, found.labels, split, classes, temperature)
     wrong = sorted(wrong, key=lambda mistake: float(scores[mistake.position]))
     return wrong, labels.ranked(logits, found.labels, split, classes, temperature)
 
 
-def _write_lists(
-    found: Prediction, wrong: list[analysis.Mistake], unsure: list[analysis.Mistake], ranked: list[dict[str, Any]], folder: Path,
+def write_labels(
+    found: Prediction,
+    ranked: list[dict[str, Any]],
+    folder: Path,
+    stem: str,
+    about: dict[str, Any],
+    written: Callable[[Path], None],
+) -> None:
+    """Labels that are `ranked` as JSON, which says what they are `about`, and as CSV."""
+    write_json(folder / f"{stem}.json", {**_origin(found), **about, "labels": ranked})
+    written(folder / f"{stem}.json")
+    as_text = [{**row, "name": (row["name"] or "").encode(errors="backslashreplace").decode()} for row in ranked]
+    write_whole(folder / f"{stem}.csv", csv_of(as_text))
+    written(folder / f"{stem}.csv")
+
+
+def write_images(
+    found: Prediction, chosen: list[analysis.Mistake], copy_to: Path | str | None, save_images: Path | str | None,
     written: Callable[[Path], None],
 ) -> None:  # fmt: skip
-    """`misclassified.json`, and of labels that are `ranked` `labels.json` and `labels.csv`."""
-    write_json(folder / "misclassified.json", _content(found, wrong, unsure))
-    written(folder / "misclassified.json")
-    if not ranked:
-        return
-    write_json(folder / "labels.json", {**_origin(found), "labels": ranked})
-    written(folder / "labels.json")
-    as_text = [{**row, "name": (row["name"] or "").encode(errors="backslashreplace").decode()} for row in ranked]
-    write_whole(folder / "labels.csv", csv_of(as_text))
-    written(folder / "labels.csv")
+    """Fills the new folders that were asked for with the images of these mistakes."""
+    for place, fill in ((copy_to, _copy_files), (save_images, _save_images)):
+        if chosen and place:
+            fill(found, chosen, Path(place))
+            written(Path(place))
 
 
-def _check(count: int, layer: str, format: str) -> None:
+def check(count: int, layer: str, format: str) -> None:
     check_format(format)
     if not 1 <= count <= 100:
         raise UsageError(f"--count {count} must be 1 to 100")
@@ -128,7 +143,7 @@ def _check(count: int, layer: str, format: str) -> None:
         raise UsageError(f"--layer {layer}: it is {', '.join(analysis.LAYERS)}")
 
 
-def _check_new_folders(
+def check_new_folders(
     checkpoint: Path | str, copy_to: Path | str | None, save_images: Path | str | None, moved: Path | str | None,
     data_dir: Path | str | None,
 ) -> None:  # fmt: skip
@@ -214,7 +229,7 @@ def _content(found: Prediction, wrong: list[analysis.Mistake], unsure: list[anal
     }
 
 
-def _title(
+def title(
     found: Prediction, count: int, chosen: int, sort: str, true: str | None, predicted: str | None, unsure: int
 ) -> str:  # fmt: skip
     """Which of the mistakes are shown: `count` at most of the `chosen`, in the order `sort`, of these classes; or those `unsure`."""

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from ..look.progress import epoch_line
 from ..look.words import count_of, duration, plural
 from ..run_dir import LATEST, load_checkpoint, writable, write_whole
 from .common import Prediction, command_words, content_of, data_url, grad_cams, logits_of, rendered, save_figure
+from .misclassified import by_label
 
-SHOWN = 10  # of the mistakes
+SHOWN = 10  # of the mistakes, and of the labels that may be wrong
 CHART = (4.6, 3.8)  # inches, as wide as a telephone's screen
 
 
@@ -58,19 +60,23 @@ def report(
     content = content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")
     wrong = analysis.mistakes(*found.judged)
     shown = wrong[:SHOWN] or analysis.least_sure(*found.judged)[:SHOWN]
+    doubted, _ = by_label(found)
     values = dict(
         run=checkpoint,
         content=content,
         tiles=_tiles(found, content),
         command=command_words(checkpoint.recipe),
         which=_which(len(shown), len(wrong)),
+        doubted=doubted[:SHOWN],
+        labels=f"Labels that may be wrong: {count_of(len(doubted[:SHOWN]), len(doubted))}",
         plural=plural,
         duration=duration,
     )
     if format == "markdown":
         return _write_markdown(found, content, shown, values, Path(path) if path else checkpoint.path.parent / "report")
     path = Path(path) if path else checkpoint.path.parent / "report.html"
-    page = rendered("report.html", **values, wrong=len(wrong), charts=_charts(found, content), cards=_cards(found, shown))
+    drawn = dict(charts=_charts(found, content), cards=_cards(found, shown))
+    page = rendered("report.html", **values, wrong=len(wrong), image=partial(_image, found), **drawn)
     write_whole(path, page.encode(errors="backslashreplace"))
     return path
 
@@ -127,17 +133,21 @@ def _svg(figure: Figure) -> str:
 
 
 def _cards(found: Prediction, shown: Sequence[analysis.Mistake]) -> list[dict[str, Any]]:
-    """Each image, and where the network looked, as addresses that hold them."""
+    """Each mistake, and where the network looked, as an address that holds the picture."""
     cards = []
     for mistake, image, *maps in zip(shown, *grad_cams(found, shown, "layer2"), strict=True):
         figure = Figure(figsize=(0.75, 0.75))
         axis = figure.add_axes((0, 0, 1, 1))
         axis.axis("off")
         pictures.draw_difference(axis, image, *maps)
-        Image.fromarray(image).save(buffer := io.BytesIO(), "png")
-        looked = data_url(figures.render(figure, "png"), "png")
-        cards.append({"mistake": mistake, "image": data_url(buffer.getvalue(), "png"), "looked": looked})
+        cards.append({"mistake": mistake, "looked": data_url(figures.render(figure, "png"), "png")})
     return cards
+
+
+def _image(found: Prediction, mistake: analysis.Mistake) -> str:
+    """The address that holds the image of a mistake."""
+    Image.fromarray(found.data.evaluation.images[mistake.position]).save(buffer := io.BytesIO(), "png")
+    return data_url(buffer.getvalue(), "png")
 
 
 def _write_markdown(
@@ -147,6 +157,9 @@ def _write_markdown(
     if checkpoint.history:
         drawn["curves"] = figures.curves(checkpoint.history, checkpoint.recipe, content["evaluated_on"])
     drawn["gradcam"] = pictures.grad_cam(*grad_cams(found, shown, "layer2"), shown, f"Grad-CAM at layer2. {values['which']}")
+    if doubted := values["doubted"]:
+        images = found.data.evaluation.images[[each.position for each in doubted]]
+        drawn["labels"] = pictures.misclassified(images, doubted, values["labels"])
     layers = analysis.layers(checkpoint.recipe, checkpoint.recipe.batch_size, len(checkpoint.classes))
     text = rendered("report.md", **values, layers=layers, cell=_cell, epoch_line=epoch_line)
     writable(folder)

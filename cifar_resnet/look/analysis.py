@@ -21,6 +21,7 @@ from ..training.model import ResNet, build_model
 
 LAYERS = ("prep", "layer1", "layer2", "layer3")
 BINS = 15  # of the reliability diagram
+MANY, LISTED = 30, 10  # classes above which a mistake has the probabilities of so many alone
 SUMMARY_SCHEMA = 1  # of `summary`
 
 
@@ -32,7 +33,7 @@ class Mistake(NamedTuple):
     true: str
     predicted: str
     confidence: float  # probability of the predicted class
-    probabilities: dict[str, float]  # of every class
+    probabilities: dict[str, float]  # of every class; of more than 30 classes only of the ten most probable and of the true one
     name: str | None = None  # its file, relative to the split's folder; None where images have no files
 
     @property
@@ -80,12 +81,18 @@ def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
     return [(1 / 4, plain), (1 / 4, mirrored), *moved]
 
 
-def mean_logits(recipe: Recipe, model: ResNet, images: Loader, device: torch.device, tta: str) -> Tensor:
-    """Mean of the logits of the views of test-time augmentation, float32 (N, classes)."""
-    every = [
-        weight * predict_logits(recipe, model, images.plain(EVALUATION_BATCH), device, view)[0] for weight, view in views(tta)
-    ]
-    return torch.stack(every).sum(0)
+def mean_logits(
+    recipe: Recipe, model: ResNet, images: Loader, device: torch.device, tta: str, plain: Tensor | None = None
+) -> Tensor:
+    """Mean of the logits of the views of test-time augmentation, float32 (N, classes).
+
+    `plain` has those of the first view, the image as it is, where they are known.
+    """
+    (first, _), *others = views(tta)
+    if plain is None:
+        plain = predict_logits(recipe, model, images.plain(EVALUATION_BATCH), device)[0]
+    every = [weight * predict_logits(recipe, model, images.plain(EVALUATION_BATCH), device, view)[0] for weight, view in others]
+    return torch.stack([first * plain, *every]).sum(0)
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -183,11 +190,18 @@ def _by_confidence(
             classes[labels[i]],
             classes[predicted[i]],
             float(confidence[i]),
-            dict(zip(classes, believed[i].tolist(), strict=True)),
+            _listed(believed[i], classes, int(labels[i])),
             None if split.names is None else str(split.names[i]),
         )
         for i in positions[order].tolist()
     ]
+
+
+def _listed(believed: Tensor, classes: tuple[str, ...], label: int) -> dict[str, float]:
+    """What `Mistake.probabilities` has of the probabilities of an image, (classes,)."""
+    if len(classes) <= MANY:
+        return dict(zip(classes, believed.tolist(), strict=True))
+    return {classes[i]: float(believed[i]) for i in (*believed.topk(LISTED).indices.tolist(), label)}
 
 
 def choose(

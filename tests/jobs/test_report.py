@@ -1,4 +1,5 @@
 import base64
+import json
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from chromium import CHROMIUM
 from run_helpers import content
 
 from cifar_resnet import Recipe, load_checkpoint, report, train
@@ -30,7 +32,7 @@ def test_the_report_holds_the_figures_and_needs_nothing_beside_it(page, tiny_run
     assert "<script" not in html
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', html)) == {"data:"}
     assert len(re.findall("<figure><figcaption>", html)) == len(re.findall("<svg", html)) == 6
-    assert len(re.findall(r"image/png;base64,", html)) == 2 * 10 + 1  # and the matrix in its chart
+    assert len(re.findall(r"image/png;base64,", html)) == 3 * 10 + 1  # and the matrix in its chart
     for data in re.findall(r"image/png;base64,([^\"]+)", html):
         assert base64.b64decode(data).startswith(b"\x89PNG")
     assert not re.search(r"\$\w+|\{\{|\{%", html)
@@ -38,6 +40,19 @@ def test_the_report_holds_the_figures_and_needs_nothing_beside_it(page, tiny_run
     for row in history:
         assert f"<title>epoch {row['epoch']}: test accuracy {row['test_accuracy']:.2f} %</title>" in html
         assert f"<td>{row['train_loss']:.4f}</td>" in html
+
+
+def test_labels_that_may_be_wrong_are_shown_as_misclassified_ranks_them(page, tiny_run, tmp_path, cli):
+    """In the page and in the Markdown: the same images, in the same order, with the same guess."""
+    assert cli("misclassified", tiny_run, "--sort", "label", "--run-dir", tmp_path)[0] == 0
+    ranked = json.loads((tmp_path / "labels.json").read_text())["labels"][:10]
+    section = page.read_text().partition("<h2>Labels that may be wrong")[2].partition('<div class="tables">')[0]
+    cards = [Reader(card).text.split() for card in section.split('<div class="card">')[1:]]
+    expected = [f"{row['given']}, {100 * row['score']:.1f} % perhaps mislabelled:{row['suggested']}?" for row in ranked]
+    assert [" ".join(card) for card in cards] == [f"{text} image {row['index']}" for text, row in zip(expected, ranked, strict=True)]
+    text = report(tiny_run, tmp_path / "markdown", format="markdown").read_text()
+    rows = [f"| image {row['index']} | {row['given']} | {100 * row['score']:.2f} % | {row['suggested']}? |" for row in ranked]
+    assert "\n".join(rows) in text
 
 
 class Reader(HTMLParser):
@@ -97,8 +112,7 @@ def test_the_command_repeats_the_run(cli, tmp_path, no_figures):
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_report_fits_the_screen_in_chromium(page, width, tmp_path):
-    chromium = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-    if chromium is None:
+    if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
     probe = """<script>addEventListener("load", () => {
       const frame = document.querySelector("iframe"), inner = frame.contentDocument, images = [...inner.images];
@@ -108,11 +122,20 @@ def test_the_report_fits_the_screen_in_chromium(page, width, tmp_path):
     (tmp_path / "probe.html").write_text(f"<body style='margin: 0'>{frame}{probe}")
     shutil.copy(page, tmp_path / "report.html")
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--virtual-time-budget=5000")
-    command = [chromium, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", str(tmp_path / "probe.html")]
+    command = [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", str(tmp_path / "probe.html")]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     scroll_width, images, loaded = map(int, re.search(r"<title>(\d+),(\d+),(\d+)</title>", dom).groups())
     assert scroll_width <= width
     assert images == loaded >= 5  # those inside of charts aside
+
+
+def test_the_report_prints_on_few_pages(page, tmp_path):
+    """Of which the last one is the shortest: none is mostly empty before it."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
+    subprocess.run([CHROMIUM, *options, f"--print-to-pdf={tmp_path / 'page.pdf'}", page.as_uri()], timeout=120, check=True)
+    assert len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "page.pdf").read_bytes())) in (3, 4)
 
 
 def test_a_report_of_own_images_is_written_beside_the_run(own_images, tmp_path, no_figures):
@@ -144,7 +167,7 @@ def test_markdown_holds_the_run_and_its_pictures(tiny_run, tmp_path, cli):
     assert f"| all | | | {parameters:,} |" in text
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
         assert (tmp_path / "page" / picture).read_bytes().startswith(b"\x89PNG")
-    assert len(os.listdir(tmp_path / "page")) == 4
+    assert sorted(os.listdir(tmp_path / "page")) == ["README.md", "confusion_matrix.png", "curves.png", "gradcam.png", "labels.png"]
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 

@@ -174,6 +174,17 @@ def test_the_totals_are_torchinfos(options):
     assert totals["multiply_adds_per_image"] * recipe.batch_size == totals["multiply_adds"]
 
 
+def test_of_many_classes_a_mistake_has_the_most_probable_and_the_true_one():
+    classes = tuple(f"c{i}" for i in range(1000))
+    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    labels = logits.argmin(1)
+    for found in analysis.mistakes(logits, labels, Split(None, None, np.arange(3)), classes):
+        every = logits[found.position].double().softmax(0).numpy()
+        largest = [*np.argsort(-every)[:10], labels[found.position]]
+        assert found.probabilities == pytest.approx({classes[i]: every[i] for i in largest})
+        assert found.probabilities[found.predicted] == found.confidence
+
+
 def test_the_report_of_a_thousand_classes():
     """Five thousand images, a class without any, against counting them one by one."""
     rng = np.random.default_rng(0)
