@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .jobs.samples import samples
     from .jobs.track import track
     from .jobs.train import Watcher, Watchers, train
+    from .jobs.training_labels import training_labels
     from .presets import PRESETS
     from .recipe import Recipe
     from .run_dir import Checkpoint, load_checkpoint
@@ -43,6 +44,7 @@ _HOME = {
     "jobs.samples": ("samples",),
     "jobs.track": ("track",),
     "jobs.train": ("Watcher", "Watchers", "train"),
+    "jobs.training_labels": ("training_labels",),
     "recipe": ("Recipe",),
     "presets": ("PRESETS",),
     "run_dir": ("Checkpoint", "load_checkpoint"),
@@ -51,7 +53,7 @@ _HOME = {
 __all__ = [
     "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "Watchers", "bench", "build_model",
     "compare", "demo", "evaluate", "export", "find_lr", "load_checkpoint", "misclassified", "predict", "repeat", "report",
-    "samples", "track", "train",
+    "samples", "track", "train", "training_labels",
 ]  # fmt: skip
 
 

@@ -181,6 +181,11 @@ Sort = Annotated[Literal["confidence", "label", "class", "random"], _option(
     "Order of the mistakes: confidence, the surest first; label, labels that may be wrong first; class; or random.",
     CHOICE, metavar=NAME,
 )]
+Folds = Annotated[int | None, _option(
+    "With --sort label, rank the training labels: by as many networks, each trained without the images that it judges.", CHOICE,
+    default="the evaluation images are ranked",
+)]
+FoldEpochs = Annotated[int | None, _option("Epochs of each network of --folds.", CHOICE, "--epochs", default="the run's")]
 TrueClass = Annotated[str | None, _option("Only images of this class.", CHOICE, metavar="CLASS", default="all")]
 PredictedClass = Annotated[str | None, _option("Only images taken for this class.", CHOICE, metavar="CLASS", default="all")]
 CopyTo = Annotated[Path | None, _option(
@@ -500,19 +505,29 @@ def evaluate(
 @app.command(rich_help_panel=STEPS)
 def misclassified(
     checkpoint: Checkpoint = None, count: Count = 25, sort: Sort = "confidence", true: TrueClass = None,
-    predicted: PredictedClass = None, layer: Layer = "layer2", copy_to: CopyTo = None, save_images: SaveImages = None,
-    run_dir: RunDir = None, dataset: Moved = None, data_dir: DataDir = None, device: Device = "auto", format: Format = "png",
+    predicted: PredictedClass = None, layer: Layer = "layer2", folds: Folds = None, epochs: FoldEpochs = None,
+    copy_to: CopyTo = None, save_images: SaveImages = None, run_dir: RunDir = None, dataset: Moved = None,
+    data_dir: DataDir = None, device: Device = "auto", format: Format = "png",
 ) -> None:  # fmt: skip
     """Show what a checkpoint gets wrong, and where it looked: Grad-CAM of the class predicted and of the true one."""
+    if folds is not None and sort != "label":
+        raise UsageError(f"--folds {folds} goes with --sort label")
+    if epochs is not None and folds is None:
+        raise UsageError(f"--epochs {epochs} goes with --folds")
     from .jobs.misclassified import misclassified
+    from .jobs.training_labels import training_labels
 
     run = _one_run(checkpoint, "misclassified")
-    choice: dict[str, Any] = dict(count=count, sort=sort, true=true, predicted=predicted, layer=layer)
-    choice |= dict(copy_to=copy_to, save_images=save_images)
-    where: dict[str, Any] = dict(dataset=dataset, data_dir=data_dir, device=device)
+    how: dict[str, Any] = dict(count=count, true=true, predicted=predicted, copy_to=copy_to, save_images=save_images)
+    how |= dict(dataset=dataset, data_dir=data_dir, device=device, format=format)
     written = list[Path]()
-    with console.console.status("looking for mistakes"):
-        chosen = misclassified(run, run_dir, **choice, **where, format=format, notify=console.say, written=written.append)
+    how |= dict(notify=console.say, written=written.append)
+    if folds is not None:
+        with progress.progress("training on folds", "steps") as told:
+            chosen = training_labels(run, run_dir, folds=folds, epochs=epochs, progress=told, **how)
+    else:
+        with console.console.status("looking for mistakes"):
+            chosen = misclassified(run, run_dir, sort=sort, layer=layer, **how)
     files = [path.name for path in written if path not in (copy_to, save_images)]
     show = console.doubtful_labels if sort == "label" else console.mistakes
     show(chosen, _written(written[0].parent, *files))
