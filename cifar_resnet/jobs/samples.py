@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..arguments import checked
 from ..data.loaders import epoch_order, make_loader
 from ..errors import UsageError
-from ..look import analysis, pictures
+from ..look import analysis, figures, pictures
 from ..recipe import Recipe
 from .common import prepare, save_figure
 
@@ -29,6 +29,8 @@ def samples(
 ) -> Figure:
     """One training image of each class, drawn by the seed, beside the views that the recipe's own loader makes of it.
 
+    Of more than 30 classes, the first 30.
+
     Args:
         path: where the picture goes (.png, .svg or .pdf), if anywhere.
         views: how many, each from an epoch of its own.
@@ -40,14 +42,18 @@ def samples(
         raise UsageError(f"--views {views} must be 1 to 20")
     recipe, device, data = prepare((recipe or Recipe()).replace(batch_size=1), "cpu", data_dir, notify)
     rng = np.random.default_rng(recipe.seed)
-    positions = [rng.choice(np.flatnonzero(data.train.labels == label)) for label in range(len(data.classes))]
+    classes = data.classes[: figures.MOST_CLASSES]
+    positions = [rng.choice(np.flatnonzero(data.train.labels == label)) for label in range(len(classes))]
     chosen = data.train.take(np.array(positions))
     batches = make_loader(chosen, recipe.replace(batch_size=len(chosen)), device, loader, workers)
     seen = np.empty((len(chosen), views, 32, 32, 3), np.uint8)
     for view in range(views):
         images = next(iter(batches.epoch(view))).images
         seen[epoch_order(recipe, view, len(chosen)), view] = analysis.pixels(images, recipe)
-    figure = pictures.samples(chosen.images, seen, data.classes, f"Training images under the augmentation of {recipe.recipe}")
+    title = f"Training images under the augmentation of {recipe.recipe}"
+    if len(classes) < len(data.classes):
+        title += f", the first {len(classes)} of {len(data.classes):,} classes"
+    figure = pictures.samples(chosen.images, seen, classes, title)
     if path is not None:
         save_figure(figure, Path(path))
     return figure
