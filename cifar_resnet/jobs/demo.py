@@ -17,16 +17,15 @@ import numpy as np
 import torch
 
 from ..arguments import checked
-from ..data import datasets
 from ..data.cifar import check_at_hand
 from ..data.images import read_image
 from ..data.loaders import Loader, make_loader
-from ..data.splits import Split
+from ..data.splits import Data, Split
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures
 from ..recipe import Recipe
 from ..run_dir import LATEST, Checkpoint
-from .common import Prediction, command_line, content_of, data_url, logits_of, opened, rendered
+from .common import Prediction, command_line, content_of, data_url, images_of, logits_of, opened, rendered
 from .misclassified import by_label
 
 if TYPE_CHECKING:
@@ -66,6 +65,8 @@ def demo(
         except ImportError as error:
             raise CifarResnetError(f"demo needs the package {error.name}: pip install 'cifar-resnet[demo]'") from None
         shown = page.build(content_of_page(run, data_dir, device))
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            notify(f"--host {host}: there is no password; everyone who can reach port {port} of this machine can open the page")
         address = page.launch(shown, server_name=host, server_port=port, inbrowser=open)
         notify(f"the page is at {address}, until Ctrl-C")
         _wait_for_the_end()
@@ -94,7 +95,7 @@ def _wait_for_the_end() -> None:
 
 
 def content_of_page(
-    run: Path | str, data_dir: Path | str | None, device: str, download: Callable[[str], None] | None = None,
+    run: Checkpoint | Path | str, data_dir: Path | str | None, device: str, download: Callable[[str], None] | None = None,
     recipe: Recipe | None = None,
 ) -> Content:  # fmt: skip
     """What the page shows of a run. Its test images are looked at when a tab first asks for them.
@@ -138,7 +139,7 @@ def _silent(message: str) -> None:
 
 
 class _Shown:
-    """A checkpoint, and what of its images has been looked at so far."""
+    """A checkpoint, and what of its images has been read and looked at so far."""
 
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, data_dir: Path | str | None, download: Callable[[str], None] | None,
@@ -152,10 +153,9 @@ class _Shown:
 
     def examples(self) -> list[tuple[np.ndarray, str]]:
         """The first evaluation image of each of the first ten classes."""
-        self._check_images()
-        data = datasets.load(self.checkpoint.recipe, self.data_dir, self.download or _silent)
-        firsts = [(np.flatnonzero(data.evaluation.labels == label), name) for label, name in enumerate(data.classes[:10])]
-        return [(data.evaluation.images[found[0]], name) for found, name in firsts if len(found)]
+        images, classes = self.data.evaluation, self.data.classes
+        firsts = [(np.flatnonzero(images.labels == label), name) for label, name in enumerate(classes[:10])]
+        return [(images.images[found[0]], name) for found, name in firsts if len(found)]
 
     def probabilities(self, images: np.ndarray, augmented: bool) -> np.ndarray:
         with self.lock:
@@ -215,8 +215,7 @@ class _Shown:
     @cached_property
     def judged(self) -> tuple[Prediction, list[analysis.Mistake]]:
         """The logits of all evaluation images, and the mistakes; this takes a while."""
-        self._check_images()
-        found = logits_of(self.checkpoint, self.data_dir, str(self.device), self.download or _silent)
+        found = logits_of(self.checkpoint, None, str(self.device), self.download or _silent, data=self.data)
         return found, analysis.mistakes(*found.judged)
 
     @cached_property
@@ -224,9 +223,12 @@ class _Shown:
         """The images whose label is less probable than another class, the least believed first."""
         return by_label(self.judged[0])[0]
 
-    def _check_images(self) -> None:
+    @cached_property
+    def data(self) -> Data:
+        """The images of the run."""
         if self.checkpoint.recipe.dataset in ("cifar10", "cifar100") and not self.download:
             check_at_hand(self.checkpoint.recipe.dataset, self.data_dir)
+        return images_of(self.checkpoint, self.data_dir, self.download or _silent)[1]
 
     def _loader(self, images: np.ndarray) -> Loader:
         count = len(images)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +69,10 @@ def export(
         option = f"--data-dir {data_dir}" if data_dir else f"--device {device}"
         raise UsageError(f"{option} goes with --format space: {format} holds no images, and is written on the CPU")
     loaded = load_checkpoint(checkpoint)
-    if format == "space" and loaded.recipe.dataset not in DATASETS:  # what is published says no path of this machine
-        loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"dataset": f"./{loaded.recipe.dataset_name}"}))
-    told = {"recipe": loaded.recipe.to_dict(), "classes": loaded.classes, "temperature": loaded.temperature, **standing(loaded)}
+    recipe = loaded.recipe
+    if format == "space" and recipe.dataset not in DATASETS:  # what is published says no path of this machine
+        recipe = recipe.model_copy(update={"dataset": f"./{recipe.dataset_name}"})
+    told = {"recipe": recipe.to_dict(), "classes": loaded.classes, "temperature": loaded.temperature, **standing(loaded)}
     metadata = {name: json.dumps(value) for name, value in told.items()}
     try:
         content = _onnx(loaded, metadata, with_preprocessing) if format == "onnx" else _safetensors(loaded, metadata)
@@ -81,7 +81,7 @@ def export(
         raise CifarResnetError(f"export needs the package {error.name}: pip install 'cifar-resnet[{extra}]'") from None
     if format == "space":
         path = Path(path) if path else loaded.path.parent / "space"
-        space(loaded, path, content, data_dir, device, notify)
+        space(loaded, recipe, path, content, data_dir, device, notify)
         return path
     say_unfinished(loaded, notify)
     path = Path(path) if path else loaded.path.parent / f"model.{format}"

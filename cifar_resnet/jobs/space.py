@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import CifarResnetError
+from ..recipe import Recipe
 from ..run_dir import Checkpoint, new_folder, write_json
 from .common import command_line, rendered
 from .demo import content_of_page
@@ -26,9 +27,10 @@ MISTAKES = 200  # at most, the surest
 
 
 def space(
-    checkpoint: Checkpoint, folder: Path, weights: bytes, data_dir: Path | str | None, device: str, notify: Callable[[str], None]
-) -> None:
-    """Writes the folder: `app.py`, which needs nothing of this package, and all that it shows: of the recipe, the checkpoint's.
+    checkpoint: Checkpoint, recipe: Recipe, folder: Path, weights: bytes, data_dir: Path | str | None, device: str,
+    notify: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Writes the folder: `app.py`, which needs nothing of this package, and all that it shows; `recipe` in place of the run's own.
 
     Raises:
         RunDirectoryError: the folder is not empty, or cannot be written.
@@ -37,7 +39,7 @@ def space(
     if importlib.util.find_spec("gradio") is None:
         raise CifarResnetError("--format space needs the package gradio: pip install 'cifar-resnet[demo]'")
     with new_folder(folder) as part:
-        content = content_of_page(checkpoint.path, data_dir, device, download=notify, recipe=checkpoint.recipe)
+        content = content_of_page(checkpoint, data_dir, device, download=notify, recipe=recipe)
         mistakes = content.mistakes(content.orders[0], None, None)
         package = files("cifar_resnet") / "look"
         for name, source in (("app.py", "space_app.py"), ("page.py", "page.py")):
@@ -45,7 +47,7 @@ def space(
         (part / "model.safetensors").write_bytes(weights)
         _write(part / "run.html", content.run())
         (part / "requirements.txt").write_text("".join(f"{name}=={_version(name)}\n" for name in NEEDED), encoding="utf-8")
-        _write(part / "README.md", _readme(checkpoint, content, len(mistakes)) + "\n")
+        _write(part / "README.md", _readme(checkpoint, recipe, content, len(mistakes)) + "\n")
         write_json(part / "model.json", {**_settings(checkpoint, content), "examples": _examples(part, content)})
         write_json(part / "mistakes.json", _mistakes(part, content, mistakes[:MISTAKES]))
 
@@ -97,7 +99,7 @@ def _mistakes(part: Path, content: Content, shown: Sequence[Mistake]) -> list[di
     return written
 
 
-def _readme(checkpoint: Checkpoint, content: Content, mistakes: int) -> str:
+def _readme(checkpoint: Checkpoint, recipe: Recipe, content: Content, mistakes: int) -> str:
     last = checkpoint.history[-1]["test_accuracy"] if checkpoint.finished else None
     accuracy = f"It is right on {last:.2f} % of the {checkpoint.evaluated_on} images (last epoch, single view, one run)."
     return rendered(
@@ -109,5 +111,5 @@ def _readme(checkpoint: Checkpoint, content: Content, mistakes: int) -> str:
         classes=f"{len(checkpoint.classes)} classes",
         accuracy=accuracy if last is not None else content.notice,
         mistakes=min(mistakes, MISTAKES),
-        command=command_line(checkpoint.recipe),
+        command=command_line(recipe),
     )

@@ -319,7 +319,7 @@ def _mistakes(content: Content, tab: gr.Tab, tabs: gr.Tabs, predict: list[Any]) 
         if not shown:
             return "<p>There is no such mistake.</p>"
         overlays = content.overlays(shown) if with_cam else None
-        which = f"{len(shown):,} of {len(found):,} mistakes" if len(found) > 1 else "One mistake"
+        which = f"{len(shown):,} of {len(found):,} mistakes, {order}" if len(found) > 1 else "One mistake"
         return f"<p>{which}. A click takes one to Predict.</p>{mistake_cards(shown, overlays)}"
 
     controls: list[Any] = [count, order, true, predicted, with_cam]

@@ -259,6 +259,29 @@ def test_nothing_is_downloaded_for_a_page(tiny_run, tmp_path, monkeypatch):
     assert f"CIFAR10 is not in {tmp_path}" in content_of_page(tmp_path / "run", tmp_path, "cpu").notice
 
 
+def test_a_page_reads_its_images_once(tiny_run, monkeypatch):
+    from cifar_resnet.data import datasets
+
+    calls, original = [], datasets.load
+    monkeypatch.setattr(datasets, "load", lambda *given: calls.append(given) or original(*given))
+    shown = content_of_page(tiny_run, None, "cpu")
+    assert len(shown.examples) == 10
+    assert shown.mistakes("label may be wrong", None, None)
+    assert len(calls) == 1
+
+
+def test_a_page_for_other_machines_says_that_it_has_no_password(tiny_run, monkeypatch):
+    monkeypatch.setattr(page, "launch", lambda shown, **where: f"http://{where['server_name']}:{where['server_port']}/")
+    monkeypatch.setattr("cifar_resnet.jobs.demo._wait_for_the_end", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    said = {"0.0.0.0": [], "127.0.0.1": []}
+    for host, lines in said.items():
+        demo(tiny_run, host=host, port=port, notify=lines.append)
+    assert [len(lines) for lines in said.values()] == [2, 1]
+    assert f"no password; everyone who can reach port {port}" in said["0.0.0.0"][0]
+
+
 def test_what_cannot_be_served_is_one_line(refused, tiny_run, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         line = refused(1, "demo", tiny_run, "--port", taken.getsockname()[1])

@@ -120,6 +120,16 @@ def test_it_holds_examples_mistakes_and_their_overlays(space, tiny_run, app_of):
     assert {each.true for each in app.mistakes("by class", found[0].true, None)} == {found[0].true}
 
 
+def test_it_reads_checkpoint_and_images_once(tiny_run, tmp_path, monkeypatch, no_figures):
+    from cifar_resnet.data import datasets
+
+    read, originals = [], (torch.load, datasets.load)
+    monkeypatch.setattr(torch, "load", lambda *given, **how: read.append("checkpoint") or originals[0](*given, **how))
+    monkeypatch.setattr(datasets, "load", lambda *given: read.append("images") or originals[1](*given))
+    export(tiny_run, tmp_path / "space", format="space")
+    assert read == ["checkpoint", "images"]
+
+
 def test_it_needs_nothing_of_the_package_and_trains_nothing(space):
     installed = {"gradio", "torch", "safetensors", "numpy", "PIL", "page"}
     for name in ("app.py", "page.py"):
