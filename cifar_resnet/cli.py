@@ -135,6 +135,10 @@ Workers = Annotated[int | None, _option(
 Compile = Annotated[Literal["auto", "on", "off"], _option(
     "Whether torch.compile compiles the model before the first step: on, off, or auto, which is off.", metavar=NAME
 )]
+Convolution = Annotated[Literal["auto", "torch"], _option(
+    "How a CPU computes convolutions: auto, each in the way that was measured to be quickest here; or torch, torch's own.",
+    metavar=NAME,
+)]
 Format = Annotated[Literal["png", "svg", "pdf"], _option("Format of the pictures: png, svg or pdf.", metavar=NAME)]
 Tta = Annotated[Literal["none", "flip", "flip-shift"], _option(
     "Test-time augmentation: predict from several views of an image. none. flip: the image and its mirror image. flip-shift: these, "
@@ -319,7 +323,8 @@ NOT_SWEPT = ("holdout", "test_limit", "max_lr", "div_factor", "sam_share", "sam_
 def find_lr(
     recipe: Recipe, start_lr: StartLR = 1e-4, end_lr: EndLR = 10.0, num_iter: NumIter = 100, step_mode: StepMode = "exp",
     trial_steps: TrialSteps = None, suggest: Suggest = "recommended", sweep: Sweep = None, run_dir: FinderDir = None,
-    data_dir: DataDir = None, device: Device = "auto", loader: Loader = "auto", workers: Workers = None, format: Format = "png",
+    data_dir: DataDir = None, device: Device = "auto", loader: Loader = "auto", workers: Workers = None,
+    convolution: Convolution = "auto", format: Format = "png",
 ) -> None:  # fmt: skip
     """Find the learning rate: a range test, then short trainings around its bottom.
 
@@ -330,7 +335,7 @@ def find_lr(
     from .run_dir import directory_for
 
     swept = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, trial_steps=trial_steps, sweep=sweep)
-    where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, format=format)
+    where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution, format=format)
     with directory_for(run_dir, recipe, "find-lr-") as folder:
         found = _find_lr(recipe, folder, **swept, **where)
     then = ""
@@ -353,7 +358,7 @@ def train(
     options: dict[str, Any], recipe_file: RecipeFile = None, max_lr: MaxLR = None, suggest: Suggest = "recommended",
     run_dir: NewRunDir = None, resume: Resume = None, repeat: Repeat = None, data_dir: DataDir = None, device: Device = "auto",
     loader: Loader = "auto", workers: Workers = None, save_every_minutes: SaveEveryMinutes = 5.0, compile: Compile = "auto",
-    tf32: TF32 = False, track: Track = None, target: Target = None, format: Format = "png",
+    convolution: Convolution = "auto", tf32: TF32 = False, track: Track = None, target: Target = None, format: Format = "png",
 ) -> None:  # fmt: skip
     """Train a recipe, and keep the run in a folder.
 
@@ -383,7 +388,7 @@ def train(
         return training.Watchers(shown or progress.TrainingTable(), *([tracking.track(track)] if track else []))
 
     watcher = watch(table)
-    where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers)
+    where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution)
     if recipe and find:
         recipe = _with_found_lr(recipe, suggest, run_dir, **where)
     must_match = {name: value for name, value in options.items() if value is not None}
@@ -686,6 +691,7 @@ def schedule(
 def bench(
     recipe: Recipe, rounds: Rounds = 9, reference: Reference = False, profile: Profile = False, json_file: JsonFile = None,
     device: Device = "auto", workers: Workers = None, compile: Compile = "auto",
+    convolution: Convolution = "auto",
 ) -> None:  # fmt: skip
     """Measure this machine: images a second in training and evaluation, the share of its peak, and how long a run will take.
 
@@ -696,9 +702,9 @@ def bench(
 
     if json_file:
         writable(json_file.parent)
-    how: dict[str, Any] = dict(reference=reference, profile=profile, device=device, workers=workers, compile=compile)
+    where: dict[str, Any] = dict(device=device, workers=workers, compile=compile, convolution=convolution)
     with progress.progress("measuring", "rounds", rounds) as told:
-        content = bench(recipe, rounds=rounds, **how, progress=told)
+        content = bench(recipe, rounds=rounds, reference=reference, profile=profile, **where, progress=told)
     console.bench(content)
     if json_file:
         write_json(json_file, content)

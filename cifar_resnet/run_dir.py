@@ -28,6 +28,7 @@ from .data.images import WHITES
 from .data.splits import Data, same_images
 from .errors import CheckpointError, RunDirectoryError, UsageError, printable, shell_command
 from .recipe import DATASETS, Recipe, read_json
+from .training import convolution
 from .training.engine import State, finite, start
 from .training.model import ResNet, build_model
 from .training.optim import make_optimizer
@@ -265,6 +266,11 @@ class Checkpoint:
         """Of the "train" and "evaluation" images; see `splits.fingerprint`. Old checkpoints have none."""
         return self.content.get("data") or {}
 
+    @property
+    def convolutions(self) -> dict[str, list[str]] | None:
+        """In which way the run computes its convolutions; see `convolution.use`. Old checkpoints, and those of a GPU, do not say."""
+        return self.content.get("convolutions")
+
     def difference(self, part: str, now: Mapping[str, Any]) -> str:
         """What differs between images and the run's "train" or "evaluation" images; "" for nothing. Old checkpoints do not know.
 
@@ -286,13 +292,14 @@ class Checkpoint:
     def model(self, device: torch.device | str = "cpu") -> ResNet:
         """The model that is evaluated: the averaged weights where there are any."""
         model = build_model(self.recipe, len(self.classes))
+        convolution.use(model, self.convolutions)
         model.load_state_dict(self.content["averaged"] or self.content["model"])
         return model.to(device).eval()
 
     def state(self, device: torch.device) -> State:
         """Where the run stood, to go on from."""
         content = self.content
-        state = start(self.recipe, device, len(self.classes))
+        state = start(self.recipe, device, len(self.classes), self.convolutions)
         state.model.load_state_dict(content["model"])
         if state.averaged is not None:
             state.averaged.load_state_dict(content["averaged"])
@@ -331,6 +338,7 @@ def save_checkpoint(
         "temperature": temperature,
         "whites": dict(whites or {}),
         "data": dict(fingerprints or {}),
+        "convolutions": convolution.used(state.model),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)

@@ -31,10 +31,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def images_kept_for_the_tests_alone(tmp_path_factory):
-    """What is read of folders is kept, but not in the user's cache folder."""
+def kept_for_the_tests_alone(tmp_path_factory):
+    """What is read of folders, and chosen, is kept, but not in the user's cache folder."""
     folder = tmp_path_factory.mktemp("cache")
-    cache.directory = lambda: folder
+    cache.directory = lambda kind="folders": folder / kind
 
 
 @pytest.fixture

@@ -142,12 +142,12 @@ def test_it_trains_where_what_only_posix_has_is_missing(tmp_path, tiny_recipe, t
         here.setattr("sys.platform", "win32")
         train(tiny_recipe, tmp_path / "run", loader="albumentations", workers=0)
         assert len(evaluate(tmp_path / "run")["confusion_matrix"]) == len(expected)
-        assert bench._peak_memory() is None
+        assert bench._peak_memory(torch.device("cpu"))["process"] is None
         here.setattr("signal.signal", lambda number, handler: handlers.append(number))
         loaders.give_way(0)
     assert signal.SIGINT in handlers
     assert signal.SIGTERM not in handlers
-    assert bench._peak_memory() > 2**20
+    assert bench._peak_memory(torch.device("cpu"))["process"] > 2**20
 
 
 AFRESH = """

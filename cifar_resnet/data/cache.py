@@ -1,4 +1,4 @@
-"""Images of a folder that were read once, kept in the user's cache folder. Whoever deletes them loses time only."""
+"""The user's cache folder, and images of a folder that were read once, kept there. Whoever deletes them loses time only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .cifar import user_cache
 from .images import RULE
 
 
-def directory() -> Path | None:
-    """Where images are kept; None for a user without a home."""
+def directory(kind: str = "folders") -> Path | None:
+    """Where things of a kind are kept; None for a user without a home."""
     try:
-        return user_cache() / "folders"
+        return user_cache() / kind
     except DataError:
         return None
 

@@ -32,16 +32,20 @@ from ..look import analysis
 from ..look.progress import telling
 from ..recipe import Recipe
 from ..run_dir import SCHEMA
-from ..training import convolution, engine
+from ..training import engine
+from ..training.autotune import Timing, check_convolution_mode, choice
 from ..training.capture import CapturedEpoch, capturable, graph_of
+from ..training.convolution import use
 from ..training.engine import State, rates_at, train_step
 from ..training.model import build_model
 from ..training.optim import make_optimizer, set_rates
 from ..training.runtime import check_compile_mode, compiled, environment, resolve_device, resolve_precision, wait_for
+from .convolutions import Choice, choose, chosen_here, measure_anew
 
 MIN_ROUNDS, TRAIN_IMAGES, TEST_IMAGES, CPU_SIDE = 6, 50_000, 10_000, 4096
 RATIOS = (
     ("model", "optimizer", "optimizer's share of the model alone"),
+    ("model", "torch's convolutions", "model alone / with torch's own convolutions"),
     ("tensor", "model", "training, tensor loader / model alone"),
     ("albumentations", "model", "training, albumentations loader / model alone"),
     ("model", "matrix product", "model alone / matrix product"),
@@ -61,6 +65,7 @@ def bench(
     device: str = "auto",
     workers: int | None = None,
     compile: str = "auto",
+    convolution: str = "auto",
     seconds: float = 2.0,
     progress: Callable[[int], None] | bool | None = None,
 ) -> dict[str, Any]:
@@ -68,31 +73,31 @@ def bench(
 
     Args:
         rounds: how often everything is measured.
-        reference: measures a plain loop too; see `_plain_loop`.
+        reference: measures a plain loop too, see `_plain_loop`; and the model with torch's own convolutions, where others were chosen.
         profile: adds the operators that take the time of training with the tensor loader.
         workers: processes of the albumentations loader, and of the plain loop's.
         compile: "auto", "on" or "off"; see `runtime.compiled`.
+        convolution: "auto", or "torch" for torch's own. With auto every way is timed, and later runs go by these timings.
         seconds: about how long one measurement takes; a step at least.
         progress: True or False shows a bar or none; by default it is shown in a terminal and in a notebook. A function is called
             with the rounds done.
 
     Returns:
         `rounds`: what was measured by contestant, images a second, or FLOP/s of the matrix product; `medians` of these;
-        `ratios` with `median`, `low` and `high`; `predicted_seconds` of the recipe's epochs on CIFAR-10; `peak_memory`:
-        bytes of this process (null on Windows), and on CUDA of the device, over all that was measured; `profile`: see `_operators`.
+        `ratios` with `median`, `low` and `high`; `convolutions`: see `autotune.Timing`; `predicted_seconds` of the recipe's epochs
+        on CIFAR-10; `peak_memory`: bytes of this process (null on Windows), and on CUDA of the device, over all that was measured;
+        `profile`: see `_operators`.
 
     Raises:
         UsageError: the rounds are too few for an interval.
     """
-    if rounds < MIN_ROUNDS:
-        raise UsageError(f"--rounds {rounds} must be at least {MIN_ROUNDS}: fewer give no 95 % interval of a median")
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"seconds {seconds:g} must be above 0")
-    check_compile_mode(compile)
-    check_loader("albumentations", workers)
+    _check(rounds, seconds, workers, compile, convolution)
     place = resolve_device(device)
     recipe = resolve_precision(with_statistics(recipe or Recipe()), place)
-    contestants, used = _contestants(recipe, place, workers, compile)
+    timings, ways = _ways(recipe, place, compile, convolution)
+    contestants, used = _contestants(recipe, place, workers, compile, ways)
+    if reference and ways:
+        contestants["torch's convolutions"] = (_model_alone(recipe, place, compile, {}), recipe.batch_size)
     with _plain_process(recipe, place, _whole(recipe), used) if reference else nullcontext() as step:
         if step:
             contestants["plain loop"] = (step, recipe.batch_size)
@@ -103,24 +108,42 @@ def bench(
     return {
         "schema": SCHEMA,
         "environment": {**environment(place), "bfloat16": native},
-        "options": {"compile": compile, "workers": used, "steps": steps},
+        "options": {"compile": compile, "convolution": convolution, "workers": used, "steps": steps},
         "recipe": recipe.to_dict(),
         **_conclusions(recipe, measured),
-        "peak_memory": {
-            "process": _peak_memory(),
-            "device": torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None,
-        },
+        "convolutions": [timing._asdict() for timing in timings],
+        "peak_memory": _peak_memory(place),
         "profile": operators,
     }
 
 
-def _peak_memory() -> int | None:
-    """The most memory that this process has held, in bytes; None on Windows."""
-    if sys.platform == "win32":
-        return None
-    import resource
+def _check(rounds: int, seconds: float, workers: int | None, compile: str, convolution: str) -> None:
+    if rounds < MIN_ROUNDS:
+        raise UsageError(f"--rounds {rounds} must be at least {MIN_ROUNDS}: fewer give no 95 % interval of a median")
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"seconds {seconds:g} must be above 0")
+    check_compile_mode(compile)
+    check_convolution_mode(convolution)
+    check_loader("albumentations", workers)
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def _ways(recipe: Recipe, device: torch.device, compile: str, convolution: str) -> tuple[list[Timing], Choice | None]:
+    """How long each convolution takes, where one is chosen; and what a run would choose."""
+    model = build_model(recipe)
+    if convolution == "auto" and compile != "on" and chosen_here(recipe, device):
+        timings = measure_anew(model, recipe)
+        return timings, choice(timings)
+    return [], choose(convolution, model, recipe, device) if compile != "on" else None
+
+
+def _peak_memory(device: torch.device) -> dict[str, int | None]:
+    """The most memory that this process and a CUDA device have held, in bytes; None where there is none, and on Windows."""
+    process = None
+    if sys.platform != "win32":
+        import resource
+
+        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"process": process, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
 
 
 def _whole(recipe: Recipe) -> int:
@@ -129,20 +152,20 @@ def _whole(recipe: Recipe) -> int:
 
 
 def _contestants(
-    recipe: Recipe, device: torch.device, workers: int | None, compile: str
+    recipe: Recipe, device: torch.device, workers: int | None, compile: str, ways: Choice | None
 ) -> tuple[dict[str, tuple[Callable[[], Any], float]], int]:
     """What is measured, by name: a call, and the images or FLOP of it; and the workers of the albumentations loader."""
     size, (split, small) = recipe.batch_size, (_random_split(images) for images in (_whole(recipe), engine.EVALUATION_BATCH))
-    evaluated, model = make_loader(small, recipe, device), engine.start(recipe, device).model
+    evaluated, model = make_loader(small, recipe, device), engine.start(recipe, device, convolutions=ways).model
     contestants: dict[str, tuple[Callable[[], Any], float]] = {
-        "model": (_model_alone(recipe, device, compile), size),
+        "model": (_model_alone(recipe, device, compile, ways), size),
         "optimizer": (_optimizer_alone(recipe, device), size),
         "evaluation": (lambda: engine.predict_logits(recipe, model, evaluated.plain(len(small)), device), len(small)),
         "matrix product": _matrix_product(recipe, device),
     }
     for name in ("tensor", "albumentations"):
         loader = make_loader(split, recipe, device, name, workers if name == "albumentations" else None)
-        contestants[name] = (_training(recipe, device, loader, compile).__next__, size)
+        contestants[name] = (_training(recipe, device, loader, compile, ways).__next__, size)
     return contestants, int(str(loader.options["workers"]))
 
 
@@ -224,17 +247,17 @@ def _random_split(images: int) -> Split:
     return Split(rng.integers(0, 256, (images, 32, 32, 3), np.uint8), rng.integers(0, 10, images), np.arange(images))
 
 
-def _started(recipe: Recipe, device: torch.device, compile: str) -> State:
+def _started(recipe: Recipe, device: torch.device, compile: str, ways: Choice | None) -> State:
     """A run of plain steps before its first, compiled as asked."""
-    state = engine.start(recipe.replace(sam_share=0.0), device)
+    state = engine.start(recipe.replace(sam_share=0.0), device, convolutions=ways)
     state.forward = compiled(compile, recipe, state.model, device, [recipe.batch_size])
     state.model.train()
     return state
 
 
-def _training(recipe: Recipe, device: torch.device, loader: Loader, compile: str) -> Iterator[torch.Tensor]:
+def _training(recipe: Recipe, device: torch.device, loader: Loader, compile: str, ways: Choice | None) -> Iterator[torch.Tensor]:
     """The steps of one epoch after another as of one without end, so that no evaluation comes between."""
-    state = _started(recipe, device, compile)
+    state = _started(recipe, device, compile, ways)
     run_epoch: Callable[[State, Loader], Iterator[torch.Tensor]] = engine.plain_epoch
     if isinstance(loader, TensorLoader) and capturable(state):
         run_epoch = captured = CapturedEpoch(state, loader)
@@ -256,9 +279,9 @@ def _captured(call: Callable[[], Any], state: State) -> Callable[[], Any]:
     return replay
 
 
-def _model_alone(recipe: Recipe, device: torch.device, compile: str) -> Callable[[], Any]:
+def _model_alone(recipe: Recipe, device: torch.device, compile: str, ways: Choice | None) -> Callable[[], Any]:
     """The step on one batch of noise."""
-    state = _started(recipe, device, compile)
+    state = _started(recipe, device, compile, ways)
     images = torch.randn(recipe.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     batch = Batch(images, torch.arange(recipe.batch_size, device=device) % 10)
     return _captured(partial(train_step, state, batch, rates_at(state.recipe, 0, TRAIN_IMAGES)), state)
@@ -313,9 +336,9 @@ def _plain_loop(pipe: Any, recipe: Recipe, device: torch.device, images: int, wo
     `runtime.keep_large_blocks`, which cannot be undone and which a notebook has not got; between its steps it rests.
     """
     leave_signals(0)
-    convolution.MIN_TILES = sys.maxsize
     recipe = recipe.replace(precision="float32", flip_order="random")
     model = build_model(recipe).to(device).to(memory_format=torch.contiguous_format)
+    use(model, {})
     optimizer, first = make_optimizer(recipe, model), rates_at(recipe, 0, TRAIN_IMAGES)
     set_rates(optimizer, first.lr, first.momentum)
     collate = partial(_collate, _random_split(images), train_transform(recipe))

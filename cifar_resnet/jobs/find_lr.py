@@ -20,10 +20,13 @@ from ..look.progress import telling
 from ..recipe import Recipe
 from ..run_dir import SCHEMA, check_writable, writable, write_json
 from ..training import engine
+from ..training.autotune import check_convolution_mode
 from ..training.engine import Epoch
 from ..training.lr_finder import MIN_POINTS, FoundLR, Suggestions, range_test, run_trials, suggest, usual_steps
+from ..training.model import build_model
 from ..training.runtime import environment
 from .common import check_format, prepare, save_figure
+from .convolutions import Choice, choose
 
 SWEPT = 9  # short trainings of a sweep at most
 
@@ -39,6 +42,7 @@ def find_lr(
     device: str = "auto",
     loader: str = "auto",
     workers: int | None = None,
+    convolution: str = "auto",
     start_lr: float = 1e-4,
     end_lr: float = 10.0,
     num_iter: int = 100,
@@ -52,6 +56,7 @@ def find_lr(
     """Runs the learning-rate range test and its trials; with `run_dir`, writes `lr_finder.json` and its picture there.
 
     Args:
+        convolution: as `train` takes it.
         trial_steps: steps of each of the short trainings, three to six, that find the recommended maximum; see `usual_steps` if not
             given; 0 for no such trainings: it is then read off the range test, and lower than what trains best.
         sweep: epochs of short trainings to hold the test against: one from the recommended minimum to the maximum that the rule gives
@@ -64,6 +69,7 @@ def find_lr(
         CifarResnetError: one line that says what was wrong.
     """
     settings: dict[str, Any] = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
+    check_convolution_mode(convolution)
     _check(**settings, trial_steps=trial_steps, sweep=sweep, format=format)
     if run_dir is not None:
         check_writable(Path(run_dir))
@@ -76,7 +82,8 @@ def find_lr(
         closing(make_loader(data.train, recipe, place, loader, workers)) as batches,
         telling(progress, "learning rate", "steps") as told,
     ):
-        search = _Search(recipe, data, batches, place, sweep or 0, told)
+        ways = choose(convolution, build_model(recipe), recipe, place)
+        search = _Search(recipe, data, batches, place, sweep or 0, told, ways)
         found = search.run(usual_steps(recipe, batches) if trial_steps is None else trial_steps, settings)
     if run_dir is not None:
         folder = writable(Path(run_dir))
@@ -111,18 +118,19 @@ class _Search(NamedTuple):
     device: torch.device
     sweep: int  # epochs; 0 for none
     progress: Progress
+    convolutions: Choice | None
 
     def run(self, trial_steps: int, settings: dict[str, Any]) -> FoundLR:
         """Range test, trials and sweep."""
         recipe, loader, classes, trials, swept = self.recipe, self.loader, len(self.data.classes), [], []
         planned, num_iter = self.sweep * SWEPT * loader.steps, settings["num_iter"]
         tested = range_test(
-            recipe, loader, self.device, classes, **settings,
+            recipe, loader, self.device, classes, **settings, convolutions=self.convolutions,
             progress=lambda done, total: self.progress(done, total + 4 * trial_steps + planned),
         )  # fmt: skip
         if trial_steps:
             trials = run_trials(
-                recipe, loader, self.device, tested, classes, steps=trial_steps,
+                recipe, loader, self.device, tested, classes, steps=trial_steps, convolutions=self.convolutions,
                 progress=lambda done, total: self.progress(num_iter + done, num_iter + total + planned),
             )  # fmt: skip
 
@@ -146,7 +154,7 @@ class _Search(NamedTuple):
             planned.append(("recommended", with_found_lr(short, found)))
         evaluation, rows = make_loader(self.data.evaluation, recipe, self.device), list[dict[str, Any]]()
         for rule, trained in planned:
-            state, score = engine.start(trained, self.device, len(self.data.classes)), {}
+            state, score = engine.start(trained, self.device, len(self.data.classes), self.convolutions), {}
             with suppress(NonFiniteLossError):
                 for record in engine.train(state, self.loader, lambda: evaluation.plain(engine.EVALUATION_BATCH)):
                     done = (len(rows) * epochs + state.epoch) * steps + state.step
@@ -161,7 +169,7 @@ class _Search(NamedTuple):
         trials = [trial._asdict() | {"loss": trial.loss if math.isfinite(trial.loss) else None} for trial in found.trials]
         return {
             "schema": SCHEMA,
-            "environment": environment(self.device),
+            "environment": {**environment(self.device), "convolutions": self.convolutions},
             "recipe": self.recipe.to_dict(),
             **settings,
             "trial_steps": found.trial_steps,

@@ -21,11 +21,13 @@ from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe
 from ..run_dir import Checkpoint, RunDir, SavePolicy, check_free, default_directory, find_run, write_whole
-from ..training import calibration, distributed, engine
+from ..training import calibration, convolution, distributed, engine
+from ..training.autotune import check_convolution_mode
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step
 from ..training.runtime import check_compile_mode, compiled, environment, resolve_device, resolve_precision
 from .common import check_format, check_images, prepare
+from .convolutions import choose
 from .interrupt import Interrupted, signals
 
 DRAWN_EVERY = 100  # times as long as drawing takes: a hundredth of a run at most goes into its curves
@@ -113,6 +115,7 @@ def train(
     workers: int | None = None,
     save_every_minutes: float = 5.0,
     compile: str = "auto",
+    convolution: str = "auto",
     tf32: bool = False,
     target: float | None = None,
     format: str = "png",
@@ -123,7 +126,8 @@ def train(
 ) -> Checkpoint:
     """Trains a recipe to its end, or a run on from its checkpoint, and keeps it in a run directory.
 
-    The processes that `torchrun` started share every batch; rank 0 alone reads and writes the run directory.
+    Gives the final checkpoint, whose history holds the metrics of every epoch. The processes that `torchrun` started share every batch; rank 0
+    alone reads and writes the run directory.
 
     Args:
         recipe: what to train; `Recipe()` if not given. Left out where `resume` is given.
@@ -133,6 +137,7 @@ def train(
         loader: "auto", "tensor" or "albumentations", whose processes are `workers`.
         save_every_minutes: how long inside an epoch until a checkpoint is saved.
         compile: "auto", "on" or "off"; see `runtime.compiled`. Several processes train without.
+        convolution: "auto" or "torch"; see `convolutions.choose`. A resumed run goes on as it began, but for "torch".
         tf32: whether an NVIDIA GPU may round the factors of float32 products to TF32.
         target: accuracy in percent, drawn as a line into the accuracy curve.
         format: of the pictures: "png", "svg" or "pdf".
@@ -141,15 +146,12 @@ def train(
         watcher: is told of the run's course: an object with any of the methods of `Watcher`.
         captured: steps that earlier calls captured on a GPU, by recipe with seed 0; this call uses and adds to it.
 
-    Returns:
-        The final checkpoint, whose history holds the metrics of every epoch.
-
     Raises:
         CifarResnetError: one line that says what was wrong. A run that had begun can be resumed.
     """
-    drawn = dict(target=target, format=format)
-    asked = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, compile=compile, tf32=tf32, **drawn)
-    _check(recipe, run_dir, resume, save_every_minutes, compile, target, format)
+    how = dict(compile=compile, convolution=convolution, tf32=tf32, target=target, format=format)
+    asked = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, **how)
+    _check(recipe, run_dir, resume, save_every_minutes, asked)
     with distributed.joined(), ExitStack() as held:
         run = _Run(recipe, run_dir, resume, must_match or {}, asked, _watchers(held, progress, on_epoch, watcher))
         if run.is_finished():
@@ -172,17 +174,18 @@ def _watchers(
 
 
 def _check(
-    recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, save_every_minutes: float, compile: str,
-    target: float | None, format: str,
-) -> None:  # fmt: skip
+    recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, save_every_minutes: float, asked: dict[str, Any]
+) -> None:
+    target = asked["target"]
     if not save_every_minutes > 0:
         raise UsageError(f"--save-every-minutes {save_every_minutes:g} must be above 0")
     if resume is not None and (recipe is not None or run_dir is not None):
         raise UsageError("a resumed run takes recipe and folder from itself; give neither")
     if target is not None and not 0 <= target <= 100:
         raise UsageError(f"--target {target:g} must be 0 to 100")
-    check_compile_mode(compile)
-    check_format(format)
+    check_compile_mode(asked["compile"])
+    check_convolution_mode(asked["convolution"])
+    check_format(asked["format"])
 
 
 class _Run:
@@ -282,6 +285,16 @@ class _Run:
         self.state = self.checkpoint.state(self.device) if self.checkpoint else engine.start(self.recipe, self.device, classes)
         self.state.totals *= distributed.rank() == 0  # each rank adds its own
         self._stage("model")
+        self._choose_convolutions()
+        self._stage("convolutions")
+
+    def _choose_convolutions(self) -> None:
+        """Of a new run. One that goes on computes them as before, but where torch's own are asked for."""
+        mode, traced = self.asked["convolution"], self.asked["compile"] == "on"
+        if mode == "torch" or (convolution.used(self.state.model) is None and not traced):
+            choice = choose(mode, self.state.model, self.recipe, self.device)
+            for model in {self.state.model, self.state.tested}:
+                convolution.use(model, choice)
 
     def make_steps(self, captured: dict[Recipe, CapturedEpoch]) -> None:
         """Compiles and captures where that is asked for, or is sooner done."""
@@ -319,6 +332,7 @@ class _Run:
             **self.loader.options,
             "compiled": self.state.forward is not self.state.model,
             "captured": self.run_epoch is not engine.plain_epoch,
+            "convolutions": convolution.used(self.state.model),
             "startup_seconds": self.seconds,
         }
         if self.resume is None:

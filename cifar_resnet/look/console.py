@@ -328,6 +328,8 @@ def bench(content: dict[str, Any]) -> None:
     print_table(["", ">median", ">lowest", ">highest", ""], speeds, spare=[2, 3], title=plural(rounds, "round"))
     ratios = [[name, f"{row['median']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"] for name, row in content["ratios"].items()]
     print_table(["ratio", ">median", ">95 % interval"], ratios)
+    if content["convolutions"]:
+        print_table(*_convolutions(content), title=f"convolutions: ms for {recipe['batch_size']} images")
     operators = [[row["operator"], f"{row['share']:.1f} %", f"{row['calls']:,}"] for row in content["profile"] or ()]
     if operators:
         print_table(["operator, itself", ">share of the time", ">calls"], operators, spare=[2])
@@ -339,6 +341,18 @@ def bench(content: dict[str, Any]) -> None:
     peaks = [f"{memory[of] / 2**30:.1f} GiB of the {of}" for of in ("process", "device") if memory[of]]
     if peaks:
         say(f"peak memory over all of it: {', '.join(peaks)}")
+
+
+def _convolutions(content: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
+    """Columns and rows: how each layer is computed in each direction, and how long that takes."""
+    peak, rows = content["medians"]["matrix product"], list[list[Cell]]()
+    for each in content["convolutions"]:
+        seconds, chosen = each["seconds"], each["chosen"]
+        times = [f"{1000 * seconds[way]:.1f}" for way in (chosen, "torch")]
+        rows.append(
+            [each["layer"], each["direction"].replace("_", " "), chosen, *times, f"{each['flop'] / seconds[chosen] / peak:.2f}"]
+        )
+    return ["layer", "direction", "way", ">ms", ">ms, torch", ">of the peak"], rows
 
 
 def recipes() -> None:

@@ -1,22 +1,27 @@
-"""3x3 convolutions in float32 on an x86 CPU, with a quarter of the multiplications: Winograd's F(4x4, 3x3).
+"""3x3 convolutions on a CPU, and the ways to compute them; `autotune` finds the quickest for each layer.
 
-An output tile of 4x4 pixels is Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A, of the kernel g, 3x3, and the input tile d, 6x6 (Lavin and Gray, "Fast
-Algorithms for Convolutional Neural Networks", 2016, section 4.3). Over channels the product ⊙ is a matrix product for each of
-the 36 places, and the transforms are matrix products too: the Kronecker squares of A, B and G, on tiles as vectors. The
-backward pass is the transposed of each, in reverse.
+Images are (N, H, W, C) here, the memory order of channels-last tensors, and kernels (3, 3, inputs, outputs). An input gradient is
+a convolution of the output's gradient with the kernels turned by 180 degrees, inputs and outputs swapped. So one way serves both.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHUNK = 8192  # tiles at a time: fewer save memory, but wait more for other programs on the same cores
-MIN_CHANNELS, MIN_TILES = 64, 64  # with fewer, transforming the tiles, or the kernels, costs more than it saves
+MIB = 2**20
+MIN_CHANNELS, MIN_POSITIONS = 64, 1024  # below, Winograd's transforms cost more than they save, where nothing was measured
+TILES = 256  # of Winograd at a time: about what the second-level cache holds
 
+# Winograd's F(4x4, 3x3) needs a quarter of the multiplications. An output tile of 4x4 pixels is Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A, of the
+# kernel g, 3x3, and the input tile d, 6x6 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, section 4.3).
+# Over channels the product ⊙ is a matrix product for each of the 36 places, and the transforms are matrix products too: the
+# Kronecker squares of A, B and G, on tiles as vectors. The weight gradient is the transposed of each, in reverse.
 _BT = [
     [4, 0, -5, 0, 1, 0],
     [0, -4, -4, 1, 1, 0],
@@ -37,110 +42,245 @@ _AT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 
 INPUT, KERNEL, OUTPUT = (torch.kron(m, m).float() for m in (torch.tensor(m, dtype=torch.float64) for m in (_BT, _G, _AT)))
 
 
+class Ways(NamedTuple):
+    """By which way a layer's output and its two gradients are computed; keys of `CONVOLUTIONS`, `CONVOLUTIONS`, `WEIGHT_GRADIENTS`."""
+
+    forward: str = "torch"
+    input_gradient: str = "torch"
+    weight_gradient: str = "torch"
+
+
+TORCH, WINOGRAD = Ways(), Ways("winograd", "winograd", "winograd")
+
+
 class Conv3x3(nn.Conv2d):
     """A convolution of 3x3 with padding 1, (N, inputs, H, W) to (N, outputs, H, W), best in channels-last layout.
 
-    Where `usable` says so it has first derivatives only, by `backward` or `torch.autograd.grad`: elsewhere it is torch's own.
+    It is torch's own but on a CPU, where `use` may name other ways. These have first derivatives only.
     """
+
+    ways: Mapping[str, Ways] | None = None  # by `layer_name`; torch's own for what is not in it. None: nothing was measured
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, kernel_size=3, stride=1, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not usable(x, self.weight):
+        ways = self._ways(x)
+        if ways == TORCH:
             return super().forward(x)
-        y: Tensor = _Winograd.apply(x, self.weight)
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+        dtype = compute_type(x)
+        y: Tensor = _Convolution.apply(x.to(dtype), self.weight.to(dtype), ways)
+        return y if self.bias is None else y + self.bias.to(dtype).view(-1, 1, 1)
+
+    def _ways(self, x: Tensor) -> Ways:
+        if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return TORCH
+        dtype = compute_type(x)
+        if self.ways is not None:
+            return self.ways.get(layer_name(dtype, len(self.weight), x.shape), TORCH)
+        large = x.shape[1] >= MIN_CHANNELS and x.shape[0] * x.shape[2] * x.shape[3] >= MIN_POSITIONS
+        return WINOGRAD if large and possible("winograd", dtype, x.shape) and torch.backends.mkl.is_available() else TORCH
 
 
-def usable(x: Tensor, weight: Tensor) -> bool:
-    """Whether it is float32 on a CPU whose matrix products are MKL's, large enough, and executed rather than traced."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.dim() == 4
-        and x.shape[1] >= MIN_CHANNELS
-        and x.shape[2] % 4 == x.shape[3] % 4 == 0
-        and x.shape[0] * x.shape[2] * x.shape[3] >= 16 * MIN_TILES
-        and torch.backends.mkl.is_available()
-        and not torch.is_autocast_enabled("cpu")
-    )
+def use(model: nn.Module, ways: Mapping[str, Sequence[str]] | None) -> None:
+    """Lets every convolution of the model be computed in these ways, the three of `Ways` by layer; see `Conv3x3.ways`.
+
+    Raises:
+        ValueError: one of them is no way that there is.
+    """
+    chosen = None if ways is None else {layer: Ways(*each) for layer, each in ways.items()}
+    for layer, (forward, input_gradient, weight_gradient) in (chosen or {}).items():
+        if not {forward, input_gradient} <= set(CONVOLUTIONS) or weight_gradient not in WEIGHT_GRADIENTS:
+            raise ValueError(f"the convolution {layer} has ways that there are not")
+    for module in model.modules():
+        if isinstance(module, Conv3x3):
+            module.ways = chosen
 
 
-def _transform(matrix: Tensor, tiles: Tensor) -> Tensor:
-    """`matrix`, (out, in), times each tile: (tiles, in, channels) to (tiles, out, channels)."""
-    return torch.bmm(matrix.expand(len(tiles), *matrix.shape), tiles)
+def used(model: nn.Module) -> dict[str, list[str]] | None:
+    """What `use` was given last, as plain values."""
+    ways = next(module.ways for module in model.modules() if isinstance(module, Conv3x3))
+    return None if ways is None else {layer: list(each) for layer, each in ways.items()}
 
 
-def _places(tiles: Tensor, kernels: Tensor) -> Tensor:
-    """The channels of each place times that place's kernel: (tiles, 36, in) and (36, in, out) to (tiles, 36, out)."""
-    product = tiles.new_empty(len(tiles), 36, kernels.shape[2])
-    torch.bmm(tiles.transpose(0, 1), kernels, out=product.transpose(0, 1))
-    return product
+def compute_type(x: Tensor) -> torch.dtype:
+    """In which arithmetic a convolution of `x` is computed: autocast's, where it is on."""
+    on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
 
 
-def _input_tiles(x: Tensor) -> Tensor:
-    """Transformed overlapping tiles, (tiles, 36, C), of images (N, H, W, C) with a border of zeros."""
-    tiles = functional.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 6, 4).unfold(2, 6, 4)
-    return _transform(INPUT, tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, 36, x.shape[3]))
+def layer_name(dtype: torch.dtype, outputs: int, shape: torch.Size) -> str:
+    """What a layer is called in a choice of ways, such as "float32 64>128 32x32"; `shape` is that of its input, (N, C, H, W)."""
+    _, inputs, height, width = shape
+    return f"{str(dtype).removeprefix('torch.')} {inputs}>{outputs} {height}x{width}"
 
 
-def _add_tiles(tiles: Tensor, shape: torch.Size) -> Tensor:
-    """The transposed of cutting tiles of 6x6 out of images: images, `shape` (N, H, W, C), as sums of the tiles (tiles, 36, C)."""
-    n, height, width, channels = shape
-    rows, columns = height // 4, width // 4
-    d = tiles.view(n, rows, columns, 6, 6, channels).transpose(2, 3)
-    x = tiles.new_zeros(n, rows + 1, 4, columns + 1, 4, channels)  # of the border all of one side, and more of the other
-    x[:, :rows, :, :columns] += d[:, :, :4, :, :4]
-    x[:, 1:, :2, :columns] += d[:, :, 4:, :, :4]
-    x[:, :rows, :, 1:, :2] += d[:, :, :4, :, 4:]
-    x[:, 1:, :2, 1:, :2] += d[:, :, 4:, :, 4:]
-    return x.view(n, height + 4, width + 4, channels)[:, 1 : height + 1, 1 : width + 1]
+def possible(way: str, dtype: torch.dtype, shape: torch.Size) -> bool:
+    """Whether a way suits images (N, C, H, W) of this type. Winograd's transforms need float32, and tiles that fill the images."""
+    if way == "winograd":
+        return dtype == torch.float32 and shape[2] % 4 == shape[3] % 4 == 0
+    return way in ("torch", "patches") or dtype == torch.bfloat16
 
 
-class _Winograd(torch.autograd.Function):
+class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ways: Ways) -> Tensor:
         ctx.save_for_backward(x, weight)
-        x, kernels = x.permute(0, 2, 3, 1), _kernels(weight)
-        n, height, width, _ = x.shape
-        y = x.new_empty(n, height, width, len(weight))
-        per = _images(height, width)
-        for images, result in zip(x.split(per), y.split(per), strict=True):
-            tiles = _transform(OUTPUT, _places(_input_tiles(images), kernels))
-            tiles = tiles.view(-1, height // 4, width // 4, 4, 4, len(weight)).transpose(2, 3)
-            result.view(tiles.shape).copy_(tiles)
-        return y.permute(0, 3, 1, 2)
+        ctx.ways = ways
+        return CONVOLUTIONS[ways.forward](x.permute(0, 2, 3, 1), weight.permute(2, 3, 1, 0)).permute(0, 3, 1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        x, g, kernels = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), _kernels(weight)
-        n, height, width, channels = x.shape
-        dx = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
-        dkernels = torch.zeros_like(kernels)
-        per = _images(height, width)
-        for i in range(0, n, per):
-            tiles = g[i : i + per].reshape(-1, height // 4, 4, width // 4, 4, len(weight)).transpose(2, 3)
-            dproduct = _transform(OUTPUT.T, tiles.reshape(-1, 16, len(weight)))
-            if ctx.needs_input_grad[1]:
-                dkernels.baddbmm_(_input_tiles(x[i : i + per]).permute(1, 2, 0), dproduct.transpose(0, 1))
-            if dx is not None:
-                tiles = _transform(INPUT.T, _places(dproduct, kernels.transpose(1, 2)))
-                dx[i : i + per] = _add_tiles(tiles, x[i : i + per].shape)
-        dweight = (KERNEL.T @ dkernels.view(36, -1)).view(3, 3, channels, len(weight)).permute(3, 2, 0, 1)
-        return dx if dx is None else dx.permute(0, 3, 1, 2), dweight
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, kernels = ctx.saved_tensors[0].permute(0, 2, 3, 1), ctx.saved_tensors[1].permute(2, 3, 1, 0)
+        g, dx, dweight = gradient.permute(0, 2, 3, 1).contiguous(), None, None
+        if ctx.needs_input_grad[1]:
+            dweight = WEIGHT_GRADIENTS[ctx.ways.weight_gradient](x, g).to(kernels.dtype).permute(3, 2, 0, 1)
+        if ctx.needs_input_grad[0]:
+            dx = input_gradient(ctx.ways.input_gradient, x, g, kernels).permute(0, 3, 1, 2)
+        return dx, dweight, None
 
 
-def _images(height: int, width: int) -> int:
-    """How many images of this size at a time."""
-    return max(1, CHUNK * 16 // (height * width))
+def input_gradient(way: str, x: Tensor, g: Tensor, kernels: Tensor) -> Tensor:
+    """Of images (N, H, W, inputs), by a way of `CONVOLUTIONS`; `g` is the output's gradient, (N, H, W, outputs)."""
+    if way == "torch":
+        return _torch_gradients(x, g, kernels, [True, False, False])[0].permute(0, 2, 3, 1)
+    return CONVOLUTIONS[way](g, kernels.flip(0, 1).mT)
 
 
-def _kernels(weight: Tensor) -> Tensor:
-    """Transformed kernels, (36, in, out), of weights (out, in, 3, 3)."""
-    outputs, inputs = weight.shape[:2]
-    return (KERNEL @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, inputs, outputs)
+def _torch(x: Tensor, kernels: Tensor) -> Tensor:
+    return functional.conv2d(x.permute(0, 3, 1, 2), kernels.permute(3, 2, 0, 1), padding=1).permute(0, 2, 3, 1)
+
+
+def _torch_gradients(x: Tensor, g: Tensor, kernels: Tensor, which: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = g.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), kernels.permute(3, 2, 0, 1)
+    return torch.ops.aten.convolution_backward(*tensors, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, which)
+
+
+def _torch_weight_gradient(x: Tensor, g: Tensor) -> Tensor:
+    kernels = x.new_empty(g.shape[3], 3, 3, x.shape[3]).permute(1, 2, 3, 0)  # only their shape and order matter
+    return _torch_gradients(x, g, kernels, [False, True, False])[1].permute(2, 3, 1, 0)
+
+
+def _pieces(*images: Tensor, size: int) -> Iterator[tuple[Tensor, ...]]:
+    """A few images at a time, of each tensor as many; at least one."""
+    return zip(*(each.split(max(1, size)) for each in images), strict=True)
+
+
+def _patches(x: Tensor) -> Tensor:
+    """The 3x3 pixels around each, (N H W, 9 channels), with zeros around the images."""
+    windows = functional.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)
+    return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, 9 * x.shape[3])
+
+
+def _patches_of_an_image(x: Tensor) -> int:
+    """Bytes."""
+    return 9 * x[0].numel() * x.element_size()
+
+
+def _by_patches(x: Tensor, kernels: Tensor, mib: int) -> Tensor:
+    """One matrix product, of pieces whose patches take so many MiB."""
+    outputs = kernels.shape[3]
+    matrix, y = kernels.reshape(-1, outputs), x.new_empty(*x.shape[:3], outputs)
+    for images, result in _pieces(x, y, size=mib * MIB // _patches_of_an_image(x)):
+        torch.mm(_patches(images), matrix, out=result.view(-1, outputs))
+    return y
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, turned: bool) -> None:
+    """Adds leftᵀ right, in the precision of the total; turned as (rightᵀ left)ᵀ, which another library routine computes."""
+    if turned:
+        total, left, right = total.T, right, left
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += torch.mm(left.T, right)
+
+
+def _weight_gradient_by_patches(x: Tensor, g: Tensor, turned: bool) -> Tensor:
+    total = x.new_zeros(g.shape[3], 9 * x.shape[3], dtype=torch.float32)
+    for images, gradients in _pieces(x, g, size=16 * MIB // _patches_of_an_image(x)):
+        _add_product(total, gradients.reshape(-1, len(total)), _patches(images), turned)
+    return total.view(-1, 3, 3, x.shape[3]).permute(1, 2, 3, 0)
+
+
+def _weight_gradient_by_shifts(x: Tensor, g: Tensor, turned: bool) -> Tensor:
+    """Nine products of the images as they are, each shifted by its place in the kernel; nothing is copied nine times.
+
+    One column of zeros between rows, and one row between images, keep apart what lies side by side.
+    """
+    _, height, width, channels = x.shape
+    total = x.new_zeros(9, g.shape[3], channels, dtype=torch.float32)
+    row, margin = width + 1, width + 2
+    memory = (height + 1) * row * (channels + g.shape[3]) * x.element_size()
+
+    def flat(images: Tensor, margin: int) -> Tensor:
+        count, _, _, channels = images.shape
+        pixels = images.new_zeros(2 * margin + count * (height + 1) * row, channels)
+        inner = pixels[margin : len(pixels) - margin].view(count, height + 1, row, channels)
+        inner[:, :height, :width] = images
+        return pixels
+
+    for images, gradients in _pieces(x, g, size=16 * MIB // memory):
+        pixels, gradient = flat(images, margin), flat(gradients, 0)
+        for place, product in enumerate(total):
+            shift = place // 3 * row + place % 3
+            _add_product(product, gradient, pixels[shift : shift + len(gradient)], turned)
+    return total.view(3, 3, *total.shape[1:]).mT
+
+
+def _winograd_tiles(x: Tensor) -> Tensor:
+    """Transformed overlapping tiles, (36, tiles, C), of images (N, H, W, C) with a border of zeros."""
+    tiles = functional.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 6, 4).unfold(2, 6, 4)
+    return (INPUT @ tiles.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)).view(36, -1, x.shape[3])
+
+
+def _in_tiles(x: Tensor) -> Tensor:
+    """A view of images as their tiles, (4, 4, N, H / 4, W / 4, C)."""
+    n, height, width, channels = x.shape
+    return x.view(n, height // 4, 4, width // 4, 4, channels).permute(2, 4, 0, 1, 3, 5)
+
+
+def _winograd_images(x: Tensor) -> int:
+    """How many images at a time."""
+    return TILES * 16 // (x.shape[1] * x.shape[2])
+
+
+def _winograd_kernels(kernels: Tensor) -> Tensor:
+    """Transformed kernels, (36, inputs, outputs), in the order of memory that they have: putting it right would take longer."""
+    if kernels.stride(3) > kernels.stride(2):
+        return _winograd_kernels(kernels.mT).mT
+    return (KERNEL @ kernels.reshape(9, -1)).view(36, *kernels.shape[2:])
+
+
+def _winograd(x: Tensor, kernels: Tensor) -> Tensor:
+    transformed, y = _winograd_kernels(kernels), x.new_empty(*x.shape[:3], kernels.shape[3])
+    for images, result in _pieces(x, y, size=_winograd_images(x)):
+        tiles = _in_tiles(result)
+        tiles.copy_((OUTPUT @ torch.bmm(_winograd_tiles(images), transformed).view(36, -1)).view(tiles.shape))
+    return y
+
+
+def _winograd_weight_gradient(x: Tensor, g: Tensor) -> Tensor:
+    inputs, outputs = x.shape[3], g.shape[3]
+    total = x.new_zeros(36, outputs, inputs)
+    for images, gradients in _pieces(x, g, size=_winograd_images(x)):
+        tiles = (OUTPUT.T @ _in_tiles(gradients).reshape(16, -1)).view(36, -1, outputs)
+        total.baddbmm_(tiles.mT, _winograd_tiles(images))
+    return (KERNEL.T @ total.view(36, -1)).view(3, 3, outputs, inputs).mT
+
+
+CONVOLUTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of images and kernels
+    "torch": _torch,
+    "patches": partial(_by_patches, mib=16),
+    "small patches": partial(_by_patches, mib=1),
+    "winograd": _winograd,
+}
+WEIGHT_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of images and the output's gradient
+    "torch": _torch_weight_gradient,
+    "patches": partial(_weight_gradient_by_patches, turned=False),
+    "patches, turned": partial(_weight_gradient_by_patches, turned=True),
+    "shifts": partial(_weight_gradient_by_shifts, turned=False),
+    "shifts, turned": partial(_weight_gradient_by_shifts, turned=True),
+    "winograd": _winograd_weight_gradient,
+}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch.nn import functional
 from ..data.loaders import Batch, Loader
 from ..errors import NonFiniteLossError
 from ..recipe import Recipe
-from . import distributed
+from . import convolution, distributed
 from .model import ResNet, build_model
 from .optim import average_weight, learning_rate, make_optimizer, sam, set_rates, update_average
 from .runtime import autocast, wait_for
@@ -155,9 +155,12 @@ def finite(tensors: list[Tensor]) -> bool:
     return all(bool(each) for each in highest)
 
 
-def start(recipe: Recipe, device: torch.device, classes: int = 10) -> State:
-    """A run before its first step."""
+def start(
+    recipe: Recipe, device: torch.device, classes: int = 10, convolutions: Mapping[str, Sequence[str]] | None = None
+) -> State:
+    """A run before its first step, with convolutions computed in these ways; see `convolution.use`."""
     model = build_model(recipe, classes).to(device)
+    convolution.use(model, convolutions)
     return State(
         recipe=recipe,
         model=model,

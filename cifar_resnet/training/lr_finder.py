@@ -11,7 +11,8 @@ import io
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,7 +22,7 @@ import torch
 from ..data.loaders import Batch, Loader
 from ..errors import CifarResnetError, UsageError
 from ..recipe import Recipe
-from .engine import Rates, rates_at, start, train_step
+from .engine import Rates, State, rates_at, start, train_step
 
 MIN_POINTS = 20
 SHARE = 0.05  # of the whole drop of the range test's loss: what counts as still being at the bottom
@@ -87,11 +88,13 @@ def range_test(
     end_lr: float = 10.0,
     num_iter: int = 100,
     step_mode: str = "exp",
+    convolutions: Mapping[str, Sequence[str]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> History:
     """Trains a fresh model of the recipe for `num_iter` steps while the learning rate rises from `start_lr` to `end_lr`.
 
-    The recipe's optimizer, augmentation and precision are used, in plain steps without averaging. The test ends early where
+    The recipe's optimizer, augmentation and precision are used, in plain steps without averaging; for `convolutions` see
+    `convolution.use`. The test ends early where
     the loss passes five times its lowest, or is not finite.
 
     Raises:
@@ -101,7 +104,7 @@ def range_test(
         from torch_lr_finder import LRFinder, TrainDataLoaderIter
         from torch_lr_finder import lr_finder as library
 
-    state, batches, done = start(recipe, device, classes), endless(loader), itertools.count()
+    state, batches, done = start(recipe, device, classes, convolutions), endless(loader), itertools.count()
 
     class Finder(LRFinder):
         """torch-lr-finder's, which raises the rate and reads the losses; each step is that of the training loop."""
@@ -170,6 +173,7 @@ def run_trials(
     classes: int = 10,
     *,
     steps: int,
+    convolutions: Mapping[str, Sequence[str]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Trial]:
     """Trains fresh models of the recipe for `steps` steps each, on its schedule in small, from the `min_lr` of the range test;
@@ -185,12 +189,13 @@ def run_trials(
     if found.max_lr is None or found.min_lr is None:
         return []
     begin, losses = found.min_lr, dict[int, float]()
+    start_trial = partial(start, device=device, classes=classes, convolutions=convolutions)
 
     def run(power: int) -> None:
         def taken(done: int) -> None:
             progress(len(losses) * steps + done, max(4, len(losses) + 1) * steps)
 
-        losses[power] = _trial(recipe, loader, device, classes, 2.0**power, begin, steps, taken)
+        losses[power] = _trial(start_trial, recipe, loader, 2.0**power, begin, steps, taken)
 
     run(round(math.log2(found.max_lr)))
     while len(losses) < MOST_TRIALS:
@@ -207,13 +212,13 @@ def run_trials(
 
 
 def _trial(
-    recipe: Recipe, loader: Loader, device: torch.device, classes: int, max_lr: float, min_lr: float, steps: int,
+    start: Callable[[Recipe], State], recipe: Recipe, loader: Loader, max_lr: float, min_lr: float, steps: int,
     progress: Callable[[int], None],
 ) -> float:  # fmt: skip
     """Mean loss of the last fifth of a short training with a whole schedule; infinite where it is not finite."""
     schedule = dict(max_lr=max_lr, div_factor=max(max_lr / min_lr, 1.0), epochs=1, peak_epoch=recipe.peak_epoch / recipe.epochs)
     trial = recipe.replace(**schedule, ema_decay=0.0, sam_share=0.0)
-    state, losses = start(trial, device, classes), []
+    state, losses = start(trial), []
     state.model.train()
     for step, batch in zip(range(steps), without_remainder(loader, recipe), strict=False):
         losses.append(train_step(state, batch, rates_at(trial, step, steps)))

@@ -179,6 +179,16 @@ def _cpu() -> Mapping[str, Any]:
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
 
 
+def processor() -> dict[str, str]:
+    """The CPU, what it can do, and how many threads compute: what the speed of a way to compute depends on."""
+    features = sorted(name for name, there in _cpu().items() if there is True)
+    return {
+        "cpu": str(_cpu().get("cpu_name") or platform.processor() or platform.machine()),
+        "features": " ".join([torch.backends.cpu.get_cpu_capability(), *features]),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
 class Glance:
     """Reads a small tensor while training goes on, and lets no step wait.
 

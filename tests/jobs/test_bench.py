@@ -12,7 +12,7 @@ from cifar_resnet import Recipe, build_model
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.jobs import bench
-from cifar_resnet.training import convolution, engine
+from cifar_resnet.training import autotune, convolution, engine
 
 CPU = torch.device("cpu")
 
@@ -75,6 +75,24 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
     assert 0 < sum(row["share"] for row in content["profile"]) < 110
 
 
+def test_bench_shows_which_way_each_convolution_takes_and_what_torchs_own_would(cli, small, tmp_path, monkeypatch):
+    for name, value in dict(MIN_FLOP=0, MIN_POSITIONS=16, CALL_SECONDS=1e-9).items():
+        monkeypatch.setattr(autotune, name, value)
+    monkeypatch.setattr(autotune, "fastest", lambda seconds: "patches")
+    options = ("--batch-size", 4, "--width", 4, "--rounds", 6, "--reference", "--workers", 0, "--precision", "float32")
+    code, out, _ = cli("bench", *options, "--json", tmp_path / "b.json")
+    assert code == 0
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert len(content["convolutions"]) == 6 * 3
+    for each in content["convolutions"]:
+        share = each["flop"] / each["seconds"]["patches"] / content["medians"]["matrix product"]
+        times = [f"{1000 * each['seconds'][way]:.1f}" for way in ("patches", "torch")]
+        row = next(line for line in out.splitlines() if each["layer"] in line and each["direction"].replace("_", " ") in line)
+        assert row.split()[-4:] == ["patches", *times, f"{share:.2f}"]
+    ratios = [m / o for m, o in zip(content["rounds"]["model"], content["rounds"]["torch's convolutions"], strict=True)]
+    assert content["ratios"]["model alone / with torch's own convolutions"]["median"] == statistics.median(ratios)
+
+
 def test_the_plain_loop_is_torchs_own_and_in_float32(monkeypatch):
     seen = []
     convolve = torch.nn.Conv2d.forward
@@ -89,12 +107,12 @@ def test_the_plain_loop_is_torchs_own_and_in_float32(monkeypatch):
         sent: list[None] = []
         send = staticmethod(sent.append)
 
-    monkeypatch.setattr(convolution, "MIN_TILES", convolution.MIN_TILES)  # the loop changes it, in a process of its own
-    monkeypatch.setattr(convolution._Winograd, "apply", pytest.fail)
+    monkeypatch.setattr(convolution._Convolution, "apply", pytest.fail)
     monkeypatch.setattr(bench, "leave_signals", lambda _: None)
     monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
     recipe = Recipe.build(batch_size=2, width=64, optimizer="sgd", precision="bfloat16")
-    assert convolution.usable(torch.empty(2, 64, 32, 32), torch.empty(64, 64, 3, 3)) == torch.backends.mkl.is_available()
+    usual = convolution.Conv3x3(64, 64)._ways(torch.empty(2, 64, 32, 32))
+    assert usual == (convolution.WINOGRAD if torch.backends.mkl.is_available() else convolution.TORCH)
     bench._plain_loop(Once, with_statistics(recipe), CPU, 4, 0)
     assert Once.sent == [None]
     assert seen == [(torch.float32, True, 2)] * 8
@@ -126,12 +144,12 @@ def test_what_is_timed_as_training_is_what_a_run_does(monkeypatch):
     recipe = with_statistics(Recipe.build("default", batch_size=8, epochs=2, width=4, precision="float32", sam_share=0.9))
     loader, states, start = TensorLoader(bench._random_split(20), recipe, CPU), [], engine.start
 
-    def remember(*arguments):
-        states.append(start(*arguments))
+    def remember(*arguments, **more):
+        states.append(start(*arguments, **more))
         return states[-1]
 
     monkeypatch.setattr(engine, "start", remember)
-    steps = bench._training(recipe, CPU, loader, "auto")
+    steps = bench._training(recipe, CPU, loader, "auto", {})
     for _ in range(5):
         next(steps)
     (timed,) = states
@@ -148,9 +166,9 @@ def test_the_model_alone_is_the_first_step_of_a_run_on_noise(monkeypatch):
     """Against torch's own SGD."""
     fields = dict(batch_size=8, width=4, precision="float32", optimizer="sgd", sam_share=0.9)
     recipe, states, start = with_statistics(Recipe.build("default", **fields)), [], engine.start
-    monkeypatch.setattr(engine, "start", lambda *arguments: states.append(start(*arguments)) or states[-1])
+    monkeypatch.setattr(engine, "start", lambda *given, **more: states.append(start(*given, **more)) or states[-1])
     torch.manual_seed(0)
-    step = bench._model_alone(recipe, CPU, "auto")
+    step = bench._model_alone(recipe, CPU, "auto", {})
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last), torch.arange(8) % 10
     model = build_model(recipe).train()

@@ -1,4 +1,4 @@
-"""Winograd's convolution against torch's own, in float64."""
+"""Every way to compute a convolution against torch's own, in float64."""
 
 import pytest
 import torch
@@ -6,9 +6,14 @@ from torch.nn import functional
 
 from cifar_resnet.recipe import Recipe
 from cifar_resnet.training import convolution
+from cifar_resnet.training.convolution import CONVOLUTIONS, TORCH, WEIGHT_GRADIENTS, WINOGRAD, Conv3x3, Ways, possible, use, used
 from cifar_resnet.training.model import build_model
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL torch's own convolutions are used")
+NETWORK = [(64, 128, 32), (128, 128, 16), (128, 256, 16), (256, 512, 8), (512, 512, 4)]
+SHAPES = [(1, inputs, side, side, outputs) for inputs, outputs, side in NETWORK]  # images, inputs, height, width, outputs
+SHAPES += [(2, 3, 32, 32, 64), (3, 5, 4, 4, 7), (2, 3, 8, 12, 4), (70, 16, 16, 16, 8), (5, 3, 7, 5, 4), (3, 2, 1, 1, 2)]
+EXACT = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 
 def random(*shape, seed=0):
@@ -16,62 +21,122 @@ def random(*shape, seed=0):
 
 
 def error(result, expected):
-    return float((result.double() - expected).norm() / expected.norm())
+    return float((result.detach().double() - expected.detach()).norm() / expected.detach().norm())
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("shape", [(3, 5, 4, 4, 7), (2, 3, 8, 12, 4), (70, 16, 16, 16, 8)])
-def test_it_is_torchs_convolution_and_so_are_its_gradients(shape, layout, monkeypatch):
-    monkeypatch.setattr(convolution, "CHUNK", 1024)  # so that the last shape takes 64 images, then 6
+def names(table, dtype, shape):
+    return [way for way in table if possible(way, dtype, torch.Size(shape[:4]))]
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_way_is_torchs_convolution_and_so_are_its_gradients(shape, dtype, monkeypatch):
     n, inputs, height, width, outputs = shape
-    x, weight = random(n, inputs, height, width), random(outputs, inputs, 3, 3, seed=1)
-    g = random(n, outputs, height, width, seed=2).contiguous(memory_format=layout)
-    x, weight = (t.contiguous(memory_format=layout).requires_grad_() for t in (x, weight))
-    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    if several := n > 1:  # 70 images are taken a few at a time, and at last fewer
+        monkeypatch.setattr(convolution, "MIB", 2**12)
+        monkeypatch.setattr(convolution, "TILES", 48)
+    layout = torch.channels_last if several else torch.contiguous_format
+    x, weight = random(n, inputs, height, width).to(dtype), random(outputs, inputs, 3, 3, seed=1).to(dtype)
+    g = random(n, outputs, height, width, seed=2).to(dtype).contiguous(memory_format=layout)
+    x, weight = (each.contiguous(memory_format=layout).requires_grad_() for each in (x, weight))
+    exact_x, exact_weight = (each.detach().double().requires_grad_() for each in (x, weight))
     expected = functional.conv2d(exact_x, exact_weight, padding=1)
-    y = convolution._Winograd.apply(x, weight)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert error(y.detach(), expected.detach()) < 1e-5
-    gradients = torch.autograd.grad(y, (x, weight), g)
-    for gradient, exact in zip(gradients, torch.autograd.grad(expected, (exact_x, exact_weight), g.double()), strict=True):
-        assert error(gradient, exact) < 2e-5
-    (alone,) = torch.autograd.grad(convolution._Winograd.apply(x.detach(), weight), weight, g)
-    assert torch.equal(alone, gradients[1])
+    exact = torch.autograd.grad(expected, (exact_x, exact_weight), g.double())
+    for way in names(CONVOLUTIONS, dtype, shape):
+        y = convolution._Convolution.apply(x, weight, Ways(way, way, "patches"))
+        (dx,) = torch.autograd.grad(y, x, g)
+        assert (y.dtype, dx.dtype) == (dtype, dtype)
+        assert way == "torch" or y.is_contiguous(memory_format=torch.channels_last)
+        assert error(y, expected) < EXACT[dtype], way
+        assert error(dx, exact[0]) < EXACT[dtype], way
+    for way in names(WEIGHT_GRADIENTS, dtype, shape):
+        both = torch.autograd.grad(convolution._Convolution.apply(x, weight, Ways("torch", "torch", way)), (x, weight), g)
+        if way != "torch" or dtype == torch.float32:  # torch's own adds up in bfloat16 where the processor has none
+            assert error(both[1], exact[1]) < EXACT[dtype], way
+        (alone,) = torch.autograd.grad(convolution._Convolution.apply(x.detach(), weight, Ways("torch", "torch", way)), weight, g)
+        assert torch.equal(alone, both[1])
+
+
+def test_a_way_suits_images_of_its_kind():
+    assert not possible("winograd", torch.bfloat16, torch.Size([2, 3, 8, 8]))
+    assert not possible("winograd", torch.float32, torch.Size([2, 3, 8, 6]))
+    assert names(CONVOLUTIONS, torch.float32, (2, 3, 8, 8)) == ["torch", "patches", "winograd"]
+    assert names(WEIGHT_GRADIENTS, torch.bfloat16, (2, 3, 8, 8)) == [way for way in WEIGHT_GRADIENTS if way != "winograd"]
 
 
 @needs_mkl
-def test_it_is_used_where_it_is_faster():
-    x, weight = random(64, 64, 4, 4), random(128, 64, 3, 3)
-    assert convolution.usable(x, weight)
-    assert not convolution.usable(x[:63], weight)  # transforming the kernels would not pay
-    assert not convolution.usable(random(64, 63, 4, 4), weight)
-    assert not convolution.usable(random(64, 64, 6, 6), weight)
-    assert not convolution.usable(x.double(), weight.double())
-    assert not convolution.usable(x.to("meta"), weight.to("meta"))
+def test_where_nothing_was_measured_winograd_is_used_where_it_is_usually_faster():
+    layer, x = Conv3x3(64, 128), random(64, 64, 4, 4)
+    assert layer._ways(x) == WINOGRAD
+    assert layer._ways(x[:63]) == TORCH  # transforming the kernels would not pay
+    assert layer._ways(random(64, 63, 4, 4)) == TORCH
+    assert layer._ways(random(64, 64, 6, 6)) == TORCH
+    assert layer._ways(x.double()) == TORCH
+    assert layer._ways(x.to("meta")) == TORCH
     with torch.autocast("cpu", torch.bfloat16):
-        assert not convolution.usable(x, weight)
+        assert layer._ways(x) == TORCH
+
+
+def test_what_is_chosen_holds_for_its_layer_and_type(monkeypatch):
+    apply, seen = convolution._Convolution.apply, []
+    monkeypatch.setattr(convolution._Convolution, "apply", lambda *given: (seen.append(given[2]), apply(*given))[1])
+    layer, ways = Conv3x3(8, 16), Ways("patches", "torch", "shifts")
+    use(layer, {"bfloat16 8>16 4x4": list(ways)})
+    assert used(layer) == {"bfloat16 8>16 4x4": ["patches", "torch", "shifts"]}
+    layer(random(2, 8, 4, 4))  # float32
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(random(2, 8, 8, 8))
+        assert seen == []
+        layer(random(2, 8, 4, 4))
+    assert seen == [ways]
+    use(layer, None)
+    assert used(layer) is None
+
+
+@pytest.mark.parametrize("wrong", [["winograd", "torch", "shift"], ["shifts", "torch", "torch"], ["torch", "torch", "torch", "torch"]])
+def test_a_way_that_there_is_not_is_refused(wrong):
+    with pytest.raises((ValueError, TypeError)):
+        use(Conv3x3(4, 4), {"float32 4>4 4x4": wrong})
+
+
+def test_under_autocast_the_weights_get_gradients_of_their_own_type():
+    layer, x, g = Conv3x3(8, 16, bias=True), random(5, 8, 8, 8), random(5, 16, 8, 8)
+    use(layer, {"bfloat16 8>16 8x8": ["patches", "small patches", "shifts"]})
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.backward(g.bfloat16())
+    exact_x, exact = x.detach().double().requires_grad_(), [p.detach().double().requires_grad_() for p in layer.parameters()]
+    expected = functional.conv2d(exact_x, *exact, padding=1)
+    gradients = torch.autograd.grad(expected, [exact_x, *exact], g.double())
+    assert error(y, expected) < 1e-2
+    for found, exact in zip([x.grad, layer.weight.grad, layer.bias.grad], gradients, strict=True):
+        assert found.dtype == torch.float32
+        assert error(found, exact) < 1e-2
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit, which goes on being used
 def test_what_is_exported_is_torchs_own_convolution():
-    layer, x = convolution.Conv3x3(64, 64).eval(), random(64, 64, 4, 4)
+    layer, x = Conv3x3(64, 64).eval(), random(64, 64, 4, 4)
+    use(layer, {"float32 64>64 4x4": ["patches"] * 3})
     targets = [str(node.target) for node in torch.export.export(layer, (x,)).graph.nodes]
     assert [target for target in targets if target.startswith("aten")] == ["aten.conv2d.default"]
     assert "aten::_convolution" in str(torch.jit.trace(layer, x, check_trace=False).inlined_graph)
 
 
 def test_one_image_without_a_batch():
-    layer, x = convolution.Conv3x3(64, 64), random(64, 64, 64)
+    layer, x = Conv3x3(64, 64), random(64, 64, 64)
     assert torch.equal(layer(x), functional.conv2d(x, layer.weight, padding=1))
 
 
 @needs_mkl
 def test_a_bias_is_added_after_it():
-    layer = convolution.Conv3x3(64, 32, bias=True)
+    layer = Conv3x3(64, 32, bias=True)
     x, g = random(64, 64, 4, 4), random(64, 32, 4, 4)
     layer(x).backward(g)
     expected = functional.conv2d(x.double(), layer.weight.detach().double(), layer.bias.detach().double(), padding=1)
-    assert error(layer(x).detach(), expected) < 1e-5
+    assert error(layer(x), expected) < 1e-5
     assert torch.allclose(layer.bias.grad.double(), g.double().sum((0, 2, 3)), atol=1e-4)
 
 
@@ -86,20 +151,31 @@ def smoothed(model):
     return model
 
 
-@needs_mkl
-def test_the_network_in_float32_is_that_in_float64(monkeypatch):
-    apply, calls = convolution._Winograd.apply, []
-    monkeypatch.setattr(convolution._Winograd, "apply", lambda *arguments: (calls.append(1), apply(*arguments))[1])
-    monkeypatch.setattr(convolution, "MIN_CHANNELS", 8)  # so that a narrow network uses it
-    monkeypatch.setattr(convolution, "MIN_TILES", 16)
+class Everywhere(dict):
+    """The same three ways for every layer."""
+
+    def __init__(self, ways):
+        super().__init__(any=ways)
+
+    def get(self, layer, default=None):
+        return self["any"]
+
+
+@pytest.mark.parametrize("ways", [WINOGRAD, Ways("patches", "patches", "patches, turned"), Ways("small patches", "torch", "shifts")])
+def test_the_network_in_float32_is_that_in_float64(ways, monkeypatch):
+    apply, calls = convolution._Convolution.apply, []
+    monkeypatch.setattr(convolution._Convolution, "apply", lambda *arguments: (calls.append(1), apply(*arguments))[1])
     images, labels = random(16, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(16) % 10
     results = []
     for dtype in (torch.float32, torch.float64):
         model = smoothed(build_model(Recipe.build(init="default", width=8))).to(dtype).train()
+        for layer in model.modules():
+            if isinstance(layer, Conv3x3):
+                layer.ways = Everywhere(ways) if dtype == torch.float32 else {}
         logits = model(images.to(dtype))
         functional.cross_entropy(logits, labels).backward()
         results.append((logits.detach(), [parameter.grad for parameter in model.parameters()]))
-    assert len(calls) == 7  # all but the first convolution, in float32
+    assert len(calls) == 8  # of the network in float32
     (logits, gradients), (exact_logits, exact_gradients) = results
     assert error(logits, exact_logits) < 1e-4
     for gradient, exact in zip(gradients, exact_gradients, strict=True):

@@ -1,0 +1,87 @@
+"""The choice of a way for each convolution. It is measured once, and kept in the user's cache folder: so two runs do not differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..data import cache
+from ..errors import CifarResnetError
+from ..recipe import Recipe
+from ..run_dir import write_json
+from ..training import autotune, convolution, distributed
+from ..training.autotune import Timing
+from ..training.runtime import processor, without_emulation
+
+Choice = dict[str, list[str]]  # the three of `convolution.Ways` by layer
+
+
+def choose(mode: str, model: nn.Module, recipe: Recipe, device: torch.device) -> Choice | None:
+    """In which way to compute each convolution of batches of the recipe's size; for `convolution.use`.
+
+    Args:
+        mode: "auto" for the quickest way on this machine, as it was measured at the first time; "torch" for torch's own.
+        recipe: with its precision resolved.
+
+    Returns:
+        None where nothing is chosen: on a device other than a CPU, or in emulated bfloat16.
+    """
+    if not chosen_here(recipe, device):
+        return None
+    if mode == "torch":
+        return {}
+    path = _path(recipe)
+    return distributed.on_first(lambda: _read(path, model) or keep(recipe, autotune.measure(model, *_size(recipe))))
+
+
+def chosen_here(recipe: Recipe, device: torch.device) -> bool:
+    return device.type == "cpu" and without_emulation(recipe, device) == recipe
+
+
+def measure_anew(model: nn.Module, recipe: Recipe) -> list[Timing]:
+    """Times all ways anew. Later runs on this machine go by these timings."""
+    timings = autotune.measure(model, *_size(recipe))
+    keep(recipe, timings)
+    return timings
+
+
+def keep(recipe: Recipe, timings: list[Timing]) -> Choice:
+    """Keeps what the timings say, where there is a folder for it; gives it."""
+    choice, path = autotune.choice(timings), _path(recipe)
+    if timings and path:
+        with suppress(CifarResnetError, OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"machine": _machine(recipe), "convolutions": choice})
+    return choice
+
+
+def _read(path: Path | None, model: nn.Module) -> Choice | None:
+    """What is kept there; None where nothing is, or nothing that this version understands."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        choice = json.loads(path.read_text(encoding="utf-8"))["convolutions"] if path else None
+        convolution.use(model, choice)
+        return choice
+    return None
+
+
+def _size(recipe: Recipe) -> tuple[int, torch.dtype]:
+    """Images of one process in a step, and their type."""
+    return recipe.batch_size // distributed.ranks(), getattr(torch, recipe.precision)
+
+
+def _machine(recipe: Recipe) -> dict[str, str]:
+    """All that a choice depends on."""
+    images, dtype = _size(recipe)
+    what = f"width {recipe.width}, {images} images, {dtype}"
+    return {**processor(), "torch": torch.__version__, "cifar_resnet": __version__, "model": what}
+
+
+def _path(recipe: Recipe) -> Path | None:
+    folder = cache.directory("convolutions")
+    return folder and folder / f"{hashlib.sha256(json.dumps(_machine(recipe)).encode()).hexdigest()[:32]}.json"

@@ -1,0 +1,127 @@
+"""Times the ways to compute each convolution of a model on this CPU, and chooses."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .convolution import CONVOLUTIONS, WEIGHT_GRADIENTS, Conv3x3, Ways, input_gradient, layer_name, possible
+
+MIN_FLOP = 1e9  # of a layer, in one direction and step: with less, choosing takes longer than it saves
+MIN_POSITIONS = 4096  # pixels of a timed batch: with fewer, what a call does once would weigh too much
+CALL_SECONDS, ROUNDS, HOPELESS, TIE = 0.015, 3, 1.5, 1.05
+
+
+class Timing(NamedTuple):
+    """How long each way takes for one layer in one direction."""
+
+    layer: str  # see `convolution.layer_name`
+    direction: str  # a field of `Ways`
+    seconds: dict[str, float]  # by way, for the model's batch; a way that was hopeless at first has its first time
+    flop: float  # of the direct convolution of that batch
+    chosen: str
+
+
+def check_convolution_mode(mode: str) -> str:
+    if mode not in ("auto", "torch"):
+        raise UsageError(f"--convolution {mode}: it is auto or torch")
+    return mode
+
+
+def layers(model: nn.Module, size: int) -> list[tuple[Conv3x3, torch.Size]]:
+    """The convolutions of a model that are worth a choice, one of a kind, with the shape of their input in a batch of `size`."""
+    found = dict[tuple[int, torch.Size], tuple[Conv3x3, torch.Size]]()
+
+    def note(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        assert isinstance(layer, Conv3x3)
+        shape = torch.Size([size, *inputs[0].shape[1:]])
+        found.setdefault((len(layer.weight), shape), (layer, shape))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in model.modules() if isinstance(layer, Conv3x3)]
+    training = model.training
+    with torch.inference_mode():
+        model.eval()(torch.zeros(1, 3, 32, 32).to(memory_format=torch.channels_last))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    least = max(MIN_FLOP, max(flop(*each) for each in found.values()) / 10)
+    return [each for each in found.values() if flop(*each) >= least]
+
+
+def flop(layer: Conv3x3, shape: torch.Size) -> float:
+    """Of a direct convolution, in one direction: two a multiply-add."""
+    return 2.0 * layer.weight.numel() * shape[0] * shape[2] * shape[3]
+
+
+def measure(model: nn.Module, size: int, dtype: torch.dtype) -> list[Timing]:
+    """Times every way of every layer and direction for batches of `size`, in turn."""
+    return [timing for layer, shape in layers(model, size) for timing in _measure_layer(layer, shape, dtype)]
+
+
+def choice(timings: Iterable[Timing]) -> dict[str, list[str]]:
+    """The chosen `Ways`, as plain lists, by layer; layers for which all is torch's are left out."""
+    chosen = dict[str, list[str]]()
+    for timing in timings:
+        ways = chosen.setdefault(timing.layer, list(Ways()))
+        ways[Ways._fields.index(timing.direction)] = timing.chosen
+    return {layer: ways for layer, ways in chosen.items() if Ways(*ways) != Ways()}
+
+
+def _measure_layer(layer: Conv3x3, shape: torch.Size, dtype: torch.dtype) -> list[Timing]:
+    name, work = layer_name(dtype, len(layer.weight), shape), flop(layer, shape)
+    kernels = layer.weight.detach().to(dtype).permute(2, 3, 1, 0)
+    x = torch.randn(_images(shape, kernels), *shape[2:], shape[1]).to(dtype)
+    g = torch.randn(*x.shape[:3], kernels.shape[3]).to(dtype)
+    scale = shape[0] / len(x)
+
+    def timing(direction: str, ways: Iterable[str], call: Callable[[str], Any]) -> Timing:
+        seconds = _seconds([way for way in ways if possible(way, dtype, shape)], call)
+        seconds = {way: scale * each for way, each in seconds.items()}
+        return Timing(name, direction, seconds, work, fastest(seconds))
+
+    return [
+        timing("forward", CONVOLUTIONS, lambda way: CONVOLUTIONS[way](x, kernels)),
+        timing("input_gradient", CONVOLUTIONS, lambda way: input_gradient(way, x, g, kernels)),
+        timing("weight_gradient", WEIGHT_GRADIENTS, lambda way: WEIGHT_GRADIENTS[way](x, g)),
+    ]
+
+
+def _images(shape: torch.Size, kernels: Tensor) -> int:
+    """How many images are enough to time: as many as torch's own convolution takes about `CALL_SECONDS` for."""
+    size, inputs, height, width = shape
+    few = min(size, -(-MIN_POSITIONS // (height * width)))
+    x = torch.randn(few, height, width, inputs).to(kernels.dtype)
+    once = _once(lambda: CONVOLUTIONS["torch"](x, kernels), after=1)
+    return min(size, max(few, round(few * CALL_SECONDS / once)))
+
+
+def _once(call: Callable[[], Any], after: int = 0) -> float:
+    """Seconds of one call, after some that are not counted."""
+    for _ in range(after):
+        call()
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _seconds(ways: Iterable[str], call: Callable[[str], Any]) -> dict[str, float]:
+    """Median seconds of each way's call; the ways take turns. A way that is slow at first is not called again."""
+    measured = {way: [_once(partial(call, way), after=1)] for way in ways}
+    limit = HOPELESS * min(first for (first,) in measured.values())
+    promising = [way for way, (first,) in measured.items() if first <= limit]
+    for way in promising * ROUNDS if len(promising) > 1 else ():
+        measured[way].append(_once(partial(call, way)))
+    return {way: statistics.median(each) for way, each in measured.items()}
+
+
+def fastest(seconds: Mapping[str, float]) -> str:
+    """The first way that takes at most `TIE` times as long as the fastest one: torch's own comes first."""
+    limit = TIE * min(seconds.values())
+    return next(way for way, each in seconds.items() if each <= limit)

@@ -1,0 +1,91 @@
+import time
+
+import pytest
+import torch
+
+from cifar_resnet.errors import UsageError
+from cifar_resnet.recipe import Recipe
+from cifar_resnet.training import autotune, convolution
+from cifar_resnet.training.autotune import Timing
+from cifar_resnet.training.model import build_model
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Every layer of a narrow network is worth a choice, and a few images are enough to time."""
+    monkeypatch.setattr(autotune, "MIN_FLOP", 0)
+    monkeypatch.setattr(autotune, "MIN_POSITIONS", 16)
+    monkeypatch.setattr(autotune, "CALL_SECONDS", 1e-9)
+
+
+def test_the_layers_of_the_default_network_that_are_worth_a_choice():
+    found = [(*layer.weight.shape[:2], *shape) for layer, shape in autotune.layers(build_model(Recipe()).train(), 512)]
+    assert found == [  # outputs, inputs, N, C, H, W
+        (128, 64, 512, 64, 32, 32), (128, 128, 512, 128, 16, 16), (256, 128, 512, 128, 16, 16),
+        (512, 256, 512, 256, 8, 8), (512, 512, 512, 512, 4, 4),
+    ]  # fmt: skip
+    assert autotune.layers(build_model(Recipe(width=4)), 64) == []
+
+
+def test_looking_for_the_layers_leaves_the_model_as_it_was():
+    model = build_model(Recipe(width=4)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    autotune.layers(model, 512)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_way_that_suits_a_layer_is_timed_in_every_direction(dtype, quick):
+    timings = autotune.measure(build_model(Recipe(width=4)), 8, dtype)
+    name = str(dtype).removeprefix("torch.")
+    layers = [f"{name} {which}" for which in ("3>4 32x32", "4>8 32x32", "8>8 16x16", "8>16 16x16", "16>32 8x8", "32>32 4x4")]
+    directions = ["forward", "input_gradient", "weight_gradient"]
+    assert [(each.layer, each.direction) for each in timings] == [(layer, way) for layer in layers for way in directions]
+    for each in timings:
+        table = convolution.WEIGHT_GRADIENTS if each.direction == "weight_gradient" else convolution.CONVOLUTIONS
+        assert list(each.seconds) == [way for way in table if convolution.possible(way, dtype, torch.Size([8, 4, 32, 32]))]
+        assert min(each.seconds.values()) > 0
+        assert each.chosen in each.seconds
+    assert timings[3].flop == 2 * 8 * 32 * 32 * 8 * 4 * 9  # images, pixels, outputs, inputs, places of the kernel
+
+
+def test_what_is_chosen_can_be_used_and_a_slow_way_is_not_chosen(quick, monkeypatch):
+    def slow(way):
+        def call(*given):
+            time.sleep(0.05)
+            return way(*given)
+
+        return call
+
+    for table in (convolution.CONVOLUTIONS, convolution.WEIGHT_GRADIENTS):
+        for name in ("torch", "patches"):
+            monkeypatch.setitem(table, name, slow(table[name]))
+    monkeypatch.setattr(convolution, "_torch_gradients", slow(convolution._torch_gradients))
+    model = build_model(Recipe(width=4))
+    choice = autotune.choice(autotune.measure(model, 8, torch.float32))
+    assert {tuple(ways) for ways in choice.values()} == {convolution.WINOGRAD}
+    assert len(choice) == 6
+    convolution.use(model, choice)
+    assert convolution.used(model) == choice
+
+
+def test_ties_go_to_the_way_that_is_named_first():
+    assert autotune.fastest({"torch": 1.04, "patches": 1.0, "winograd": 1.01}) == "torch"
+    assert autotune.fastest({"torch": 1.06, "patches": 1.04, "winograd": 1.0}) == "patches"
+    assert autotune.fastest({"torch": 2.0, "patches": 3.0, "winograd": 1.0}) == "winograd"
+
+
+def test_layers_for_which_all_is_torchs_need_no_entry():
+    def timing(layer, direction, chosen):
+        return Timing(layer, direction, {chosen: 1.0}, 1.0, chosen)
+
+    timings = [timing("a", way, "torch") for way in ("forward", "input_gradient", "weight_gradient")]
+    timings += [timing("b", "forward", "torch"), timing("b", "input_gradient", "torch"), timing("b", "weight_gradient", "shifts")]
+    assert autotune.choice(timings) == {"b": ["torch", "torch", "shifts"]}
+
+
+def test_a_mode_that_there_is_not_is_refused():
+    with pytest.raises(UsageError, match="--convolution winograd: it is auto or torch"):
+        autotune.check_convolution_mode("winograd")
