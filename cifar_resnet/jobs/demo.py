@@ -173,14 +173,17 @@ class _Shown:
 
         try:
             found, wrong = self.judged
-            wrong = self.doubted if ORDERS[order] == "label" else wrong
+            doubted = ORDERS[order] == "label"
+            wrong = self.doubted if doubted else wrong
         except CifarResnetError as error:
             if self.download:
                 raise
             raise Problem(f"There are no mistakes to show: {error}") from None
         chosen = analysis.choose(wrong, found.data.classes, ORDERS[order], true, predicted)
         images = found.data.evaluation.images
-        return [Mistake(each.caption, each.true, each.predicted, each.confidence, images[each.position]) for each in chosen]
+        return [
+            Mistake(each.caption, each.true, each.predicted, each.confidence, images[each.position], doubted) for each in chosen
+        ]
 
     def overlays(self, shown: Sequence[Mistake]) -> tuple[np.ndarray, np.ndarray]:
         from ..look.page import overlay

@@ -39,6 +39,7 @@ class Mistake(NamedTuple):
     predicted: str
     confidence: float
     image: np.ndarray
+    doubted: bool = False  # shown for its label, which may be wrong
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,11 @@ def mistake_cards(shown: Sequence[Mistake], overlays: tuple[np.ndarray, np.ndarr
     """One card a mistake; with Grad-CAM of the class predicted and of the true one beside the image if given."""
     cards = []
     for i, each in enumerate(shown):
-        names = f'<b class="wrong">{escape(each.predicted)} {100 * each.confidence:.0f} %</b>'
-        caption = f'{names}<br>true: <b class="right">{escape(each.true)}</b><br><small>{escape(each.name)}</small>'
+        predicted, true = f'<b class="wrong">{escape(each.predicted)}', f'<b class="right">{escape(each.true)}</b>'
+        names = f"{predicted} {100 * each.confidence:.0f} %</b><br>true: {true}"
+        if each.doubted:
+            names = f"labelled {true}<br>perhaps mislabelled: {predicted}?</b>"
+        caption = f"{names}<br><small>{escape(each.name)}</small>"
         over = "" if overlays is None else "".join(tile(each.image, of_class[i]) for of_class in overlays)
         cards.append(card(tile(each.image) + over, caption))
     return f'<div class="cards{"" if overlays is None else " wide"}">{"".join(cards)}</div>'

@@ -180,7 +180,10 @@ def test_the_mistakes_are_those_of_the_run_in_order(shown, tiny_run):
 
 def test_labels_that_may_be_wrong_are_shown_in_the_order_of_misclassified(shown, tiny_run, tmp_path, no_figures):
     expected = misclassified(tiny_run, tmp_path, sort="label")
-    assert [each.name for each in shown.mistakes("label may be wrong", None, None)] == [each.caption for each in expected]
+    found = shown.mistakes("label may be wrong", None, None)
+    assert [each.name for each in found] == [each.caption for each in expected]
+    said = re.sub("<[^>]*>", "", page.mistake_cards(found[:1], None))
+    assert said == f"labelled {expected[0].true}perhaps mislabelled: {expected[0].predicted}?{expected[0].caption}"
 
 
 def test_the_run_is_told_of_with_n_and_command(shown, tiny_run):
