@@ -320,6 +320,8 @@ def read_json(path: Path | str, what: str) -> dict[str, Any]:
 
 def _one_line(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_unicode":
+        message = "its name is not UTF-8 here; set PYTHONUTF8=1, or rename it"
     if not problem["loc"]:
         return re.sub(r"[a-z]+(_[a-z]+)+", lambda field: "--" + field[0].replace("_", "-"), message)
     option = "--" + str(problem["loc"][0]).replace("_", "-")

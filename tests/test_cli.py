@@ -151,6 +151,7 @@ USAGE_ERRORS = [
     (("train", "--recipe", "defualt"), "did you mean default"),
     (("train", "--dataset", "digits", "--batch-size", "2000"), "--batch-size 2000"),
     (("train", "--dataset", "mnist"), "mnist"),
+    (("train", "--dataset", "v\udcf6gel"), "is not UTF-8 here; set PYTHONUTF8=1, or rename it"),
     (("train", "--width", "0"), "--width 0"),
     (("train", "--target", "101"), "--target"),
     (("train", "--loader", "fast"), "fast"),

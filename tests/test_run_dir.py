@@ -25,7 +25,7 @@ from run_helpers import FILES, assert_same_run, content
 from cifar_resnet import Recipe, load_checkpoint, run_dir, train
 from cifar_resnet.data.loaders import Batch
 from cifar_resnet.data.splits import Data, Split
-from cifar_resnet.errors import CheckpointError, RunDirectoryError, UsageError
+from cifar_resnet.errors import CheckpointError, RunDirectoryError, UsageError, shell_command
 from cifar_resnet.run_dir import (
     RunDir,
     SavePolicy,
@@ -184,7 +184,7 @@ def test_a_folder_for_a_new_run_is_empty_or_not_there_yet(tmp_path):
     with pytest.raises(RunDirectoryError, match="is not empty; choose another$"):
         check_free(tmp_path)
     (tmp_path / "recipe.json").write_text("{}")
-    with pytest.raises(RunDirectoryError, match=f"go on with the run in it: cifar-resnet train --resume {tmp_path}$"):
+    with pytest.raises(RunDirectoryError, match=f"go on with the run in it: {re.escape(shell_command('train', '--resume', tmp_path))}$"):
         check_free(tmp_path)
     with pytest.raises(RunDirectoryError, match=r"notes.txt is no folder that can be written"):
         check_free(tmp_path / "notes.txt" / "run")
@@ -199,7 +199,11 @@ def test_a_folder_for_a_new_run_is_empty_or_not_there_yet(tmp_path):
         (dict(recipe="default", dataset="digits"), "digits"),
         (dict(dataset="/some/where/birds"), "birds"),
         (dict(dataset="/some/$HOME is: mine? *"), "HOME-is-mine"),
-        (dict(dataset="/some/鳥"), "鳥"),
+        pytest.param(
+            dict(dataset="/some/鳥"),
+            "鳥",
+            marks=pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="there are no such names here"),
+        ),
         (dict(dataset="/some/-rf"), "rf"),
         (dict(dataset="/" + 200 * "x"), 60 * "x"),
     ],

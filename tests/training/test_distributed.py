@@ -17,7 +17,7 @@ from sklearn.metrics import log_loss
 
 from cifar_resnet import load_checkpoint
 from cifar_resnet.data.loaders import Share
-from cifar_resnet.errors import CifarResnetError, DataError, UsageError
+from cifar_resnet.errors import CifarResnetError, DataError, UsageError, shell_word
 from cifar_resnet.training import distributed, engine
 
 RANKS = ranks.__file__
@@ -115,7 +115,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_goes_on(t
     folder = tmp_path / "run"
     stopped = torchrun(2, RANKS, "run", tmp_path, *TINY, "--run-dir", folder, "--loader", "albumentations")
     said = [line for line in (stopped.stdout + stopped.stderr).splitlines() if line.startswith("cifar-resnet: ")]
-    assert said == [f"cifar-resnet: stopped by SIGTERM; go on with: cifar-resnet train --resume {folder}"]
+    assert said == [f"cifar-resnet: stopped by SIGTERM; go on with: cifar-resnet train --resume {shell_word(folder)}"]
     assert re.search(r"rank\s+: 0 .*\n.*exitcode\s+: 143", stopped.stderr)
     steps = [(tmp_path / f"steps-{rank}").read_text() for rank in (0, 1)]
     assert steps == ["3", "3"]
