@@ -107,7 +107,7 @@ def _argument(help: str, metavar: str | None = None) -> Any:
 # What commands take beside the fields of a recipe: first what several of them share, then by command.
 # fmt: off
 Checkpoint = Annotated[list[Path] | None, _argument(
-    "The folder of a run, or its checkpoint file. Without one, or with latest: the newest run in runs/.", "RUN"
+    "Folder of a run, or its checkpoint file. Without one, or with latest: the newest in runs/.", "RUN"
 )]
 Checkpoints = Annotated[list[Path] | None, _argument(
     "Folders of runs or of repetitions, or checkpoint files. Without one, or with latest: the newest run in runs/.", "RUN"
@@ -120,7 +120,7 @@ Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _op
 )]
 RunDir = Annotated[Path | None, _option("Folder for what is written.", default="beside the checkpoint")]
 DataDir = Annotated[Path | None, _option(
-    "Folder with CIFAR-10, which is downloaded if missing. If your own images were moved: the folder that theirs is now in.",
+    "Folder with CIFAR-10, downloaded if missing; or, if your own images were moved, with their folder.",
     envvar="CIFAR_RESNET_DATA_DIR", default="the user's cache folder",
 )]
 Moved = Annotated[Path | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
@@ -182,16 +182,16 @@ Target = Annotated[float | None, _option("Accuracy in percent, drawn as a line i
 
 Count = Annotated[int, _option("Images in the two pictures.", CHOICE)]
 Sort = Annotated[Literal["confidence", "label", "class", "random"], _option(
-    "Order of the mistakes: confidence, the surest first; label, labels that may be wrong first; class; or random.",
+    "Which come first: confidence, the surest; label, labels that may be wrong; class; or random.",
     CHOICE, metavar=NAME,
 )]
 Folds = Annotated[int | None, _option(
-    "With --sort label, rank the training labels: by as many networks, each trained without the images that it judges.", CHOICE,
-    default="the evaluation images are ranked",
+    "With --sort label: rank the training labels by this many networks, each trained without the images that it judges.", CHOICE,
+    default="none",
 )]
-FoldEpochs = Annotated[int | None, _option("Epochs of each network of --folds.", CHOICE, "--epochs", default="the run's")]
-TrueClass = Annotated[str | None, _option("Only images of this class.", CHOICE, metavar="CLASS", default="all")]
-PredictedClass = Annotated[str | None, _option("Only images taken for this class.", CHOICE, metavar="CLASS", default="all")]
+FoldEpochs = Annotated[int | None, _option("Epochs of each of these networks.", CHOICE, "--epochs", default="the run's")]
+TrueClass = Annotated[str | None, _option("Only this true class.", CHOICE, metavar="CLASS", default="all")]
+PredictedClass = Annotated[str | None, _option("Only this predicted class.", CHOICE, metavar="CLASS", default="all")]
 CopyTo = Annotated[Path | None, _option(
     "New folder for copies of all these files, as true/predicted/file.", CHOICE, default="none"
 )]
@@ -199,7 +199,7 @@ SaveImages = Annotated[Path | None, _option(
     "New folder for all these images as PNG of 32x32 pixels, in the same layout.", CHOICE, default="none"
 )]
 Layer = Annotated[Literal["prep", "layer1", "layer2", "layer3"], _option(
-    "Layer that Grad-CAM looks at: prep (32x32), layer1 (16x16), layer2 (8x8) or layer3 (4x4).", CHOICE, metavar=NAME
+    "Layer for Grad-CAM: prep (32x32), layer1 (16x16), layer2 (8x8) or layer3 (4x4).", CHOICE, metavar=NAME
 )]
 
 Runs = Annotated[list[Path], _argument("Folders of finished runs or of repetitions, or checkpoint files.", "RUN")]

@@ -370,7 +370,7 @@ def recipes() -> None:
     print_table(columns, rows, spare=[5, 4, 2, 1])
     say("default, sprint and digits were measured with --batches fixed")
     print_table(["recipe", "origin"], [[Text(name, "bold"), preset.origin] for name, preset in PRESETS.items()])
-    say("one of them, with what was assumed where its origin is silent:\n  cifar-resnet recipes NAME")
+    say("one recipe, with what was assumed where its origin does not say:\n  cifar-resnet recipes NAME")
 
 
 def assumed(name: str) -> None:
