@@ -197,9 +197,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, turned: bool) -> No
         total += torch.mm(left.T, right)
 
 
+def _memory(total: Tensor) -> int:
+    """Bytes for a piece of what is added up in `total`: so many that adding takes little of the time."""
+    return max(16 * MIB, 4 * total.numel() * total.element_size())
+
+
 def _weight_gradient_by_patches(x: Tensor, g: Tensor, turned: bool) -> Tensor:
     total = x.new_zeros(g.shape[3], 9 * x.shape[3], dtype=torch.float32)
-    for images, gradients in _pieces(x, g, size=16 * MIB // _patches_of_an_image(x)):
+    for images, gradients in _pieces(x, g, size=_memory(total) // _patches_of_an_image(x)):
         _add_product(total, gradients.reshape(-1, len(total)), _patches(images), turned)
     return total.view(-1, 3, 3, x.shape[3]).permute(1, 2, 3, 0)
 
@@ -212,7 +217,7 @@ def _weight_gradient_by_shifts(x: Tensor, g: Tensor, turned: bool) -> Tensor:
     _, height, width, channels = x.shape
     total = x.new_zeros(9, g.shape[3], channels, dtype=torch.float32)
     row, margin = width + 1, width + 2
-    memory = (height + 1) * row * (channels + g.shape[3]) * x.element_size()
+    image = (height + 1) * row * (channels + g.shape[3]) * x.element_size()  # bytes
 
     def flat(images: Tensor, margin: int) -> Tensor:
         count, _, _, channels = images.shape
@@ -221,7 +226,7 @@ def _weight_gradient_by_shifts(x: Tensor, g: Tensor, turned: bool) -> Tensor:
         inner[:, :height, :width] = images
         return pixels
 
-    for images, gradients in _pieces(x, g, size=16 * MIB // memory):
+    for images, gradients in _pieces(x, g, size=_memory(total) // image):
         pixels, gradient = flat(images, margin), flat(gradients, 0)
         for place, product in enumerate(total):
             shift = place // 3 * row + place % 3
@@ -279,8 +284,8 @@ CONVOLUTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of images and
 WEIGHT_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of images and the output's gradient
     "torch": _torch_weight_gradient,
     "patches": partial(_weight_gradient_by_patches, turned=False),
-    "patches, turned": partial(_weight_gradient_by_patches, turned=True),
+    "turned patches": partial(_weight_gradient_by_patches, turned=True),
     "shifts": partial(_weight_gradient_by_shifts, turned=False),
-    "shifts, turned": partial(_weight_gradient_by_shifts, turned=True),
+    "turned shifts": partial(_weight_gradient_by_shifts, turned=True),
     "winograd": _winograd_weight_gradient,
 }

@@ -161,7 +161,7 @@ class Everywhere(dict):
         return self["any"]
 
 
-@pytest.mark.parametrize("ways", [WINOGRAD, Ways("patches", "patches", "patches, turned"), Ways("small patches", "torch", "shifts")])
+@pytest.mark.parametrize("ways", [WINOGRAD, Ways("patches", "patches", "turned patches"), Ways("small patches", "torch", "shifts")])
 def test_the_network_in_float32_is_that_in_float64(ways, monkeypatch):
     apply, calls = convolution._Convolution.apply, []
     monkeypatch.setattr(convolution._Convolution, "apply", lambda *arguments: (calls.append(1), apply(*arguments))[1])
