@@ -36,12 +36,20 @@ def choose(mode: str, model: nn.Module, recipe: Recipe, device: torch.device) ->
         return None
     if mode == "torch":
         return {}
-    path = _path(recipe)
-    return distributed.on_first(lambda: _read(path, model) or keep(recipe, autotune.measure(model, *_size(recipe))))
+    return distributed.on_first(lambda: _kept_or_measured(model, recipe))
 
 
 def chosen_here(recipe: Recipe, device: torch.device) -> bool:
     return device.type == "cpu" and without_emulation(recipe, device) == recipe
+
+
+def _kept_or_measured(model: nn.Module, recipe: Recipe) -> Choice:
+    path = _path(recipe)
+    if (kept := _read(path, model)) is not None:
+        return kept
+    timings = autotune.measure(model, *_size(recipe))
+    kept = _read(path, model)  # by a run that began at the same time: both take one choice
+    return keep(recipe, timings) if kept is None else kept
 
 
 def measure_anew(model: nn.Module, recipe: Recipe) -> list[Timing]:

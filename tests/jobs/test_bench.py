@@ -23,11 +23,14 @@ def small(monkeypatch):
     monkeypatch.setattr(bench, "CPU_SIDE", 64)
     monkeypatch.setattr(bench, "TRAIN_IMAGES", 100)
     monkeypatch.setattr(engine, "EVALUATION_BATCH", 16)
+    for name, value in dict(MIN_FLOP=0, MIN_POSITIONS=16, CALL_SECONDS=1e-9).items():
+        monkeypatch.setattr(autotune, name, value)
     plain = bench.bench
     monkeypatch.setattr(bench, "bench", lambda recipe, **options: plain(recipe, **{**options, "seconds": 1e-9}))
 
 
-def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, small, tmp_path):
+def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune, "fastest", lambda seconds: "patches")
     options = (
         "--batch-size",
         4,
@@ -39,6 +42,8 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
         "--profile",
         "--workers",
         0,
+        "--precision",
+        "float32",
         "--json",
         tmp_path / "b.json",
     )
@@ -46,7 +51,7 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
     assert (code, err.count("cifar-resnet:")) == (0, 0)
     content = json.loads((tmp_path / "b.json").read_text())
     rounds, medians = content["rounds"], content["medians"]
-    names = {"model", "optimizer", "tensor", "albumentations", "evaluation", "matrix product", "plain loop"}
+    names = {"model", "optimizer", "tensor", "albumentations", "evaluation", "matrix product", "torch's convolutions", "plain loop"}
     assert set(rounds) == set(medians) == set(content["options"]["steps"]) == names
     for name, values in rounds.items():
         assert len(values) == 7
@@ -55,6 +60,7 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
 
     flop = content["training_flop_per_image"]
     by_hand = {
+        "model alone / with torch's own convolutions": [m / o for m, o in zip(rounds["model"], rounds["torch's convolutions"], strict=True)],
         "optimizer's share of the model alone": [m / o for m, o in zip(rounds["model"], rounds["optimizer"], strict=True)],
         "training, tensor loader / plain loop": [t / p for t, p in zip(rounds["tensor"], rounds["plain loop"], strict=True)],
         "training, tensor loader / matrix product": [
@@ -66,6 +72,12 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
         assert row["median"] == pytest.approx(statistics.median(values))
         assert (row["low"], row["high"]) == (pytest.approx(min(values)), pytest.approx(max(values)))  # of 7, so it is for 95 %
         assert f"{row['low']:.3f} to {row['high']:.3f}" in out
+    assert len(content["convolutions"]) == 6 * 3
+    for each in content["convolutions"]:
+        share = each["flop"] / each["seconds"]["patches"] / medians["matrix product"]
+        times = [f"{1000 * each['seconds'][way]:.1f}" for way in ("patches", "torch")]
+        row = next(line for line in out.splitlines() if each["layer"] in line and each["direction"].replace("_", " ") in line)
+        assert row.split()[-4:] == ["patches", *times, f"{share:.2f}"]
     assert content["predicted_seconds"]["training"] == pytest.approx((18 + 2 * 6) * 100 / medians["tensor"])
     assert 1e8 < content["peak_memory"]["process"] < 1e11
     assert content["peak_memory"]["device"] is None
@@ -73,24 +85,6 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
     operators = {row["operator"]: row for row in content["profile"]}
     assert operators["aten::native_batch_norm_backward"]["calls"] == 3 * 8
     assert 0 < sum(row["share"] for row in content["profile"]) < 110
-
-
-def test_bench_shows_which_way_each_convolution_takes_and_what_torchs_own_would(cli, small, tmp_path, monkeypatch):
-    for name, value in dict(MIN_FLOP=0, MIN_POSITIONS=16, CALL_SECONDS=1e-9).items():
-        monkeypatch.setattr(autotune, name, value)
-    monkeypatch.setattr(autotune, "fastest", lambda seconds: "patches")
-    options = ("--batch-size", 4, "--width", 4, "--rounds", 6, "--reference", "--workers", 0, "--precision", "float32")
-    code, out, _ = cli("bench", *options, "--json", tmp_path / "b.json")
-    assert code == 0
-    content = json.loads((tmp_path / "b.json").read_text())
-    assert len(content["convolutions"]) == 6 * 3
-    for each in content["convolutions"]:
-        share = each["flop"] / each["seconds"]["patches"] / content["medians"]["matrix product"]
-        times = [f"{1000 * each['seconds'][way]:.1f}" for way in ("patches", "torch")]
-        row = next(line for line in out.splitlines() if each["layer"] in line and each["direction"].replace("_", " ") in line)
-        assert row.split()[-4:] == ["patches", *times, f"{share:.2f}"]
-    ratios = [m / o for m, o in zip(content["rounds"]["model"], content["rounds"]["torch's convolutions"], strict=True)]
-    assert content["ratios"]["model alone / with torch's own convolutions"]["median"] == statistics.median(ratios)
 
 
 def test_the_plain_loop_is_torchs_own_and_in_float32(monkeypatch):

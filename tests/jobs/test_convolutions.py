@@ -51,6 +51,28 @@ def test_a_machine_is_measured_once(recipe, folder, timed):
     assert len(timed) == 3
 
 
+def test_a_machine_where_torch_is_quickest_is_measured_once_too(recipe, folder, monkeypatch):
+    asked, timing = [], autotune.Timing("float32 4>8 32x32", "forward", {"torch": 1.0}, 1.0, "torch")
+    monkeypatch.setattr(autotune, "measure", lambda *given: (asked.append(given), [timing])[1])
+    assert [convolutions.choose("auto", build_model(recipe), recipe, CPU) for _ in range(2)] == [{}, {}]
+    assert len(asked) == 1
+
+
+def test_of_two_runs_that_measure_at_once_both_take_the_choice_that_was_kept_first(recipe, folder, timed, monkeypatch):
+    measure, first = autotune.measure, []
+
+    def while_another_run_ends(*given):
+        if not first:
+            first.append(True)
+            assert convolutions.choose("auto", build_model(recipe), recipe, CPU) == CHOICE
+        measure(*given)
+        return [autotune.Timing("float32 4>8 32x32", "forward", {"torch": 1.0}, 1.0, "torch")]
+
+    monkeypatch.setattr(autotune, "measure", lambda *given: while_another_run_ends(*given) if not first else measure(*given))
+    assert convolutions.choose("auto", build_model(recipe), recipe, CPU) == CHOICE
+    assert len(timed) == 2
+
+
 def test_a_choice_holds_for_one_processor_and_number_of_threads(recipe, folder, timed, monkeypatch):
     model = build_model(recipe)
     for threads in (1, 2, 1):
@@ -100,7 +122,7 @@ class Stopped(cifar_resnet.Watcher):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_run_keeps_its_choice_and_goes_on_with_it_to_the_bit(recipe, folder, timed, tmp_path, monkeypatch):
+def test_a_run_keeps_its_choice_and_goes_on_with_it_to_the_bit(recipe, folder, timed, tmp_path, no_figures, monkeypatch):
     apply, seen = convolution._Convolution.apply, set()
     monkeypatch.setattr(convolution._Convolution, "apply", lambda *given: (seen.add(given[2]), apply(*given))[1])
     whole = train(recipe, tmp_path / "whole")
