@@ -76,7 +76,7 @@ def training_labels(
     analysis.choose([], data.classes, "label", true, predicted)  # which raises for a class that is none
     folder = writable(Path(run_dir) if run_dir else loaded.path.parent)
     with telling(progress, "training on folds", "steps") as told:
-        logits = _held_out_logits(recipe, data, parts, place, folder / FOLDS, notify, told)
+        logits = _held_out_logits(recipe, data, parts, place, loaded.convolutions, folder / FOLDS, notify, told)
     found = _as_prediction(loaded, recipe, data, logits, place)
     doubted, ranked = by_label(found, logits)
     chosen = analysis.choose(doubted, data.classes, "label", true, predicted)
@@ -117,8 +117,8 @@ def _parts(data: Data, folds: int, seed: int) -> Parts:
 
 
 def _held_out_logits(
-    recipe: Recipe, data: Data, parts: Parts, device: torch.device, path: Path, notify: Callable[[str], None],
-    told: Callable[[int, int], None],
+    recipe: Recipe, data: Data, parts: Parts, device: torch.device, convolutions: dict[str, list[str]] | None, path: Path,
+    notify: Callable[[str], None], told: Callable[[int, int], None],
 ) -> Tensor:  # fmt: skip
     """Logits of the training images, float32 (N, classes), each by the network that was trained without its fold."""
     about = {"recipe": recipe.to_json(), "folds": len(parts), "images": data.fingerprints["train"]["sha256"]}
@@ -127,7 +127,7 @@ def _held_out_logits(
         notify(f"{count_of(len(done), len(parts))} folds were done before")
     for fold, (others, mine) in enumerate(parts[len(done) :], len(done)):
         try:
-            state = engine.start(recipe, device, len(data.classes))
+            state = engine.start(recipe, device, len(data.classes), convolutions)
             loader, held = (make_loader(data.train.take(each), recipe, device) for each in (others, mine))
             for _ in engine.train(state, loader, partial(held.plain, engine.EVALUATION_BATCH)):
                 steps = recipe.epochs * loader.steps
