@@ -3,11 +3,19 @@
 import json
 import math
 
+import levers
 import pytest
+import torch
 import trial
 from scipy import stats
+from torch.nn import functional
 
-from cifar_resnet import CifarResnetError
+from cifar_resnet import CifarResnetError, Recipe
+from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.jobs.bench import _random_split
+from cifar_resnet.training import engine
+
+CPU = torch.device("cpu")
 
 TINY = {"recipe": "digits", "epochs": 2, "holdout": 40, "width": 4, "train_limit": 60, "test_limit": 20, "batch_size": 20}
 QUESTION = {"question": "?", "expected": "nothing", "common": TINY, "arms": {"slow": {}, "fast": {"max_lr": 0.2}}, "seeds": 2}
@@ -61,8 +69,55 @@ def test_one_pair_has_no_interval_and_a_seed_of_one_arm_alone_is_no_pair():
         ({"common": {**TINY, "holdout": 0}}, "holdout"),
         ({"arms": {"a": {"max_lr": -1}}}, "--max-lr -1"),
         ({"arms": {"a": {"no_such": 1}}}, "--no-such"),
+        ({"arms": {"a": {"levers": ["whitten"]}}}, "a: there is no lever whitten; there are whiten, "),
     ],
 )
 def test_what_cannot_be_tried_is_said(change, said, tmp_path):
     with pytest.raises((SystemExit, CifarResnetError), match=said):
         called(tmp_path, {**QUESTION, **change})
+
+
+def test_a_lever_changes_its_arm_alone(tmp_path):
+    content = called(tmp_path, {**QUESTION, "arms": {"control": {}, "whitened": {"levers": ["whiten"]}, "again": {}}, "seeds": 1})
+    control, whitened, again = content["results"]
+    assert control["loss"] == again["loss"] != whitened["loss"]
+    assert control["pflop"] == whitened["pflop"]
+
+
+def test_whitening_kernels_whiten_what_they_were_made_of():
+    blur = functional.avg_pool2d(torch.randn(200, 3, 34, 34, generator=torch.Generator().manual_seed(0)), 3, 1)
+    kernels = levers.whitening_kernels(blur)
+    outputs = functional.conv2d(blur.double(), kernels.double()).transpose(0, 1).flatten(1)
+    assert torch.allclose(outputs.cov(), torch.eye(27, dtype=torch.float64), atol=0.15)
+    strongest = kernels.flatten(1).norm(dim=1)
+    assert (strongest.diff() > 0).all()  # a direction that varies more is multiplied by less
+
+
+@pytest.fixture
+def recipe():
+    mean = dict(mean=(0.5,) * 3, std=(0.2,) * 3)
+    return Recipe.build("default", width=4, epochs=4, batch_size=8, sam_share=0.5, precision="float32", **mean)
+
+
+def test_small_images_come_first_and_any_size_goes_through_the_network(recipe):
+    loader, seen = TensorLoader(_random_split(16), recipe, CPU), []
+    with levers.resize(recipe):
+        state = engine.start(recipe, CPU)
+        logits = state.model.logits
+        state.forward = lambda images: (seen.append(tuple(images.shape[2:])), logits(images))[1]
+        for _ in engine.train(state, loader, lambda: loader.plain(16)):
+            pass
+    assert [seen[at] for at in (0, 1, 2, 3)] == [(20, 20), (20, 20), (24, 24), (24, 24)]
+    assert set(seen[4:]) == {(32, 32)}
+    assert levers.cost_of_resizing(recipe) == pytest.approx(0.15 * (20 / 32) ** 2 + 0.35 * (24 / 32) ** 2 + 0.5)
+    images = torch.randn(2, 3, 32, 32)
+    plain = engine.start(recipe, CPU).model
+    plain.load_state_dict(state.model.state_dict())
+    assert torch.equal(plain.eval().logits(images), state.model.eval().logits(images))
+
+
+def test_half_of_the_sharpness_aware_steps_are_plain(recipe):
+    with levers.sam_every_other_step(recipe):
+        steps = [engine.rates_at(recipe, step, 20).sam for step in range(20)]
+    assert steps == [False] * 10 + [True, False] * 5
+    assert levers.LEVERS["sam every other step"][1](recipe) == 1.25 / 1.5

@@ -14,6 +14,7 @@ The file is question and answer in one. It is written by hand up to "results":
     }
 
 "common" and each arm hold fields of a `Recipe`, "recipe" among them; "holdout" must be above 0, so that no choice is made on the test set.
+An arm's "levers" are names of changes that are no field: see `levers.py`.
 The first arm is the control. The arms take turns: seed 0 of each, then seed 1 of each. Every run is added to the file when it
 ends. A call that was interrupted goes on where it stopped: unfinished runs lie in --runs.
 """
@@ -23,8 +24,10 @@ import json
 import math
 import statistics
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
+from levers import LEVERS
 from scipy import stats
 
 from cifar_resnet import CifarResnetError, Recipe, train
@@ -34,15 +37,18 @@ from cifar_resnet.run_dir import write_json
 
 def recipe_of(trial, arm, seed):
     fields = {**trial["common"], **trial["arms"][arm]}
+    if unknown := set(fields.pop("levers", ())) - set(LEVERS):
+        sys.exit(f"{arm}: there is no lever {', '.join(unknown)}; there are {', '.join(LEVERS)}")
     recipe = Recipe.build(fields.pop("recipe", None), seed=seed, **fields)
     if not recipe.holdout:
         sys.exit("a trial is judged on held-out images: give common a holdout, such as 5000")
     return recipe
 
 
-def pflop(recipe, images):
+def pflop(recipe, images, levers=()):
     """PFLOP of training with `images` over all epochs. A sharpness-aware step counts twice."""
-    return training_flop(recipe) * images * (1 + recipe.sam_share) / 1e15
+    factor = math.prod(LEVERS[name][1](recipe) for name in levers)
+    return training_flop(recipe) * images * (1 + recipe.sam_share) * factor / 1e15
 
 
 def run(trial, arm, seed, runs, device, captured):
@@ -50,7 +56,11 @@ def run(trial, arm, seed, runs, device, captured):
     recipe, folder = recipe_of(trial, arm, seed), runs / f"{arm}-s{seed}"
     begun = (folder / "recipe.json").exists()
     how = dict(resume=folder) if begun else dict(recipe=recipe, run_dir=folder)
-    checkpoint = train(**how, device=device, captured=captured)
+    levers = trial["arms"][arm].get("levers", ())
+    with ExitStack() as changes:
+        for name in levers:
+            changes.enter_context(LEVERS[name][0](recipe))
+        checkpoint = train(**how, device=device, captured=captured)
     last, at = checkpoint.history[-1], checkpoint.environment
     images = sum(row["images_per_second"] * row["seconds"] for row in checkpoint.history)
     return {
@@ -60,7 +70,7 @@ def run(trial, arm, seed, runs, device, captured):
         "loss": last["test_loss"],
         "train_accuracy": last["train_accuracy"],
         "seconds": sum(row["seconds"] for row in checkpoint.history),
-        "pflop": pflop(checkpoint.recipe, images),
+        "pflop": pflop(checkpoint.recipe, images, levers),
         "environment": {name: at[name] for name in ("cifar_resnet", "python", "torch", "device", "device_name", "threads")},
     }
 
@@ -112,12 +122,12 @@ def main(arguments=None):
     if missing := [key for key in ("question", "expected", "common", "arms", "seeds") if key not in trial]:
         sys.exit(f"{given.file} lacks {', '.join(missing)}")
     trial.setdefault("results", [])
-    runs, captured = given.runs or Path("runs") / given.file.stem, {}
+    runs, captured = given.runs or Path("runs") / given.file.stem, {arm: {} for arm in trial["arms"]}
     done = {(row["arm"], row["seed"]) for row in trial["results"]}
     wanted = [] if given.show else [(arm, seed) for seed in range(trial["seeds"]) for arm in trial["arms"]]
     for arm, seed in wanted:
         if (arm, seed) not in done:
-            trial["results"].append(run(trial, arm, seed, runs, given.device, captured))
+            trial["results"].append(run(trial, arm, seed, runs, given.device, captured[arm]))
             write_json(given.file, trial)
             print(f"{arm}, seed {seed}: {trial['results'][-1]['accuracy']:.2f} %", flush=True)
     print(table(trial))

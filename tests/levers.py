@@ -1,0 +1,102 @@
+"""Changes of training to try before one becomes a field of `Recipe`; `trial.py` takes them by name, as the "levers" of an arm.
+
+Each is a context manager: runs that train while it is open train with the change.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cifar_resnet.data.datasets import load
+from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.training import capture, engine
+
+SIDES = ((0.15, 20), (0.5, 24), (1.0, 32))  # of the images, in pixels, until this share of the epochs is done
+
+
+def whitening_kernels(images: torch.Tensor) -> torch.Tensor:
+    """Kernels (27, 3, 3, 3), the strongest direction first, whose outputs on images (N, 3, H, W) have variance 1 and no covariance.
+
+    They are the eigenvectors of the covariance of all 3x3 patches, over the root of its eigenvalues. A little is added to these, as
+    directions in which nothing varies, those of grey images, would be divided by zero.
+    """
+    patches = functional.unfold(images, 3).transpose(1, 2).flatten(0, 1).double()
+    values, vectors = torch.linalg.eigh(patches.T.cov())
+    return (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(27, 3, 3, 3).to(images.dtype)
+
+
+@contextmanager
+def whiten(recipe) -> Iterator[None]:
+    """The first convolution starts as whitening filters of the training images, each with both signs."""
+    build, kept = engine.build_model, []
+
+    def built(recipe, classes=10):
+        model = build(recipe, classes)
+        if not kept:
+            images = torch.from_numpy(load(recipe, None, lambda message: None).train.images[:5000]).permute(0, 3, 1, 2)
+            mean, std = (torch.tensor(each).view(3, 1, 1) for each in (recipe.mean, recipe.std))
+            kept.append(whitening_kernels((images / 255 - mean) / std))
+        weight = model.prep[0].weight
+        pairs = torch.stack([kept[0], -kept[0]], 1).flatten(0, 1)[: len(weight)]
+        with torch.no_grad():
+            weight[: len(pairs)] = pairs
+        return model
+
+    with patch.object(engine, "build_model", built):
+        yield
+
+
+@contextmanager
+def resize(recipe) -> Iterator[None]:
+    """Smaller images in the first half of the epochs. The steps are not captured: a graph has images of one size."""
+    build, epoch = engine.build_model, TensorLoader.epoch
+
+    def built(*arguments):
+        model = build(*arguments)
+        model.pool = nn.AdaptiveMaxPool2d(1)
+        return model
+
+    def smaller(self, number, first=0):
+        side = next(side for until, side in SIDES if number < until * recipe.epochs)
+        for batch in epoch(self, number, first):
+            small = functional.interpolate(batch.images, size=(side, side), mode="bilinear", antialias=True)
+            yield batch._replace(images=small if side < 32 else batch.images)
+
+    with (
+        patch.object(engine, "build_model", built),
+        patch.object(TensorLoader, "epoch", smaller),
+        patch("cifar_resnet.jobs.train.capturable", lambda state: False),
+    ):
+        yield
+
+
+def cost_of_resizing(recipe):
+    before, cost = 0.0, 0.0
+    for until, side in SIDES:
+        cost += (until - before) * (side / 32) ** 2
+        before = until
+    return cost
+
+
+@contextmanager
+def sam_every_other_step(recipe) -> Iterator[None]:
+    """Of the sharpness-aware steps every second one is plain."""
+    rates_at = engine.rates_at
+
+    def every_other(recipe, step, total_steps):
+        rates = rates_at(recipe, step, total_steps)
+        return rates._replace(sam=rates.sam and step % 2 == 0)
+
+    with patch.object(engine, "rates_at", every_other), patch.object(capture, "rates_at", every_other):
+        yield
+
+
+LEVERS = {  # name: the change, and by how much it multiplies a run's arithmetic
+    "whiten": (whiten, lambda recipe: 1.0),
+    "resize": (resize, cost_of_resizing),
+    "sam every other step": (sam_every_other_step, lambda recipe: (1 + recipe.sam_share / 2) / (1 + recipe.sam_share)),
+}
