@@ -135,7 +135,7 @@ def _held_out_logits(
             flips = "flip" if recipe.flip_probability else "none"
             done.append(analysis.mean_logits(recipe, state.tested, held, device, flips))
         except KeyboardInterrupt:
-            kept = f"done before it and kept in {path}: {fold}; the same command goes on from there"
+            kept = f"the folds before it are kept in {path}; the same command goes on from there"
             raise _Stopped(f"stopped in fold {fold + 1} of {len(parts)}; {kept if fold else 'nothing was done before'}") from None
         torch.save({**about, "logits": done}, buffer := io.BytesIO())
         write_whole(path, buffer.getvalue())

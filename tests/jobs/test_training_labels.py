@@ -102,7 +102,7 @@ def test_a_ranking_that_was_stopped_goes_on_with_its_folds(run, trainings, stopp
     del trainings[:]
     stopped_in_fold(2)
     line = refused(130, "misclassified", run, "--sort", "label", "--folds", 3, "--epochs", 6)
-    assert f"stopped in fold 2 of 3; done before it and kept in {run / 'training_folds.pt'}: 1" in line
+    assert f"stopped in fold 2 of 3; the folds before it are kept in {run / 'training_folds.pt'}; the same command" in line
     said = list[str]()
     assert rank(run, notify=said.append) == expected
     assert len(trainings) == 2 + 2
