@@ -121,7 +121,7 @@ Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _op
 RunDir = Annotated[Path | None, _option("Folder for what is written.", default="beside the checkpoint")]
 DataDir = Annotated[Path | None, _option(
     "Folder with CIFAR-10, downloaded if missing; or, if your own images were moved, with their folder.",
-    envvar="CIFAR_RESNET_DATA_DIR", default="the user's cache folder",
+    default="CIFAR_RESNET_DATA_DIR, or the user's cache folder",
 )]
 Moved = Annotated[Path | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
 Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: cuda if there is one, else mps, else cpu.")]
@@ -625,8 +625,6 @@ def export(
     """Export the model as an ONNX graph, its weights as safetensors, or a space: a page that shows the model to others."""
     from .jobs.export import export
 
-    if format != "space" and data_dir == Path(os.environ.get("CIFAR_RESNET_DATA_DIR", "")):  # which is set for other commands
-        data_dir = None
     how: dict[str, Any] = dict(with_preprocessing=with_preprocessing, data_dir=data_dir, device=device, notify=console.say)
     path = export(_one_run(checkpoint, "export"), output, format=format, **how)
     console.say(_written(path.parent, path.name))

@@ -8,7 +8,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,18 @@ def user_cache() -> Path:
         raise DataError("this user has no home folder for images; give a folder for them with --data-dir") from None
 
 
-def data_directory(data_dir: Path | None = None) -> Path:
-    """The folder given, else CIFAR_RESNET_DATA_DIR, else `user_cache`."""
+def given_directory(data_dir: Path | str | None = None) -> Path | None:
+    """The folder given, else CIFAR_RESNET_DATA_DIR, where there is one."""
     chosen = data_dir or os.environ.get("CIFAR_RESNET_DATA_DIR")
-    return Path(chosen) if chosen else user_cache()
+    return Path(chosen) if chosen else None
 
 
-def cifar(name: str, data_dir: Path | None, notify: Callable[[str], None]) -> tuple[Split, Split, tuple[str, ...]]:
+def data_directory(data_dir: Path | str | None = None) -> Path:
+    """`given_directory`, else `user_cache`."""
+    return given_directory(data_dir) or user_cache()
+
+
+def cifar(name: str, data_dir: Path | str | None, notify: Callable[[str], None]) -> tuple[Split, Split, tuple[str, ...]]:
     """Training and test images of "cifar10" or "cifar100", checked against the published checksums, and the classes.
 
     They are looked for in `data_directory(data_dir)`: the folder of the published archive, also where that is the folder given
@@ -64,7 +69,7 @@ def cifar(name: str, data_dir: Path | None, notify: Callable[[str], None]) -> tu
     return splits[0], splits[1], tuple(dataset.classes)
 
 
-def check_at_hand(name: str, data_dir: Path | None) -> None:
+def check_at_hand(name: str, data_dir: Path | str | None) -> None:
     """Whether `cifar` finds what it needs on this machine.
 
     Raises:
@@ -172,11 +177,8 @@ def _download(published: Any, folder: Path, notify: Callable[[str], None]) -> No
 def _alone(folder: Path) -> Iterator[None]:
     """Holds a lock that other users can take too. One that another user made for himself alone is done without."""
     lock = FileLock(folder / ".download.lock", mode=0o666)
-    try:
+    with suppress(PermissionError):
         lock.acquire()
-    except PermissionError:
-        yield
-        return
     try:
         yield
     finally:

@@ -26,13 +26,14 @@ HOLDOUT_SEED, SUBSET_SEED = 20_09, 20_12  # fixed, so that runs with different s
 
 def load(
     recipe: Recipe,
-    data_dir: Path | None = None,
+    data_dir: Path | str | None = None,
     notify: Callable[[str], None] = print,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Data:
     """The recipe's images, its holdout and its limits applied.
 
     Args:
+        data_dir: see `cifar` and `folders.present`.
         notify: called with a line for what the user should know: a download, files that are left out.
         progress: called with how many image files of a folder are read, of how many.
 

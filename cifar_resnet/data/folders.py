@@ -15,6 +15,7 @@ from PIL import Image
 from ..errors import DataError, UsageError
 from ..recipe import DATASETS
 from . import cache
+from .cifar import given_directory
 from .images import SUFFIXES, decode, read_image, scaled, white_of
 from .splits import Split, stratified
 
@@ -54,7 +55,7 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def image_folder(
-    folder: Path, moved_to: Path | None, split: float | None, notify: Callable[[str], None], progress: Progress
+    folder: Path, moved_to: Path | str | None, split: float | None, notify: Callable[[str], None], progress: Progress
 ) -> tuple[Split, Split, tuple[str, ...], dict[str, int]]:
     """Training images, evaluation images, classes, and the values of white that the training images decided.
 
@@ -115,12 +116,13 @@ def _is_image(path: Path) -> bool:
         return False
 
 
-def present(folder: Path, moved_to: Path | None) -> Path:
-    """The folder of images; or that of its name in `moved_to`, where it is not there.
+def present(folder: Path, moved_to: Path | str | None) -> Path:
+    """The folder of images; or that of its name in `given_directory(moved_to)`, where it is not there.
 
     Raises:
         UsageError: it is in neither place.
     """
+    moved_to = given_directory(moved_to)
     places = [folder, *([moved_to / folder.name] if moved_to else [])]
     for place in places:
         if place.is_dir():

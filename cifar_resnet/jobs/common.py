@@ -58,7 +58,7 @@ def prepare(
     """The recipe with what depends on device and images resolved, the device, and the images; see `datasets.load`."""
     resolved = resolve_device(device)
     recipe = resolve_precision(recipe or Recipe(), resolved)
-    data = datasets.load(recipe, Path(data_dir) if data_dir else None, notify, progress)
+    data = datasets.load(recipe, data_dir, notify, progress)
     return datasets.with_statistics(recipe, data.train), resolved, data
 
 
@@ -177,7 +177,7 @@ def images_of(
     """
     if dataset is not None:
         loaded = replace(loaded, recipe=loaded.recipe.replace(dataset=str(dataset)))
-    data = datasets.load(loaded.recipe, Path(data_dir) if data_dir else None, notify)
+    data = datasets.load(loaded.recipe, data_dir, notify)
     if data.classes != loaded.classes:
         raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")
     return loaded, data

@@ -76,7 +76,7 @@ def find_lr(
     recipe, place, data = prepare(recipe, device, data_dir, notify)
     if sweep:
         recipe = recipe.replace(holdout=recipe.holdout or max(len(data.train) // 10, len(data.classes)))
-        data = load(recipe, Path(data_dir) if data_dir else None, notify)
+        data = load(recipe, data_dir, notify)
     check_batches(recipe, len(data.train))
     with (
         closing(make_loader(data.train, recipe, place, loader, workers)) as batches,

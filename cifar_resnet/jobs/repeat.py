@@ -121,7 +121,7 @@ def _standing(
     if moved(recipe, must_match) and with_checkpoint:
         _, checkpoint = RunDir(with_checkpoint[0]).open({"dataset": must_match["dataset"]})
         assert checkpoint is not None
-        check_images(checkpoint, load(checkpoint.recipe, Path(data_dir) if data_dir else None, warn), warn)
+        check_images(checkpoint, load(checkpoint.recipe, data_dir, warn), warn)
         recipe = recipe.replace(dataset=checkpoint.recipe.dataset)
     check_match(recipe, must_match, folder)
     if recipe.precision == "auto":  # begun by a version that left it to each run: the first one's holds

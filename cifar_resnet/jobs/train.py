@@ -245,8 +245,8 @@ class _Run:
         return self.checkpoint
 
     def load_images(self, held: ExitStack) -> None:
-        images_in, share = self.asked["data_dir"], distributed.share()
-        self.data = self.read_data or load(self.recipe, Path(images_in) if images_in else None, self.watcher.warn)
+        share = distributed.share()
+        self.data = self.read_data or load(self.recipe, self.asked["data_dir"], self.watcher.warn)
         self.device = resolve_device(self.asked["device"], self.asked["tf32"])
         self.loader = make_loader(self.data.train, self.recipe, self.device, self.asked["loader"], self.asked["workers"], share)
         held.callback(self.loader.close)
