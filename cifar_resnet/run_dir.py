@@ -236,6 +236,10 @@ class Checkpoint:
     classes: tuple[str, ...]
     evaluated_on: str
     environment: dict[str, Any]
+    temperature: float  # by which logits are divided before their softmax, to be believed; 1 where none was fitted
+    whites: dict[str, int]  # of images of more than 8 bits, see `images.read_image`; old checkpoints have none
+    fingerprints: dict[str, dict[str, Any]]  # of "train" and "evaluation", see `splits.fingerprint`; old ones have none
+    convolutions: dict[str, list[str]] | None  # their ways, see `convolution.use`; old ones and those of a GPU do not say
     content: dict[str, Any]
 
     def __repr__(self) -> str:
@@ -249,27 +253,6 @@ class Checkpoint:
     @property
     def finished(self) -> bool:
         return self.content["epoch"] == self.recipe.epochs
-
-    @property
-    def whites(self) -> dict[str, int]:
-        """The value of white of images of more than 8 bits, by type; see `images.read_image`. Old checkpoints have none."""
-        return self.content.get("whites") or {}
-
-    @property
-    def temperature(self) -> float:
-        """By which logits are divided before their softmax, so that the probabilities can be believed; 1 where none was fitted."""
-        temperature = self.content.get("temperature")
-        return 1.0 if temperature is None else temperature
-
-    @property
-    def fingerprints(self) -> dict[str, dict[str, Any]]:
-        """Of the "train" and "evaluation" images; see `splits.fingerprint`. Old checkpoints have none."""
-        return self.content.get("data") or {}
-
-    @property
-    def convolutions(self) -> dict[str, list[str]] | None:
-        """In which way the run computes its convolutions; see `convolution.use`. Old checkpoints, and those of a GPU, do not say."""
-        return self.content.get("convolutions")
 
     def difference(self, part: str, now: Mapping[str, Any]) -> str:
         """What differs between images and the run's "train" or "evaluation" images; "" for nothing. Old checkpoints do not know.
@@ -315,17 +298,16 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path, state: State, classes: tuple[str, ...], evaluated_on: str, environment: dict[str, Any],
-    temperature: float | None = None, whites: Mapping[str, int] | None = None, fingerprints: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
+    path: Path, state: State, data: Data, environment: dict[str, Any], temperature: float | None = None
+) -> None:
     """Everything that evaluation and resuming need; tensors and plain values only."""
     content = {
         "kind": KIND,
         "schema": SCHEMA,
         "version": __version__,
         "recipe": state.recipe.to_dict(),
-        "classes": list(classes),
-        "evaluated_on": evaluated_on,
+        "classes": list(data.classes),
+        "evaluated_on": data.evaluated_on,
         "environment": environment,
         "model": state.model.state_dict(),
         "averaged": state.averaged.state_dict() if state.averaged is not None else None,
@@ -336,19 +318,13 @@ def save_checkpoint(
         "seconds": state.clock.seconds,
         "history": state.history,
         "temperature": temperature,
-        "whites": dict(whites or {}),
-        "data": dict(fingerprints or {}),
+        "whites": dict(data.whites),
+        "data": data.fingerprints,
         "convolutions": convolution.used(state.model),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getvalue())
-
-
-def find_checkpoint(path: Path | str | None = None) -> Path:
-    """The checkpoint of a run directory, or the file itself; see `find_run`."""
-    run = find_run(path)
-    return run / CHECKPOINT if run.is_dir() else run
 
 
 @checked
@@ -359,7 +335,8 @@ def load_checkpoint(path: Path | str = LATEST) -> Checkpoint:
         CheckpointError: it is missing, damaged, of another kind, or holds anything but tensors and plain values.
         UsageError: there is no latest run.
     """
-    path = find_checkpoint(path)
+    path = find_run(path)
+    path = path / CHECKPOINT if path.is_dir() else path
     content = _read_archive(path)
     try:
         if content["kind"] != KIND:
@@ -368,7 +345,9 @@ def load_checkpoint(path: Path | str = LATEST) -> Checkpoint:
             raise CheckpointError(f"{path} has schema {content['schema']}; this version of cifar-resnet reads {SCHEMA}")
         recipe = Recipe.load(content["recipe"], source=f"{path}: its recipe is not valid: ")
         classes = tuple(printable(name) if isinstance(name, str) else name for name in content["classes"])
-        checkpoint = Checkpoint(path, recipe, classes, content["evaluated_on"], content["environment"], content)
+        temperature = 1.0 if content.get("temperature") is None else content["temperature"]
+        later = temperature, content.get("whites") or {}, content.get("data") or {}, content.get("convolutions")
+        checkpoint = Checkpoint(path, recipe, classes, content["evaluated_on"], content["environment"], *later, content)
         _check_content(checkpoint)
     except CheckpointError:
         raise
@@ -590,8 +569,7 @@ class RunDir:
         """Writes `checkpoint.pt`, if asked, and `metrics.json`; gives what kept them from being written, or ""."""
         try:
             if checkpoint:
-                about = (data.classes, data.evaluated_on, environment, temperature, data.whites, data.fingerprints)
-                save_checkpoint(self.path / CHECKPOINT, state, *about)
+                save_checkpoint(self.path / CHECKPOINT, state, data, environment, temperature)
             self.write_metrics(state, data, environment)
         except RunDirectoryError as error:
             return str(error)
@@ -606,14 +584,8 @@ class RunDir:
         write_json(self.path / "metrics.json", {"schema": SCHEMA, "environment": environment, **content})
         write_whole(self.path / "metrics.csv", csv_of(history, ROW))
 
-    def finish(self, pictures: dict[str, bytes]) -> Checkpoint:
-        """Writes the pictures of a run that has ended, by the names of their files, and gives its checkpoint."""
-        for name, content in pictures.items():
-            write_whole(self.path / name, content)
-        return load_checkpoint(self.path)
-
     def finished(self) -> bool:
-        """Whether all that `finish` writes last is there."""
+        """Whether the last file of a run is there."""
         return any(self.path.glob("learning_rate.*"))
 
 

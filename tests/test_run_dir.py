@@ -531,17 +531,6 @@ def test_metrics_have_a_final_row_after_the_last_epoch_alone(tmp_path, stepped):
     assert written["final"] == {**row, "epoch": 2, "seconds": 7.0}
 
 
-def test_finish_writes_the_pictures_and_gives_the_checkpoint(tmp_path, stepped):
-    state, data = stepped
-    folder = RunDir(tmp_path)
-    folder.save(state, data, {})
-    assert not folder.finished()
-    checkpoint = folder.finish({"curves.svg": b"a", "learning_rate.svg": b"b"})
-    assert checkpoint.path == tmp_path / "checkpoint.pt"
-    assert ((tmp_path / "curves.svg").read_bytes(), (tmp_path / "learning_rate.svg").read_bytes()) == (b"a", b"b")
-    assert folder.finished()
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that is moved by hand: `clock.now` in seconds."""

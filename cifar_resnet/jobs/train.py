@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -20,13 +21,13 @@ from ..errors import CifarResnetError, RunDirectoryError, UsageError
 from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe
-from ..run_dir import Checkpoint, RunDir, SavePolicy, check_free, default_directory, find_run, write_whole
+from ..run_dir import Checkpoint, RunDir, SavePolicy, check_free, default_directory, find_run, load_checkpoint
 from ..training import calibration, convolution, distributed, engine
 from ..training.autotune import check_convolution_mode
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step
 from ..training.runtime import check_compile_mode, compiled, environment, resolve_device, resolve_precision
-from .common import check_format, check_images, prepare
+from .common import check_format, check_images, prepare, save_figure
 from .convolutions import choose
 from .interrupt import Interrupted, signals
 
@@ -53,17 +54,7 @@ class Watcher:
     def warn(self, message: str) -> None: ...
 
 
-class _EpochsTo(Watcher):
-    """Calls a function with the metrics of every epoch."""
-
-    def __init__(self, function: Callable[[dict[str, float]], object]) -> None:
-        self.function = function
-
-    def epoch(self, epoch: Epoch) -> None:
-        self.function(dict(epoch.metrics))
-
-
-class Watchers(Watcher):
+class Watchers:
     """Hands everything on to several watchers, as far as each has the method for it.
 
     As a context manager it opens and closes those that are one.
@@ -86,20 +77,11 @@ class Watchers(Watcher):
             if hasattr(watcher, method):
                 getattr(watcher, method)(*what)
 
-    def reading(self, done: int, total: int) -> None:
-        self._tell("reading", done, total)
-
-    def begin(self, *what: Any) -> None:
-        self._tell("begin", *what)
-
-    def step(self, *what: Any) -> None:
-        self._tell("step", *what)
-
-    def epoch(self, *what: Any) -> None:
-        self._tell("epoch", *what)
-
-    def warn(self, message: str) -> None:
-        self._tell("warn", message)
+    reading = partialmethod(_tell, "reading")
+    begin = partialmethod(_tell, "begin")
+    step = partialmethod(_tell, "step")
+    epoch = partialmethod(_tell, "epoch")
+    warn = partialmethod(_tell, "warn")
 
 
 @checked
@@ -170,7 +152,8 @@ def _watchers(
 ) -> Watchers:
     """All that are told of a run's course. The table of progress is closed with the stack."""
     table = held.enter_context(TrainingTable()) if (visible() if progress is None else progress) else None
-    return Watchers(*(each for each in (table, on_epoch and _EpochsTo(on_epoch), watcher) if each is not None))
+    calling = on_epoch and SimpleNamespace(epoch=lambda epoch: on_epoch(dict(epoch.metrics)))
+    return Watchers(*(each for each in (table, calling, watcher) if each is not None))
 
 
 def _check(
@@ -305,14 +288,11 @@ class _Run:
             if loader and earlier:
                 self.state = earlier.adopt(self.state, loader)
             else:
-                self._compile()
+                compile, sizes = self.asked["compile"], dict.fromkeys(self.loader.sizes)
+                self.state.forward = compiled(compile, self.recipe, self.state.model, self.device, sizes)
             if loader and capturable(self.state):
                 self._capture(earlier or CapturedEpoch(self.state, loader), captured)
         self._stage("compile")
-
-    def _compile(self) -> None:
-        sizes = dict.fromkeys(self.loader.sizes)
-        self.state.forward = compiled(self.asked["compile"], self.recipe, self.state.model, self.device, sizes)
 
     def _capture(self, steps: CapturedEpoch, captured: dict[Recipe, CapturedEpoch]) -> None:
         try:
@@ -352,11 +332,14 @@ class _Run:
                 self.watcher.warn(f"{given} changes nothing: {reason}")
 
     def steps_to_the_end(self, policy: SavePolicy) -> None:
-        checked = time.monotonic()
+        checked, evaluation = time.monotonic(), partial(self.evaluation.plain, engine.EVALUATION_BATCH)
         with signals() as received:
-            for record in engine.train(self.state, self.loader, self._evaluated, self.run_epoch):
+            for record in engine.train(self.state, self.loader, evaluation, self.run_epoch):
                 epoch_done, run_done = isinstance(record, Epoch), self.state.epoch == self.recipe.epochs
-                self._tell(record)
+                if isinstance(record, Epoch):
+                    self.watcher.epoch(record)
+                else:
+                    self.watcher.step(record, self.state)
                 due, check, stop = distributed.max_over_ranks(
                     policy.due(epoch_done, run_done), time.monotonic() - checked >= 10, received[0] if received else 0
                 )
@@ -374,15 +357,6 @@ class _Run:
                 if stop and not run_done:
                     self._draw_curves()
                     raise Interrupted(stop, self.folder.path)
-
-    def _evaluated(self) -> Iterator[Any]:
-        return self.evaluation.plain(engine.EVALUATION_BATCH)
-
-    def _tell(self, record: Step | Epoch) -> None:
-        if isinstance(record, Epoch):
-            self.watcher.epoch(record)
-        else:
-            self.watcher.step(record, self.state)
 
     def _find_temperature(self) -> float | None:
         accuracy = self.state.history[-1]["test_accuracy"]
@@ -405,26 +379,26 @@ class _Run:
             return
         began = time.monotonic()
         try:
-            write_whole(*self._curves())
+            self._write_curves()
         except RunDirectoryError as error:
             self.watcher.warn(f"{error}; the run goes on")
         self.drawn = time.monotonic()
         self.drawing = self.drawn - began
 
-    def _curves(self) -> tuple[Path, bytes]:
+    def _write_curves(self) -> None:
         from ..look import figures  # whose Matplotlib the first step need not wait for
 
-        format, target = self.asked["format"], self.asked["target"]
-        figure = figures.curves(self.state.history, self.recipe, self.data.evaluated_on, target)
-        return self.folder.path / f"curves.{format}", figures.render(figure, format)
+        figure = figures.curves(self.state.history, self.recipe, self.data.evaluated_on, self.asked["target"])
+        save_figure(figure, self.folder.path / f"curves.{self.asked['format']}")
 
     def finish(self) -> Checkpoint:
         """Draws the run, and gives its checkpoint."""
         from ..look import figures
 
-        (path, curves), format = self._curves(), self.asked["format"]
-        learning_rate = figures.render(figures.learning_rate(self.recipe, self.loader.steps), format)
-        return self.folder.finish({path.name: curves, f"learning_rate.{format}": learning_rate})
+        self._write_curves()
+        figure = figures.learning_rate(self.recipe, self.loader.steps)
+        save_figure(figure, self.folder.path / f"learning_rate.{self.asked['format']}")  # the last file: see `RunDir.finished`
+        return load_checkpoint(self.folder.path)
 
     def _stage(self, name: str) -> None:
         """Ends a stage of the start, whose seconds `metrics.json` keeps."""

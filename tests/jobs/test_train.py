@@ -760,11 +760,15 @@ def test_a_run_that_is_stopped_leaves_its_curves(unfinished):
 
 
 def test_curves_that_cannot_be_written_are_said_and_the_run_goes_on(tiny_recipe, tmp_path, monkeypatch, no_figures):
-    def full(path, content):
-        raise RunDirectoryError(f"{path} could not be written: No space left on device")
+    written = []
+
+    def full_at_first(path, content):
+        written.append(path)
+        if len(written) == 1:
+            raise RunDirectoryError(f"{path} could not be written: No space left on device")
 
     monkeypatch.setattr("cifar_resnet.jobs.train.DRAWN_EVERY", 0)
-    monkeypatch.setattr("cifar_resnet.jobs.train.write_whole", full)
+    monkeypatch.setattr("cifar_resnet.jobs.common.write_whole", full_at_first)
     heard = Listener()
     assert train(tiny_recipe, tmp_path, watcher=heard).finished
     assert heard.warnings == [f"{tmp_path}/curves.png could not be written: No space left on device; the run goes on"]
