@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 import warnings
 from functools import cache
 from typing import cast
@@ -11,6 +10,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
+from rich.cells import cell_len, set_cell_size
 
 DEFAULT = "DejaVu Sans"  # Matplotlib's own
 MOST = 24  # columns of a name in a picture
@@ -18,8 +18,9 @@ MOST = 24  # columns of a name in a picture
 
 def name(text: str, most: int = MOST) -> str:
     """A name as Matplotlib is to draw it; one wider than `most` columns loses its middle. Chinese letters take two columns."""
-    if sum(map(_columns, text)) > most:
-        text = _cut(text, most // 2) + "…" + _cut(text[::-1], most - most // 2 - 1)[::-1]
+    if cell_len(text) > most:
+        first, last = set_cell_size(text, most // 2), set_cell_size(text[::-1], most - most // 2 - 1)[::-1]
+        text = f"{first.rstrip()}…{last.lstrip()}"
     return text.replace("$", r"\$")
 
 
@@ -28,35 +29,17 @@ def title(text: str) -> str:
     return " ".join(name(word, 40) for word in text.split(" "))
 
 
-def _columns(letter: str) -> int:
-    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
-
-
-def _cut(text: str, columns: int) -> str:
-    kept = ""
-    for letter in text:
-        columns -= _columns(letter)
-        if columns < 0:
-            break
-        kept += letter
-    return kept
-
-
 def choose_fonts(figure: Figure) -> None:
     """Gives the texts of a figure fonts of this machine that have their letters; warns of letters that none has, once each."""
     for axis in figure.axes:
         axis.get_xticklabels(), axis.get_yticklabels()  # which makes them
     texts = cast(list[Text], figure.findobj(Text))
-    missing = {letter for text in texts for letter in text.get_text() if not letter.isspace()} - _letters(_default_file())
+    missing = {letter for text in texts for letter in text.get_text() if not letter.isspace()} - _letters(font_manager.findfont(DEFAULT))
     if missing:
         families, without = _fonts_with(frozenset(missing))
         for text in texts:
             text.set_fontfamily([DEFAULT, *families])
         _warn(without)
-
-
-def _default_file() -> str:
-    return font_manager.findfont(DEFAULT)
 
 
 @cache

@@ -101,9 +101,7 @@ def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callabl
         done, of = state[0] or 0, state[1]
         if not of or not done:
             return Line(0.0, [[what, duration(time.monotonic() - began)], [what]])
-        left = (time.monotonic() - began) * (of - done) / done
-        counted = f"{count_of(done, of)} {unit}"
-        return Line(done / of, [[what, counted, f"{time_left(left)} left" if done < of else ""], [what, counted], [what]])
+        return _counted(what, unit, began, done, of)
 
     def tell(done: int, total: int | None = total) -> None:
         state[:] = done, total
@@ -115,6 +113,12 @@ def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callabl
     finally:
         shown.close()
         shown.update(last=True)
+
+
+def _counted(what: str, unit: str, began: float, done: int, total: int) -> Line:
+    """How far a job is, and when at this pace it ends."""
+    counted, left = f"{count_of(done, total)} {unit}", (time.monotonic() - began) * (total - done) / done
+    return Line(done / total, [[what, counted, f"{time_left(left)} left" if done < total else ""], [what, counted], [what]])
 
 
 def visible() -> bool:
@@ -208,7 +212,7 @@ class TrainingTable:
     def __init__(self, began: float | None = None) -> None:
         self.imports = 0.0 if began is None else time.perf_counter() - began
         self.begun = False
-        self.read: tuple[float, int, int] | None = None  # since when images are read, how many are, of how many
+        self.read, self.reading_since = (0, 0), 0.0  # how many images are read, of how many, and since when
         self.live: LiveLine | None = None
         self.lines: list[str] = []  # of a notebook
         self.now: Step | None = None
@@ -227,21 +231,13 @@ class TrainingTable:
 
     def reading(self, done: int, total: int) -> None:
         """A bar, where reading takes longer than a second."""
-        began = self.read[0] if self.read else time.monotonic()
-        self.read = began, done, total
-        if self.live is None and time.monotonic() - began > 1 and visible():
-            self.live = LiveLine(self._reading_line)
+        self.read, self.reading_since = (done, total), self.reading_since or time.monotonic()
+        if self.live is None and time.monotonic() - self.reading_since > 1 and visible():
+            self.live = LiveLine(lambda: _counted("reading", "images", self.reading_since, *self.read))
         if self.live and done < total:
             self.live.update()
         else:
             self.close()
-
-    def _reading_line(self) -> Line:
-        assert self.read
-        began, done, total = self.read
-        counted = f"{count_of(done, total)} images"
-        left = (time.monotonic() - began) * (total - done) / done
-        return Line(done / total, [["reading", counted, f"{time_left(left)} left"], ["reading", counted], ["reading"]])
 
     def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: Data, state: State) -> None:
         from ..data.loaders import batch_sizes

@@ -36,10 +36,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
 
 
-def _plain(images: Tensor) -> Tensor:
-    return images
-
-
 def _mixed(images: Tensor) -> Tensor:
     """Three quarters of each image of a batch, and a quarter of the one before it."""
     return 0.75 * images + 0.25 * images.roll(1, 0)
@@ -57,8 +53,8 @@ def find_temperature(recipe: Recipe, model: ResNet, data: Data, device: torch.de
     split = data.evaluation if held_out else data.train
     chosen = stratified(split.labels, min(IMAGES, len(split)), SEED)
     loader = TensorLoader(split.take(np.random.default_rng(SEED).permutation(chosen)), recipe, device)
-    batches = loader.plain(EVALUATION_BATCH)
-    logits, labels = predict_logits(recipe, model, batches, device, _plain if held_out else _mixed)
+    views = () if held_out else (_mixed,)
+    logits, labels = predict_logits(recipe, model, loader.plain(EVALUATION_BATCH), device, *views)
     if not held_out and scores(logits, labels)["test_accuracy"] > accuracy + GAP:
         return None
     return fit_temperature(logits, labels)

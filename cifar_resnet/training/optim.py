@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,11 +39,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not params:
@@ -53,7 +49,6 @@ class Muon(torch.optim.Optimizer):
                 self._move_kernels(params, gradients, buffers, group)
             else:
                 _sgd(params, gradients, buffers, group)
-        return loss
 
     def _buffers(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """The momentum of each parameter, at first zero."""
