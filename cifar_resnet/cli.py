@@ -433,7 +433,7 @@ def _with_found_lr(recipe: Recipe, suggest: str, run_dir: Path | None, **where: 
         check_free(run_dir)
     trials = {} if suggest == "recommended" else {"trial_steps": 0}
     recipe = with_found_lr(recipe, _find_lr(recipe, None, **where, **trials).suggestions, suggest)
-    console.found_lr(recipe)
+    console.say(f"found: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
     return recipe
 
 

@@ -43,6 +43,11 @@ class NonFiniteLossError(CifarResnetError):
     """The loss, or a weight, stopped being a finite number."""
 
 
+def first_line(error: Exception) -> str:
+    """Of what an error says; its kind, where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def printable(text: str) -> str:
     """The text with every character that is none to look at as an escape: "\\x1b", "\\n", "\\udce9".
 

@@ -26,7 +26,7 @@ from . import __version__
 from .arguments import checked
 from .data.images import WHITES
 from .data.splits import Data, same_images
-from .errors import CheckpointError, RunDirectoryError, UsageError, printable, shell_command
+from .errors import CheckpointError, RunDirectoryError, UsageError, first_line, printable, shell_command
 from .recipe import DATASETS, Recipe, read_json
 from .training import convolution
 from .training.engine import State, finite, start
@@ -194,12 +194,10 @@ def check_free(path: Path) -> None:
     """
     check_writable(path)
     if path.exists() and any(name not in (LOCK, HOLDER) and not name.endswith(".part") for name in os.listdir(path)):
-        go_on = (
-            f", leave it out for a new one, or go on with the run in it: {shell_command('train', '--resume', path)}"
-            if (path / RECIPE).exists()
-            else ""
-        )
-        raise RunDirectoryError(f"run directory {path} is not empty; choose another{go_on}")
+        advice = "choose another"
+        if (path / RECIPE).exists():
+            advice += f", leave it out for a new one, or go on with the run in it: {shell_command('train', '--resume', path)}"
+        raise RunDirectoryError(f"run directory {path} is not empty; {advice}")
 
 
 def check_writable(path: Path) -> None:
@@ -297,9 +295,7 @@ class Checkpoint:
         return state
 
 
-def save_checkpoint(
-    path: Path, state: State, data: Data, environment: dict[str, Any], temperature: float | None = None
-) -> None:
+def save_checkpoint(path: Path, state: State, data: Data, environment: dict[str, Any], temperature: float | None = None) -> None:
     """Everything that evaluation and resuming need; tensors and plain values only."""
     content = {
         "kind": KIND,
@@ -352,8 +348,9 @@ def load_checkpoint(path: Path | str = LATEST) -> Checkpoint:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} is not a checkpoint that this version of cifar-resnet can use: {reason[0]}") from None
+        raise CheckpointError(
+            f"{path} is not a checkpoint that this version of cifar-resnet can use: {first_line(error)}"
+        ) from None
     return checkpoint
 
 

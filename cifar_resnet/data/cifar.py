@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .splits import Split
 
 _ADVICE = "or use --dataset digits, which needs no download"
@@ -134,7 +134,7 @@ def _from_archive(published: Any, folder: Path, notify: Callable[[str], None]) -
             unpacked = Path(part) / published.base_folder
             yield _put(unpacked, target) if writable else unpacked
     except (OSError, EOFError, tarfile.TarError) as error:
-        raise DataError(f"{archive} cannot be unpacked: {_first_line(error)}") from None
+        raise DataError(f"{archive} cannot be unpacked: {first_line(error)}") from None
 
 
 def _damage(published: Any, folder: Path) -> DataError:
@@ -169,7 +169,7 @@ def _download(published: Any, folder: Path, notify: Callable[[str], None]) -> No
     except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
         raise DataError(
             f"{name} is not in {folder} (expected {target / published.train_list[0][0]} and the others), and downloading "
-            f"{published.url} there failed: {_first_line(error)}. Give its folder with --data-dir, {_ADVICE}"
+            f"{published.url} there failed: {first_line(error)}. Give its folder with --data-dir, {_ADVICE}"
         ) from None
 
 
@@ -193,7 +193,3 @@ def _put(unpacked: Path, target: Path) -> Path:
         if not target.exists():
             raise
     return target
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

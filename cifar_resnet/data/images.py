@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from ..errors import DataError, UsageError
+from ..errors import DataError, UsageError, first_line
 
 RULE = 3  # of reading; a new number makes kept images be read again
 # The value of white in images of more than 8 bits: the first of these that no pixel exceeds by more than a hundredth.
@@ -179,5 +179,5 @@ def _reason(path: Path, error: Exception) -> str:
         return f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, the most that are read"
     if isinstance(error, UnidentifiedImageError):
         return "not an image that can be read"
-    message = (str(error) or type(error).__name__).splitlines()[0]
+    message = first_line(error)
     return message if "truncated" in message else f"damaged ({message})"

@@ -17,7 +17,7 @@ from ..arguments import checked
 from ..data.datasets import load, with_statistics
 from ..data.loaders import Loader, TensorLoader, check_batches, check_loader, make_loader
 from ..data.splits import Data, same_images
-from ..errors import CifarResnetError, RunDirectoryError, UsageError
+from ..errors import CifarResnetError, RunDirectoryError, UsageError, first_line
 from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe
@@ -300,8 +300,7 @@ class _Run:
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # an old driver, or an operation that cannot be captured
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.watcher.warn(f"the step cannot be captured as a graph: {reason}; it trains without")
+            self.watcher.warn(f"the step cannot be captured as a graph: {first_line(error)}; it trains without")
             return
         self.run_epoch = captured[self.recipe.replace(seed=0)] = steps
 

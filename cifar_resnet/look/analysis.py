@@ -121,6 +121,7 @@ def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str
     matrix = confusion_matrix(true, predicted, labels=every)
     off_diagonal = matrix - np.diag(matrix.diagonal())
     largest = [divmod(int(cell), len(classes)) for cell in off_diagonal.argsort(axis=None, kind="stable")[::-1][:10]]
+    confused = [(i, j, int(matrix[i, j])) for i, j in largest if off_diagonal[i, j]]
     score, bins = scores(logits, labels), reliability(logits, labels)
     return {
         "images": len(labels),
@@ -134,14 +135,8 @@ def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str
         },
         "confusion_matrix": matrix.tolist(),
         "most_confused": [
-            {
-                "true": classes[i],
-                "predicted": classes[j],
-                "count": int(matrix[i, j]),
-                "share": 100 * float(matrix[i, j] / matrix[i].sum()),
-            }
-            for i, j in largest
-            if off_diagonal[i, j]
+            {"true": classes[i], "predicted": classes[j], "count": count, "share": 100 * float(count / matrix[i].sum())}
+            for i, j, count in confused
         ],
     }
 

@@ -226,11 +226,6 @@ def _compared(group: dict[str, Any], evaluated_on: str) -> dict[str, Cell]:
     }
 
 
-def found_lr(recipe: Recipe) -> None:
-    """The learning rates that a run was given by the search before it."""
-    say(f"found: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
-
-
 def lr_suggestions(found: FoundLR, rule: str, then: str, written: str) -> None:
     """What a search for the learning rate found: what to take, and the command `then` to go on with; the trials; other rules."""
     suggested = found.suggestions

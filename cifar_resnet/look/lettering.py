@@ -34,7 +34,9 @@ def choose_fonts(figure: Figure) -> None:
     for axis in figure.axes:
         axis.get_xticklabels(), axis.get_yticklabels()  # which makes them
     texts = cast(list[Text], figure.findobj(Text))
-    missing = {letter for text in texts for letter in text.get_text() if not letter.isspace()} - _letters(font_manager.findfont(DEFAULT))
+    missing = {letter for text in texts for letter in text.get_text() if not letter.isspace()} - _letters(
+        font_manager.findfont(DEFAULT)
+    )
     if missing:
         families, without = _fonts_with(frozenset(missing))
         for text in texts:
