@@ -29,27 +29,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-_HOME = {
-    "errors": ("CifarResnetError",),
-    "jobs.bench": ("bench",),
-    "jobs.compare": ("compare",),
-    "jobs.demo": ("demo",),
-    "jobs.evaluate": ("evaluate",),
-    "jobs.export": ("export",),
-    "jobs.find_lr": ("find_lr",),
-    "jobs.misclassified": ("misclassified",),
-    "jobs.predict": ("predict",),
-    "jobs.repeat": ("repeat",),
-    "jobs.report": ("report",),
-    "jobs.samples": ("samples",),
-    "jobs.track": ("track",),
-    "jobs.train": ("Watcher", "Watchers", "train"),
-    "jobs.training_labels": ("training_labels",),
-    "recipe": ("Recipe",),
-    "presets": ("PRESETS",),
-    "run_dir": ("Checkpoint", "load_checkpoint"),
-    "training.model": ("ResNet", "build_model"),
-}
+_MODULES = {  # of the names that are no job's
+    "CifarResnetError": "errors", "PRESETS": "presets", "Recipe": "recipe", "Checkpoint": "run_dir", "load_checkpoint": "run_dir",
+    "ResNet": "training.model", "build_model": "training.model", "Watcher": "jobs.train", "Watchers": "jobs.train",
+}  # fmt: skip
 __all__ = [
     "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "Watchers", "bench", "build_model",
     "compare", "demo", "evaluate", "export", "find_lr", "load_checkpoint", "misclassified", "predict", "repeat", "report",
@@ -58,7 +41,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES.get(name, f'jobs.{name}')}", __name__), name)

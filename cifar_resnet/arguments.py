@@ -15,10 +15,7 @@ from .errors import UsageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-HINTS: dict[type, str] = {
-    str: "Recipe.build({})",
-    dict: "Recipe.build(**fields)",
-}  # what was meant by something else than a Recipe
+HINTS: dict[type, str] = {str: "Recipe.build({})", dict: "Recipe.build(**fields)"}  # what was meant in place of a Recipe
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

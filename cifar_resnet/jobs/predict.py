@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..arguments import checked
@@ -19,12 +17,9 @@ from ..data.loaders import make_loader
 from ..data.splits import Split
 from ..errors import DataError, UsageError
 from ..look import analysis
-from ..run_dir import Checkpoint
-from ..training.model import ResNet
 from .common import opened, say_unfinished
 
 CHUNK = 1000  # images in memory at a time
-
 
 Picture = Path | str | Image.Image | np.ndarray
 
@@ -76,7 +71,13 @@ def predict(
         _add(each, asked, others)
     if not asked:
         raise UsageError(f"there are no images in {', '.join(map(str, images))}")
-    probable = partial(_probable, loaded, loaded.model(resolved), resolved, tta, top)
+    model = loaded.model(resolved)
+
+    def probable(pixels: list[np.ndarray]) -> list[list[dict[str, Any]]]:
+        split = Split(np.stack(pixels), np.zeros(len(pixels), np.int64), np.arange(len(pixels)))
+        logits = analysis.mean_logits(loaded.recipe, model, make_loader(split, loaded.recipe, resolved), resolved, tta)
+        return analysis.most_probable(logits, loaded.classes, top, loaded.temperature)
+
     return _predictions(probable, loaded.whites, asked, others, progress, skipped, notify)
 
 
@@ -93,15 +94,6 @@ def _add(given: Picture, asked: list[_Asked], others: list[Path]) -> None:
         others += rest
     else:
         asked.append(_Asked(Path(given)))
-
-
-def _probable(
-    loaded: Checkpoint, model: ResNet, device: torch.device, tta: str, top: int, pixels: list[np.ndarray]
-) -> list[list[dict[str, Any]]]:
-    """The most probable classes of each image."""
-    split = Split(np.stack(pixels), np.zeros(len(pixels), np.int64), np.arange(len(pixels)))
-    logits = analysis.mean_logits(loaded.recipe, model, make_loader(split, loaded.recipe, device), device, tta)
-    return analysis.most_probable(logits, loaded.classes, top, loaded.temperature)
 
 
 def _predictions(

@@ -91,7 +91,8 @@ class CapturedEpoch:
         """Takes the steps that are left of the epoch in which `state` stands; yields the loss of each."""
         assert state is self.state
         first = state.epoch * self.loader.steps
-        self.table.copy_(self.loader.send(self._drawn(state.epoch)))
+        epoch, drawn = self.drawn
+        self.table.copy_(self.loader.send(drawn if epoch == state.epoch else self.loader.draw(state.epoch)))
         self.done.fill_(first + state.step)
         for step in range(first + state.step, first + self.loader.steps):
             kind = self.kind(step)
@@ -103,10 +104,6 @@ class CapturedEpoch:
             yield self.losses[step]
         if state.epoch + 1 < state.recipe.epochs:
             self.drawn = state.epoch + 1, self.loader.draw(state.epoch + 1)  # while the GPU has steps to do
-
-    def _drawn(self, epoch: int) -> Tensor:
-        there, table = self.drawn
-        return table if there == epoch else self.loader.draw(epoch)
 
     def _step(self, kind: Kind, momentum: float) -> None:
         """The next step, which must be of this kind. Nothing here depends on a value of the device but what is computed there."""
