@@ -141,8 +141,8 @@ def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
 def _without_dynamo(kind: type[torch.optim.Optimizer]) -> Any:
     """The class of optimizers, with the bodies of torch's methods alone.
 
-    torch wraps these for torch.compile, and the wrappers import torch._dynamo, which takes as long as all else before the first
-    step. No step of an optimizer is compiled here. Where torch does not say what it wraps, its own methods stay.
+    torch wraps these for torch.compile, and the wrappers import torch._dynamo, a third of the time until the first step. No step of
+    an optimizer is compiled here. Where torch does not say what it wraps, its own methods stay.
     """
     names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
     bare = {name: inspect.unwrap(getattr(kind, name)) for name in names}
