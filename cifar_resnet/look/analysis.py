@@ -160,20 +160,10 @@ def calibration_error(bins: list[dict[str, Any]]) -> float:
     return sum(gaps) / sum(row["count"] for row in bins)
 
 
-def mistakes(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...], temperature: float = 1.0) -> list[Mistake]:
-    """Every misclassified image, the surest first."""
-    return _by_confidence(logits, labels, split, classes, temperature, right=False)
-
-
-def least_sure(logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...], temperature: float = 1.0) -> list[Mistake]:
-    """Every image that is predicted right, the least sure first."""
-    return _by_confidence(logits, labels, split, classes, temperature, right=True)
-
-
-def _by_confidence(
-    logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...], temperature: float, right: bool
+def mistakes(
+    logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...], temperature: float = 1.0, right: bool = False
 ) -> list[Mistake]:
-    """The images predicted right, the least sure first, or those predicted wrong, the surest first."""
+    """Every misclassified image, the surest first; or with `right` those predicted right, the least sure first."""
     believed = probabilities(logits, temperature)
     confidence, predicted = believed.max(1)
     positions = ((predicted == labels) == right).nonzero().flatten()
@@ -197,6 +187,9 @@ def _listed(believed: Tensor, classes: tuple[str, ...], label: int) -> dict[str,
     if len(classes) <= MANY:
         return dict(zip(classes, believed.tolist(), strict=True))
     return {classes[i]: float(believed[i]) for i in (*believed.topk(LISTED).indices.tolist(), label)}
+
+
+least_sure = partial(mistakes, right=True)
 
 
 def choose(

@@ -88,9 +88,9 @@ def test_test_time_augmentation_is_the_mean_of_its_views(tiny_run, tmp_path, tta
 @pytest.mark.parametrize("native", [True, False])
 def test_where_bfloat16_is_only_emulated_evaluation_is_in_float32(native, no_figures, tmp_path, cli, monkeypatch):
     recipe = Recipe.build("digits", epochs=1, train_limit=70, test_limit=40, precision="bfloat16", width=4)
+    monkeypatch.setattr("cifar_resnet.training.calibration.find_temperature", lambda *_: None)
     checkpoint = train(recipe, tmp_path / "run")
     monkeypatch.setattr("cifar_resnet.training.runtime._multiplies_bfloat16", lambda device: native)
-    monkeypatch.setattr("cifar_resnet.run_dir.Checkpoint.temperature", 1.0)
     images, labels = images_of(checkpoint.recipe)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=native):
         logits = checkpoint.model().logits(images).double()
