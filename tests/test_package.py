@@ -211,7 +211,7 @@ small = dict(epochs=1, train_limit=20, test_limit=10, batch_size=10, width=4, la
 for optimizer in ("muon", "sgd", "adam", "adamw"):
     recipe = Recipe.build("digits", optimizer=optimizer, sam_share=0.5, ema_decay=0.5, ema_every=1, **small)
     cifar_resnet.train(recipe, optimizer, watcher=Watcher(), device="cpu")
-print("ends with", sorted({"torch._dynamo"} & set(sys.modules)))
+print("ends with", sorted({"sympy", "torch._dynamo"} & set(sys.modules)))
 """
 
 

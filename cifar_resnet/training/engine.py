@@ -204,7 +204,7 @@ def _backward(state: State, batch: Batch) -> tuple[Tensor, Tensor]:
     with autocast(state.recipe, batch.images.device):
         output = state.forward(batch.images)
     loss = training_loss(state.recipe, output, batch.labels)
-    loss.backward(torch.full_like(loss, batch.weight))
+    (batch.weight * loss).backward()
     return output.detach(), loss.detach()
 
 
