@@ -64,7 +64,7 @@ def load(
         _check_size("--test-limit", recipe.test_limit, len(evaluation), len(classes))
         evaluation = evaluation.take(stratified(evaluation.labels, recipe.test_limit, SUBSET_SEED))
     if recipe.batch_size > len(train):
-        raise UsageError(f"--batch-size {recipe.batch_size} is more than the {len(train)} training images")
+        raise UsageError(f"--batch-size {recipe.batch_size} is more than the {len(train)} training images; give a smaller one")
     names = tuple(map(printable, classes))
     return Data(train, evaluation, names, "holdout" if recipe.holdout else "test", whites)
 
