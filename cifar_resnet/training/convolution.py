@@ -16,7 +16,7 @@ from torch.nn import functional
 
 MIB = 2**20
 MIN_CHANNELS, MIN_POSITIONS = 64, 1024  # below, Winograd's transforms cost more than they save, where nothing was measured
-TILES = 256  # of Winograd at a time: about what the second-level cache holds
+TILES = 8192  # of Winograd at a time: fewer save memory, but wait more for other programs on the same cores
 
 # Winograd's F(4x4, 3x3) needs a quarter of the multiplications. An output tile of 4x4 pixels is Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A, of the
 # kernel g, 3x3, and the input tile d, 6x6 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, section 4.3).
@@ -234,16 +234,21 @@ def _weight_gradient_by_shifts(x: Tensor, g: Tensor, turned: bool) -> Tensor:
     return total.view(3, 3, *total.shape[1:]).mT
 
 
+def _transform(matrix: Tensor, tiles: Tensor) -> Tensor:
+    """`matrix`, (out, in), times each tile: (tiles, in, channels) to (tiles, out, channels)."""
+    return torch.bmm(matrix.expand(len(tiles), *matrix.shape), tiles)
+
+
 def _winograd_tiles(x: Tensor) -> Tensor:
-    """Transformed overlapping tiles, (36, tiles, C), of images (N, H, W, C) with a border of zeros."""
+    """Transformed overlapping tiles, (tiles, 36, C), of images (N, H, W, C) with a border of zeros."""
     tiles = functional.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 6, 4).unfold(2, 6, 4)
-    return (INPUT @ tiles.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)).view(36, -1, x.shape[3])
+    return _transform(INPUT, tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, 36, x.shape[3]))
 
 
 def _in_tiles(x: Tensor) -> Tensor:
-    """A view of images as their tiles, (4, 4, N, H / 4, W / 4, C)."""
+    """A view of images as their tiles, (N, H / 4, W / 4, 4, 4, C)."""
     n, height, width, channels = x.shape
-    return x.view(n, height // 4, 4, width // 4, 4, channels).permute(2, 4, 0, 1, 3, 5)
+    return x.view(n, height // 4, 4, width // 4, 4, channels).transpose(2, 3)
 
 
 def _winograd_images(x: Tensor) -> int:
@@ -259,10 +264,13 @@ def _winograd_kernels(kernels: Tensor) -> Tensor:
 
 
 def _winograd(x: Tensor, kernels: Tensor) -> Tensor:
-    transformed, y = _winograd_kernels(kernels), x.new_empty(*x.shape[:3], kernels.shape[3])
+    outputs = kernels.shape[3]
+    transformed, y = _winograd_kernels(kernels), x.new_empty(*x.shape[:3], outputs)
     for images, result in _pieces(x, y, size=_winograd_images(x)):
-        tiles = _in_tiles(result)
-        tiles.copy_((OUTPUT @ torch.bmm(_winograd_tiles(images), transformed).view(36, -1)).view(tiles.shape))
+        tiles = _winograd_tiles(images)
+        product = tiles.new_empty(len(tiles), 36, outputs)
+        torch.bmm(tiles.transpose(0, 1), transformed, out=product.transpose(0, 1))
+        _in_tiles(result).copy_(_transform(OUTPUT, product).view(_in_tiles(result).shape))
     return y
 
 
@@ -270,8 +278,8 @@ def _winograd_weight_gradient(x: Tensor, g: Tensor) -> Tensor:
     inputs, outputs = x.shape[3], g.shape[3]
     total = x.new_zeros(36, outputs, inputs)
     for images, gradients in _pieces(x, g, size=_winograd_images(x)):
-        tiles = (OUTPUT.T @ _in_tiles(gradients).reshape(16, -1)).view(36, -1, outputs)
-        total.baddbmm_(tiles.mT, _winograd_tiles(images))
+        tiles = _transform(OUTPUT.T, _in_tiles(gradients).reshape(-1, 16, outputs))
+        total.baddbmm_(tiles.permute(1, 2, 0), _winograd_tiles(images).transpose(0, 1))
     return (KERNEL.T @ total.view(36, -1)).view(3, 3, outputs, inputs).mT
 
 
