@@ -693,7 +693,8 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure this machine: images a second in training and evaluation, the share of its peak, and how long a run will take.
 
-    Takes about two minutes on a CPU, half as much again with --reference, and no data. Let nothing else run beside it.
+    Takes two minutes on a CPU with bfloat16 and eight without, half as much again with --reference, and no data. Let nothing else
+    run beside it.
     """
     from .jobs.bench import bench
     from .run_dir import writable, write_json
