@@ -24,15 +24,14 @@ class Timing(NamedTuple):
 
     layer: str  # see `convolution.layer_name`
     direction: str  # a field of `Ways`
-    seconds: dict[str, float]  # by way, for the model's batch; a way that was hopeless at first has its first time
+    seconds: dict[str, float]  # by way, for the model's batch, from a part of it
     flop: float  # of the direct convolution of that batch
     chosen: str
 
 
-def check_convolution_mode(mode: str) -> str:
+def check_convolution_mode(mode: str) -> None:
     if mode not in ("auto", "torch"):
         raise UsageError(f"--convolution {mode}: it is auto or torch")
-    return mode
 
 
 def layers(model: nn.Module, size: int) -> list[tuple[Conv3x3, torch.Size]]:
@@ -61,8 +60,9 @@ def flop(layer: Conv3x3, shape: torch.Size) -> float:
 
 
 def measure(model: nn.Module, size: int, dtype: torch.dtype) -> list[Timing]:
-    """Times every way of every layer and direction for batches of `size`, in turn."""
-    return [timing for layer, shape in layers(model, size) for timing in _measure_layer(layer, shape, dtype)]
+    """Times every way of every layer and direction for batches of `size`, in turn. torch's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return [timing for layer, shape in layers(model, size) for timing in _measure_layer(layer, shape, dtype)]
 
 
 def choice(timings: Iterable[Timing]) -> dict[str, list[str]]:

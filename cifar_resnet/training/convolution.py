@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 MIB = 2**20
-MIN_CHANNELS, MIN_POSITIONS = 64, 1024  # below, Winograd's transforms cost more than they save, where nothing was measured
+MIN_POSITIONS = 1024  # pixels of a batch: with fewer, those of single images, torch's own convolution is quickest
+MIN_CHANNELS = 64  # with fewer, where nothing was measured, Winograd's transforms would cost more than they save
 TILES = 8192  # of Winograd at a time: fewer save memory, but wait more for other programs on the same cores
 
 # Winograd's F(4x4, 3x3) needs a quarter of the multiplications. An output tile of 4x4 pixels is Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A, of the
@@ -75,11 +76,13 @@ class Conv3x3(nn.Conv2d):
     def _ways(self, x: Tensor) -> Ways:
         if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return TORCH
+        if x.shape[0] * x.shape[2] * x.shape[3] < MIN_POSITIONS:
+            return TORCH
         dtype = compute_type(x)
         if self.ways is not None:
             return self.ways.get(layer_name(dtype, len(self.weight), x.shape), TORCH)
-        large = x.shape[1] >= MIN_CHANNELS and x.shape[0] * x.shape[2] * x.shape[3] >= MIN_POSITIONS
-        return WINOGRAD if large and possible("winograd", dtype, x.shape) and torch.backends.mkl.is_available() else TORCH
+        usual = x.shape[1] >= MIN_CHANNELS and possible("winograd", dtype, x.shape) and torch.backends.mkl.is_available()
+        return WINOGRAD if usual else TORCH
 
 
 def use(model: nn.Module, ways: Mapping[str, Sequence[str]] | None) -> None:

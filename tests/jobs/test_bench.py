@@ -25,6 +25,7 @@ def small(monkeypatch):
     monkeypatch.setattr(engine, "EVALUATION_BATCH", 16)
     for name, value in dict(MIN_FLOP=0, MIN_POSITIONS=16, CALL_SECONDS=1e-9).items():
         monkeypatch.setattr(autotune, name, value)
+    monkeypatch.setattr(convolution, "MIN_POSITIONS", 1)
     plain = bench.bench
     monkeypatch.setattr(bench, "bench", lambda recipe, **options: plain(recipe, **{**options, "seconds": 1e-9}))
 

@@ -27,10 +27,12 @@ def test_the_layers_of_the_default_network_that_are_worth_a_choice():
     assert autotune.layers(build_model(Recipe(width=4)), 64) == []
 
 
-def test_looking_for_the_layers_leaves_the_model_as_it_was():
+def test_measuring_leaves_the_model_and_the_random_state_as_they_were(quick):
     model = build_model(Recipe(width=4)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    autotune.layers(model, 512)
+    state = torch.get_rng_state()
+    autotune.measure(model, 8, torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())

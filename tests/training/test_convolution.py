@@ -16,6 +16,12 @@ SHAPES += [(2, 3, 32, 32, 64), (3, 5, 4, 4, 7), (2, 3, 8, 12, 4), (70, 16, 16, 1
 EXACT = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """A few pixels are worth a choice."""
+    monkeypatch.setattr(convolution, "MIN_POSITIONS", 1)
+
+
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -77,7 +83,7 @@ def test_where_nothing_was_measured_winograd_is_used_where_it_is_usually_faster(
         assert layer._ways(x) == TORCH
 
 
-def test_what_is_chosen_holds_for_its_layer_and_type(monkeypatch):
+def test_what_is_chosen_holds_for_its_layer_and_type(few, monkeypatch):
     apply, seen = convolution._Convolution.apply, []
     monkeypatch.setattr(convolution._Convolution, "apply", lambda *given: (seen.append(given[2]), apply(*given))[1])
     layer, ways = Conv3x3(8, 16), Ways("patches", "torch", "shifts")
@@ -99,7 +105,13 @@ def test_a_way_that_there_is_not_is_refused(wrong):
         use(Conv3x3(4, 4), {"float32 4>4 4x4": wrong})
 
 
-def test_under_autocast_the_weights_get_gradients_of_their_own_type():
+def test_single_images_are_computed_by_torch_whatever_was_chosen_for_batches():
+    layer, x = Conv3x3(8, 16), random(64, 8, 4, 4)
+    use(layer, {"float32 8>16 4x4": list(WINOGRAD)})
+    assert (layer._ways(x), layer._ways(x[:63])) == (WINOGRAD, TORCH)
+
+
+def test_under_autocast_the_weights_get_gradients_of_their_own_type(few):
     layer, x, g = Conv3x3(8, 16, bias=True), random(5, 8, 8, 8), random(5, 16, 8, 8)
     use(layer, {"bfloat16 8>16 8x8": ["patches", "small patches", "shifts"]})
     x.requires_grad_()
@@ -162,7 +174,7 @@ class Everywhere(dict):
 
 
 @pytest.mark.parametrize("ways", [WINOGRAD, Ways("patches", "patches", "turned patches"), Ways("small patches", "torch", "shifts")])
-def test_the_network_in_float32_is_that_in_float64(ways, monkeypatch):
+def test_the_network_in_float32_is_that_in_float64(ways, few, monkeypatch):
     apply, calls = convolution._Convolution.apply, []
     monkeypatch.setattr(convolution._Convolution, "apply", lambda *arguments: (calls.append(1), apply(*arguments))[1])
     images, labels = random(16, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(16) % 10
