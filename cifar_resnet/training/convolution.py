@@ -17,7 +17,7 @@ from torch.nn import functional
 MIB = 2**20
 MIN_POSITIONS = 1024  # pixels of a batch: with fewer, those of single images, torch's own convolution is quickest
 MIN_CHANNELS = 64  # with fewer, where nothing was measured, Winograd's transforms would cost more than they save
-TILES = 8192  # of Winograd at a time: fewer save memory, but wait more for other programs on the same cores
+TILES = 4096  # of Winograd at a time: fewer save memory, but wait more for other programs on the same cores
 
 # Winograd's F(4x4, 3x3) needs a quarter of the multiplications. An output tile of 4x4 pixels is Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A, of the
 # kernel g, 3x3, and the input tile d, 6x6 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, section 4.3).
