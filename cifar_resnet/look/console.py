@@ -140,7 +140,8 @@ def predictions(found: list[dict[str, Any]]) -> None:
         for row in found
     ]
     pairs = [(2 * each + 1, 2 * each + 2) for each in range(count)]
-    print_table(["image", *chain.from_iterable((rank, ">") for rank in ranks)], rows, spare=pairs[:0:-1], gap=False)
+    if rows:
+        print_table(["image", *chain.from_iterable((rank, ">") for rank in ranks)], rows, spare=pairs[:0:-1], gap=False)
 
 
 def evaluation(content: dict[str, Any]) -> None:

@@ -43,6 +43,13 @@ def test_predictions_on_files_are_those_on_the_dataset(digit_images, tiny_run, c
         assert [each["probability"] for each in row["classes"]] == pytest.approx(probabilities.tolist(), rel=1e-3)
 
 
+def test_where_no_image_can_be_read_there_is_no_table(cli, tiny_run, tmp_path):
+    code, out, err = cli("predict", tiny_run, tmp_path / "missing.png")
+    assert (code, out) == (1, "")
+    assert "missing.png: No such file" in err
+
+
+
 def test_what_is_no_image_is_named_and_skipped(digit_images, tiny_run, cli, tmp_path, monkeypatch):
     folder, _ = digit_images
     monkeypatch.chdir(folder)
