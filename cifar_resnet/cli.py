@@ -693,7 +693,7 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure this machine: images a second in training and evaluation, the share of its peak, and how long a run will take.
 
-    Needs no data. Takes two minutes on a CPU with bfloat16, eight without, and half as much again with --reference. Run nothing beside it.
+    Needs no data. Takes two to ten minutes on two CPU cores: ten without bfloat16 and with --reference. Run nothing beside it.
     """
     from .jobs.bench import bench
     from .run_dir import writable, write_json

@@ -45,10 +45,10 @@ def chosen_here(recipe: Recipe, device: torch.device) -> bool:
 
 def _kept_or_measured(model: nn.Module, recipe: Recipe) -> Choice:
     path = _path(recipe)
-    if (kept := _read(path, model)) is not None:
+    if (kept := _read(path)) is not None:
         return kept
     timings = autotune.measure(model, *_size(recipe))
-    kept = _read(path, model)  # by a run that began at the same time: both take one choice
+    kept = _read(path)  # by a run that began at the same time: both take one choice
     return keep(recipe, timings) if kept is None else kept
 
 
@@ -69,11 +69,13 @@ def keep(recipe: Recipe, timings: list[Timing]) -> Choice:
     return choice
 
 
-def _read(path: Path | None, model: nn.Module) -> Choice | None:
+def _read(path: Path | None) -> Choice | None:
     """What is kept there; None where nothing is, or nothing that this version understands."""
+    if path is None:
+        return None
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        choice = json.loads(path.read_text(encoding="utf-8"))["convolutions"] if path else None
-        convolution.use(model, choice)
+        choice = json.loads(path.read_text(encoding="utf-8"))["convolutions"]
+        convolution.checked_ways(choice)
         return choice
     return None
 

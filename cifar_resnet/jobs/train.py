@@ -274,6 +274,10 @@ class _Run:
     def _choose_convolutions(self) -> None:
         """Of a new run. One that goes on computes them as before, but where torch's own are asked for."""
         mode, traced = self.asked["convolution"], self.asked["compile"] == "on"
+        if self.device.type != "cpu":
+            if mode == "torch":
+                self.watcher.warn(f"--convolution torch changes nothing: it is for a CPU, and the run is on {self.device}")
+            return
         if mode == "torch" or (convolution.used(self.state.model) is None and not traced):
             choice = choose(mode, self.state.model, self.recipe, self.device)
             for model in {self.state.model, self.state.tested}:

@@ -85,16 +85,23 @@ class Conv3x3(nn.Conv2d):
         return WINOGRAD if usual else TORCH
 
 
-def use(model: nn.Module, ways: Mapping[str, Sequence[str]] | None) -> None:
-    """Lets every convolution of the model be computed in these ways, the three of `Ways` by layer; see `Conv3x3.ways`.
+def checked_ways(ways: Mapping[str, Sequence[str]]) -> dict[str, Ways]:
+    """The three `Ways` of each layer, from plain values.
 
     Raises:
         ValueError: one of them is no way that there is.
+        TypeError: they are not three.
     """
-    chosen = None if ways is None else {layer: Ways(*each) for layer, each in ways.items()}
-    for layer, (forward, input_gradient, weight_gradient) in (chosen or {}).items():
+    chosen = {layer: Ways(*each) for layer, each in ways.items()}
+    for layer, (forward, input_gradient, weight_gradient) in chosen.items():
         if not {forward, input_gradient} <= set(CONVOLUTIONS) or weight_gradient not in WEIGHT_GRADIENTS:
             raise ValueError(f"the convolution {layer} has ways that there are not")
+    return chosen
+
+
+def use(model: nn.Module, ways: Mapping[str, Sequence[str]] | None) -> None:
+    """Lets every convolution of the model be computed in these ways; see `Conv3x3.ways` and, for what it raises, `checked_ways`."""
+    chosen = None if ways is None else checked_ways(ways)
     for module in model.modules():
         if isinstance(module, Conv3x3):
             module.ways = chosen

@@ -1,5 +1,6 @@
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import cifar_resnet
 from cifar_resnet import Recipe, evaluate, load_checkpoint, train
 from cifar_resnet.errors import CheckpointError, UsageError
 from cifar_resnet.jobs import convolutions
-from cifar_resnet.training import autotune, convolution, runtime
+from cifar_resnet.jobs.train import _Run
+from cifar_resnet.training import autotune, convolution, engine, runtime
 from cifar_resnet.training.model import build_model
 
 CPU = torch.device("cpu")
@@ -148,6 +150,21 @@ def test_torchs_own_convolutions_can_be_asked_for(recipe, folder, timed, tmp_pat
     code, _, err = cli("train", "--convolution", "fast")
     assert code == 2
     assert "fast" in err
+
+
+@pytest.mark.parametrize(("mode", "warned"), [("auto", 0), ("torch", 1)])
+def test_on_a_gpu_the_choice_of_a_cpu_is_kept_and_asking_for_torch_is_said_to_change_nothing(recipe, mode, warned):
+    state, said = engine.start(recipe, CPU, convolutions=CHOICE), []
+    run = SimpleNamespace(
+        asked={"convolution": mode, "compile": "auto"},
+        device=torch.device("cuda"),
+        state=state,
+        recipe=recipe,
+        watcher=SimpleNamespace(warn=said.append),
+    )
+    _Run._choose_convolutions(run)
+    assert convolution.used(state.model) == CHOICE
+    assert len(said) == warned
 
 
 def test_a_checkpoint_that_names_another_way_is_refused(recipe, folder, timed, tmp_path):
