@@ -44,7 +44,12 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    recipe: str = _field("default", "Recipe", "Named preset to start from; `cifar-resnet recipes` lists them.", min_length=1)
+    recipe: str = _field(
+        "default",
+        "Recipe",
+        "Named preset, whose values are then the defaults of the other options. `cifar-resnet recipes` lists them.",
+        min_length=1,
+    )
 
     dataset: str = _field(
         "cifar10",

@@ -79,18 +79,18 @@ def misclassified(
     if unsure:
         notify(said)
     if shown := chosen[:count] or unsure:
-        _draw(found, shown, layer, said, folder, format, written)
+        _draw(found, shown, layer, said, folder, format, written, "label" if sort == "label" else "true")
     write_images(found, chosen, copy_to, save_images, written)
     return chosen
 
 
 def _draw(
     found: Prediction, shown: list[analysis.Mistake], layer: str, title: str, folder: Path, format: str,
-    written: Callable[[Path], None],
+    written: Callable[[Path], None], given: str,
 ) -> None:  # fmt: skip
     images, of_predicted, of_rival = grad_cams(found, shown, layer)
-    written(save_figure(pictures.misclassified(images, shown, title), folder / f"misclassified.{format}"))
-    looked = pictures.grad_cam(images, of_predicted, of_rival, shown, f"Grad-CAM at {layer}: {title}")
+    written(save_figure(pictures.misclassified(images, shown, title, given), folder / f"misclassified.{format}"))
+    looked = pictures.grad_cam(images, of_predicted, of_rival, shown, f"Grad-CAM at {layer}: {title}", given)
     written(save_figure(looked, folder / f"gradcam.{format}"))
 
 

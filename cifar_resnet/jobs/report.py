@@ -159,7 +159,7 @@ def _write_markdown(
     drawn["gradcam"] = pictures.grad_cam(*grad_cams(found, shown, "layer2"), shown, f"Grad-CAM at layer2. {values['which']}")
     if doubted := values["doubted"]:
         images = found.data.evaluation.images[[each.position for each in doubted]]
-        drawn["labels"] = pictures.misclassified(images, doubted, values["labels"])
+        drawn["labels"] = pictures.misclassified(images, doubted, values["labels"], "label")
     layers = analysis.layers(checkpoint.recipe, checkpoint.recipe.batch_size, len(checkpoint.classes))
     text = rendered("report.md", **values, layers=layers, cell=_cell, epoch_line=epoch_line)
     writable(folder)

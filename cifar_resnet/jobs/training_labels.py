@@ -83,7 +83,7 @@ def training_labels(
     write_labels(found, ranked, folder, "training_labels", {"folds": folds}, written)
     if shown := chosen[:count]:
         drawn = data.train.images[[each.position for each in shown]]
-        figure = pictures.misclassified(drawn, shown, title(found, count, len(chosen), "label", true, predicted, 0))
+        figure = pictures.misclassified(drawn, shown, title(found, count, len(chosen), "label", true, predicted, 0), "label")
         written(save_figure(figure, folder / f"training_labels.{format}"))
     write_images(found, chosen, copy_to, save_images, written)
     (folder / FOLDS).unlink(missing_ok=True)

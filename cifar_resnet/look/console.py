@@ -118,7 +118,8 @@ def training_result(checkpoint: Checkpoint) -> None:
         f"after {duration(sum(row['seconds'] for row in checkpoint.history))} of training",
         style="bold",
     )
-    say(f"next:\n  {shell_command('evaluate', folder)}\n  {shell_command('misclassified', folder)}")
+    then = [shell_command(command, folder) for command in ("evaluate", "misclassified")]
+    say("\n  ".join(["next:", *then, f"{shell_command('predict', folder)} IMAGE"]))
 
 
 def repetition(content: dict[str, Any]) -> None:
@@ -185,7 +186,7 @@ def mistakes(chosen: list[Mistake], written: str) -> None:
     else:
         shown = chosen[:10]
         rows = [[each.name or str(each.index), each.true, each.predicted, f"{100 * each.confidence:.1f} %"] for each in shown]
-        title = f"{count_of(len(shown), len(chosen))} {'mistake' if len(chosen) == 1 else 'mistakes'}"
+        title = plural(len(chosen), "mistake") if len(shown) == len(chosen) else f"{count_of(len(shown), len(chosen))} mistakes"
         print_table([">image", "true class", "predicted", ">confidence"], rows, title=title)
     say(written)
 

@@ -18,18 +18,23 @@ from .figures import BLUE, GREEN, GREY, RED
 PREDICTED, TRUE = RED, BLUE  # the two classes of a mistake, in every picture
 
 
-def misclassified(images: np.ndarray, shown: Sequence[Mistake], title: str) -> Figure:
-    """A grid of images, uint8 (N, 32, 32, 3): above each the class predicted with its confidence, and the true one; below, its name."""
+def misclassified(images: np.ndarray, shown: Sequence[Mistake], title: str, given: str = "true") -> Figure:
+    """A grid of images, uint8 (N, 32, 32, 3): above each the class predicted with its confidence, and the true one; below, its name.
+
+    `given` is what the true class is called: "label" where it is in doubt.
+    """
     figure, tiles = _tiles(len(shown), 5, title, above=0.4, below=0.2)
     for (axis,), image, mistake in zip(tiles, images, shown, strict=False):
         axis.imshow(image, interpolation="nearest")
-        _two_lines(axis, *_names(mistake))
+        _two_lines(axis, *_names(mistake, given))
         axis.set_xlabel(lettering.name(mistake.caption, 22), fontsize=7, color=GREY, labelpad=2)
     return figure
 
 
-def grad_cam(images: np.ndarray, predicted: np.ndarray, rival: np.ndarray, shown: Sequence[Mistake], title: str) -> Figure:
-    """Each image beside what told its predicted class from the true one; see `draw_difference`.
+def grad_cam(
+    images: np.ndarray, predicted: np.ndarray, rival: np.ndarray, shown: Sequence[Mistake], title: str, given: str = "true"
+) -> Figure:
+    """Each image beside what told its predicted class from the true one; see `draw_difference`, and for `given` `misclassified`.
 
     Maps are float (N, 32, 32) in 0 to 1, the Grad-CAM of the predicted class and of `Mistake.rival`. Images are uint8 (N, 32, 32, 3).
     """
@@ -37,8 +42,9 @@ def grad_cam(images: np.ndarray, predicted: np.ndarray, rival: np.ndarray, shown
     for (plain, looked), image, first, second, mistake in zip(tiles, images, predicted, rival, shown, strict=False):
         plain.imshow(image, interpolation="nearest")
         draw_difference(looked, image, first, second)
-        _two_lines(plain, *_names(mistake))
-    other = "the true class" if any(mistake.wrong for mistake in shown) else "the second most probable class"
+        _two_lines(plain, *_names(mistake, given))
+    true = "the true class" if given == "true" else f"the {given}"
+    other = true if any(mistake.wrong for mistake in shown) else "the second most probable class"
     handles = [
         Patch(color=PREDICTED, label="seen more for the class predicted"),
         Patch(color=TRUE, label=f"more for {other}"),
@@ -111,12 +117,12 @@ def _framed(axis: Axes) -> Axes:
     return axis
 
 
-def _names(mistake: Mistake) -> tuple[tuple[str, str], tuple[str, str]]:
+def _names(mistake: Mistake, given: str) -> tuple[tuple[str, str], tuple[str, str]]:
     """What stands above an image: text and colour of the class predicted, and of the true one."""
     if not mistake.wrong:
         return (f"{lettering.name(mistake.predicted)}, {100 * mistake.confidence:.0f} %", GREEN), ("right", GREEN)
     predicted = f"{lettering.name(mistake.predicted, 16)}, {100 * mistake.confidence:.0f} %"
-    return (predicted, PREDICTED), (f"true: {lettering.name(mistake.true, 18)}", TRUE)
+    return (predicted, PREDICTED), (f"{given}: {lettering.name(mistake.true, 18)}", TRUE)
 
 
 def _two_lines(axis: Axes, *lines: tuple[str, str]) -> None:

@@ -50,11 +50,11 @@ def test_the_pictures_show_those_chosen(tiny_run, tmp_path, monkeypatch, no_figu
     assert chosen == [each for each in every if each.true == true]
     images = load(load_checkpoint(tiny_run).recipe).evaluation
     place = {index: position for position, index in enumerate(images.indices.tolist())}
-    for name, (photos, *_, shown, title) in drawn.items():
+    for name, (photos, *_, shown, title, _) in drawn.items():
         assert shown == chosen[:2]
         assert [picture.tobytes() for picture in photos] == [images.images[place[each.index]].tobytes() for each in shown]
         assert title.endswith(f"2 surest of {most} mistakes in 40 test images, true class {true}"), name
-    assert drawn["grad_cam"][-1].startswith("Grad-CAM at layer3: ")
+    assert drawn["grad_cam"][-2].startswith("Grad-CAM at layer3: ")
     assert {path.name for path in tmp_path.glob("*.pdf")} == {"misclassified.pdf", "gradcam.pdf"}
     assert len(json.loads((tmp_path / "misclassified.json").read_text())["mistakes"]) == len(every)
 
@@ -129,7 +129,7 @@ def test_where_there_is_no_mistake_the_least_sure_images_are_shown(tiny_run, tmp
     confidences = (judged.logits.double() / judged.checkpoint.temperature).softmax(1).max(1).values.sort().values
     assert [each["confidence"] for each in found["least_sure"]] == pytest.approx(confidences[:3].tolist())
     assert all(each["true"] == each["predicted"] for each in found["least_sure"])
-    for *_, shown, drawn_title in drawn.values():
+    for *_, shown, drawn_title, _ in drawn.values():
         assert [each.index for each in shown] == [each["index"] for each in found["least_sure"]]
         assert drawn_title.endswith(title)
     assert (tmp_path / "gradcam.png").exists()

@@ -55,6 +55,15 @@ def test_an_image_predicted_right_is_held_against_the_next_probable_class():
     assert "second most probable" in figure.legends[0].get_texts()[1].get_text()
 
 
+def test_a_doubted_label_is_not_called_true():
+    """Neither above the image, nor in the key of Grad-CAM."""
+    shown = mistakes(1)
+    assert texts(pictures.misclassified(images(1), shown, "t", "label").axes[0]) == ["dog, 90 %", "label: cat"]
+    figure = pictures.grad_cam(images(1), np.zeros((1, 32, 32)), np.ones((1, 32, 32)), shown, "t", "label")
+    assert texts(figure.axes[0]) == ["dog, 90 %", "label: cat"]
+    assert figure.legends[0].get_texts()[1].get_text() == "more for the label"
+
+
 @pytest.mark.parametrize("count", [1, 25, 40])
 def test_the_grids_are_compact(count):
     """No more than a third of them is bare, and no two pictures overlap."""
