@@ -116,11 +116,12 @@ RecipeFile = Annotated[Path | None, _option(
     "recipe.json of a run, or a part of one, to start from.", "Recipe", default="none"
 )]
 Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _option(
-    "Which learning rate to take: recommended, steepest, valley, or minimum, a tenth of that at the lowest loss.", RANGE, metavar=NAME
+    "Rule for the learning rate. recommended: by the short trainings. steepest: where the loss falls fastest. valley: the middle of the "
+    "longest fall. minimum: a tenth of the learning rate at the lowest loss.", RANGE, metavar=NAME
 )]
 RunDir = Annotated[Path | None, _option("Folder for what is written.", default="beside the checkpoint")]
 DataDir = Annotated[Path | None, _option(
-    "Folder with CIFAR-10, downloaded if missing; or, if your own images were moved, with their folder.",
+    "Folder with CIFAR-10; every command but demo downloads it there. Of your own images that moved: the folder that holds their folder.",
     default="CIFAR_RESNET_DATA_DIR, or the user's cache folder",
 )]
 Moved = Annotated[Path | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
@@ -136,13 +137,13 @@ Compile = Annotated[Literal["auto", "on", "off"], _option(
     "Whether torch.compile compiles the model before the first step: on, off, or auto, which is off.", metavar=NAME
 )]
 Convolution = Annotated[Literal["auto", "torch"], _option(
-    "How a CPU computes convolutions: auto, each in the way that was measured to be quickest here; or torch, torch's own.",
+    "How a CPU computes convolutions. auto: each in the way that was fastest on this machine. torch: by PyTorch alone.",
     metavar=NAME,
 )]
 Format = Annotated[Literal["png", "svg", "pdf"], _option("Format of the pictures: png, svg or pdf.", metavar=NAME)]
 Tta = Annotated[Literal["none", "flip", "flip-shift"], _option(
-    "Test-time augmentation: predict from several views of an image. none. flip: the image and its mirror image. flip-shift: these, "
-    "and each shifted by a pixel.", metavar=NAME
+    "Test-time augmentation: average the logits of several views. none: the image alone. flip: also its mirror image. flip-shift: also "
+    "both, shifted by a pixel each way.", metavar=NAME
 )]
 Json = Annotated[bool, _option("Print the result as JSON.", WHERE, "--json")]
 Picture = Annotated[Path, _option("Where the picture goes: a .png, .svg or .pdf.", DRAWING)]
@@ -152,18 +153,18 @@ EndLR = Annotated[float, _option("Learning rate of the last step.", RANGE)]
 NumIter = Annotated[int, _option("Steps of the range test.", RANGE)]
 StepMode = Annotated[Literal["exp", "linear"], _option("How the LR rises: exp or linear.", RANGE, metavar=NAME)]
 TrialSteps = Annotated[int | None, _option(
-    "Steps of each of the three to six short trainings that find the maximum; 0: no short trainings.", RANGE,
-    default="25,600 images, half of the run at most, at least 50 steps",
+    "Steps of each of the three to six short trainings; 0: no short trainings.", RANGE,
+    default="the steps of 25,600 images; at most half of the run; at least 50",
 )]
 Sweep = Annotated[int | None, _option(
-    "Also train this many epochs at each of nine maxima, and judge them on held-out images. This shows what each rule is worth.", RANGE
+    "Also train this many epochs at each of up to nine peak learning rates, and evaluate each training on held-out images.", RANGE
 )]
 FinderDir = Annotated[Path | None, _option(
     "Folder for lr_finder.json and its picture.", default="runs/find-lr-<recipe>-<n>"
 )]
 
 MaxLR = Annotated[str | None, _option(
-    "Learning rate at the peak of the schedule, or find: then it is found first, as by find-lr.",
+    "Learning rate at the peak of the schedule; or find, to search for it first, as find-lr does.",
     "Optimizer", metavar="<float>", default=str(Recipe.model_fields["max_lr"].default),
 )]
 NewRunDir = Annotated[Path | None, _option(
@@ -182,21 +183,21 @@ Target = Annotated[float | None, _option("Accuracy in percent, drawn as a line i
 
 Count = Annotated[int, _option("Images in the two pictures.", CHOICE)]
 Sort = Annotated[Literal["confidence", "label", "class", "random"], _option(
-    "Which come first: confidence, the surest; label, labels that may be wrong; class; or random.",
+    "Order. confidence: the surest first. label: labels that may be wrong first. class: by class. random.",
     CHOICE, metavar=NAME,
 )]
 Folds = Annotated[int | None, _option(
     "With --sort label: rank the training labels by this many networks, each trained without the images that it judges.", CHOICE,
     default="none",
 )]
-FoldEpochs = Annotated[int | None, _option("Epochs of each of these networks.", CHOICE, "--epochs", default="the run's")]
+FoldEpochs = Annotated[int | None, _option("With --folds: epochs of each network.", CHOICE, "--epochs", default="the run's")]
 TrueClass = Annotated[str | None, _option("Only this true class.", CHOICE, metavar="CLASS", default="all")]
 PredictedClass = Annotated[str | None, _option("Only this predicted class.", CHOICE, metavar="CLASS", default="all")]
 CopyTo = Annotated[Path | None, _option(
-    "New folder for copies of all these files, as true/predicted/file.", CHOICE, default="none"
+    "New folder: copy all chosen files to true/predicted/file.", CHOICE, default="none"
 )]
 SaveImages = Annotated[Path | None, _option(
-    "New folder for all these images as PNG of 32x32 pixels, in the same layout.", CHOICE, default="none"
+    "New folder: write all chosen images to true/predicted/ as PNG, 32x32.", CHOICE, default="none"
 )]
 Layer = Annotated[Literal["prep", "layer1", "layer2", "layer3"], _option(
     "Layer for Grad-CAM: prep (32x32), layer1 (16x16), layer2 (8x8) or layer3 (4x4).", CHOICE, metavar=NAME
@@ -231,11 +232,11 @@ Policy = Annotated[Literal["one-cycle", "triangular"], _option(
 MinLR = Annotated[float, _option("Lower bound of the triangular policy.", DRAWING)]
 StepSize = Annotated[int, _option("Steps of the triangular policy from one bound to the other.", DRAWING)]
 Cycles = Annotated[int, _option("How often the triangular policy goes up and down.", DRAWING)]
-Rounds = Annotated[int, _option("How often everything is measured.", MEASURE)]
-Reference = Annotated[bool, _option("Also measure a plain training loop, as notebooks have it.", MEASURE, "--reference")]
+Rounds = Annotated[int, _option("Number of repetitions of each measurement, at least 6.", MEASURE)]
+Reference = Annotated[bool, _option("Also measure a plain float32 training loop with a DataLoader.", MEASURE, "--reference")]
 Profile = Annotated[bool, _option("Show which operators take the time of training.", MEASURE, "--profile")]
 JsonFile = Annotated[Path | None, _option("File for all that was measured.", MEASURE, "--json", default="none")]
-RecipeName = Annotated[str | None, _argument("Print every field of this one, as recipe.json.")]
+RecipeName = Annotated[str | None, _argument("Recipe whose fields are printed, in the form of recipe.json.")]
 HelpAll = Annotated[bool | None, typer.Option(
     "--help-all", help="Show every option, by subject, and exit.", callback=_show_all, is_eager=True
 )]
@@ -326,9 +327,10 @@ def find_lr(
     data_dir: DataDir = None, device: Device = "auto", loader: Loader = "auto", workers: Workers = None,
     convolution: Convolution = "auto", format: Format = "png",
 ) -> None:  # fmt: skip
-    """Find the learning rate: a range test, then short trainings around its bottom.
+    """Recommend a learning rate: by a range test, then by short trainings.
 
-    The range test raises the learning rate and watches the loss of a fresh model. The short trainings tell which maximum is best.
+    The range test trains a new model while the learning rate rises. Each short training then tries one peak learning rate, near the
+    learning rate at which the range test had its lowest loss.
     """
     from .jobs.common import command_line
     from .jobs.find_lr import with_found_lr
@@ -542,7 +544,7 @@ def misclassified(
 
 @app.command(rich_help_panel=AFTER)
 def compare(runs: Runs, output: Picture = Path("comparison.png"), json_output: Json = False) -> None:
-    """Compare finished runs in one table and one picture. Runs that differ only in the seed become their mean and spread."""
+    """Compare finished runs in one table and one picture. Runs that differ only in the seed share a column: mean, standard deviation."""
     from .jobs.compare import compare
 
     content = compare(runs, output)
@@ -571,9 +573,10 @@ def report(
 def predict(
     run_and_images: RunAndImages, top: Top = 3, json_output: Json = False, tta: Tta = "none", device: Device = "auto"
 ) -> None:
-    """Say what images show. The model sees the centred square of each image, scaled to 32x32.
+    """Predict the classes of images. The model sees the centred square of each image, scaled to 32x32.
 
-    If a file that you give is no image, it is named and skipped, and the exit code is 1. In a folder such files are only counted.
+    A file that you give and that is no image is named and skipped; the exit code is then 1. Such a file in a folder does not change the
+    exit code.
     """
     from .jobs.predict import predict
 
@@ -608,9 +611,9 @@ def demo(
     checkpoint: Checkpoint = None, host: Host = "127.0.0.1", port: Port = 7860, open: Open = False, data_dir: DataDir = None,
     device: Device = "auto",
 ) -> None:  # fmt: skip
-    """Show a run in the browser: try it on your own images, look through its mistakes. It ends with Ctrl-C.
+    """Show a run in the browser: try it on your own images, look through its mistakes. Ctrl-C ends the demo.
 
-    The extra demo has what it needs. Nothing leaves this machine.
+    The command needs the package's extra demo. Nothing leaves this machine.
     """
     from .jobs.demo import demo
 
@@ -691,9 +694,10 @@ def bench(
     device: Device = "auto", workers: Workers = None, compile: Compile = "auto",
     convolution: Convolution = "auto",
 ) -> None:  # fmt: skip
-    """Measure this machine: images a second in training and evaluation, the share of its peak, and how long a run will take.
+    """Measure this machine: images a second in training and evaluation, the share of the peak FLOP/s, and how long a run will take.
 
-    Needs no data. Takes two to ten minutes on two CPU cores: ten without bfloat16 and with --reference. Run nothing beside it.
+    bench needs no data. On two CPU cores bench takes two to ten minutes; ten is without bfloat16 and with --reference. Run nothing else
+    meanwhile.
     """
     from .jobs.bench import bench
     from .run_dir import writable, write_json

@@ -47,7 +47,7 @@ class Recipe(BaseModel):
     recipe: str = _field(
         "default",
         "Recipe",
-        "Named preset, whose values are then the defaults of the other options. `cifar-resnet recipes` lists them.",
+        "Preset: the defaults of the other options. --dataset digits and cifar100 choose their own. `cifar-resnet recipes` lists all.",
         min_length=1,
     )
 
@@ -75,9 +75,13 @@ class Recipe(BaseModel):
     )
     conv_bias: bool = _field(False, "Model", "Bias on the four convolutions outside the residual blocks.")
     fc_bias: bool = _field(True, "Model", "Bias on the fully connected layer.")
-    prep_order: Literal["bn-relu", "relu-bn"] = _field("bn-relu", "Model", "What follows the first convolution, in which order.")
-    pool_position: Literal["before-bn", "after-relu"] = _field("before-bn", "Model", "Where the three layers max-pool.")
-    output: Literal["logits", "softmax", "log-softmax"] = _field("logits", "Model", "What follows the logits of the model.")
+    prep_order: Literal["bn-relu", "relu-bn"] = _field(
+        "bn-relu", "Model", "Order of BatchNorm and ReLU after the first convolution."
+    )
+    pool_position: Literal["before-bn", "after-relu"] = _field(
+        "before-bn", "Model", "Place of the max pooling in the three layers."
+    )
+    output: Literal["logits", "softmax", "log-softmax"] = _field("logits", "Model", "What the model returns in training.")
     logit_scale: float = _field(0.125, "Model", "Constant that the logits are multiplied by.", gt=0)
     init: Literal["default", "dirac"] = _field(
         "dirac", "Model", "Initial weights: default is torch's own; with dirac all kernels but the first pass their inputs on."
@@ -92,31 +96,34 @@ class Recipe(BaseModel):
         None, "Optimizer", "Momentum at the highest learning rate. If not given, momentum stays the same.", ge=0, lt=1
     )
     nesterov: bool = _field(True, "Optimizer", "Nesterov's form of SGD momentum.")
-    muon_lr_factor: float = _field(0.2, "Optimizer", "Learning rate of Muon's kernels, divided by that of the rest.", gt=0)
+    muon_lr_factor: float = _field(
+        0.2, "Optimizer", "Muon's kernels train at this factor times the learning rate of the rest.", gt=0
+    )
     muon_momentum: float = _field(0.6, "Optimizer", "Nesterov momentum of Muon's kernels.", ge=0, lt=1)
     weight_decay: float = _field(5e-4, "Optimizer", "Weight decay: L2 for SGD and Adam, decoupled for AdamW.", ge=0)
-    grad_clip: float = _field(0.0, "Optimizer", "Elements of a gradient are cut to this absolute value; 0: not cut.", ge=0)
+    grad_clip: float = _field(0.0, "Optimizer", "Clip every element of a gradient to this absolute value; 0: no clipping.", ge=0)
     loss: Literal["cross-entropy", "nll"] = _field("cross-entropy", "Optimizer", "Loss on the model's output.")
     label_smoothing: float = _field(0.1, "Optimizer", "Label smoothing of the cross entropy.", ge=0, lt=1)
     sam_share: float = _field(
         0.25,
         "Optimizer",
-        "Last share of the run, trained by sharpness-aware steps, which take twice as long; 0: none.",
+        "Share of the steps, at the end of the run, that use sharpness-aware minimisation (SAM); such a step takes twice as long. 0: none.",
         ge=0,
         le=1,
     )
-    sam_radius: float = _field(
-        0.01, "Optimizer", "How far a sharpness-aware step looks, in units of the weights' norms.", gt=0, le=1
+    sam_radius: float = _field(0.01, "Optimizer", "Radius of SAM, relative to the norms of the weights.", gt=0, le=1)
+    ema_decay: float = _field(
+        0.0, "Optimizer", "Decay of the exponential moving average (EMA) of the weights; 0: no average.", ge=0, lt=1
     )
-    ema_decay: float = _field(0.0, "Optimizer", "Decay of the averaged weights at each update; 0 for no averaging.", ge=0, lt=1)
-    ema_every: int = _field(5, "Optimizer", "Steps between two updates of the averaged weights.", ge=1)
+    ema_every: int = _field(5, "Optimizer", "Steps between two updates of the EMA.", ge=1)
 
     epochs: int = _field(24, "Schedule", "Passes over the training images.", ge=1)
     batch_size: int = _field(512, "Schedule", "Largest number of images in a step.", ge=1)
     batches: Literal["even", "fixed"] = _field(
         "even",
         "Schedule",
-        "even: the steps of an epoch differ by one image at most, and every image weighs the same. fixed: the last step takes what is left.",
+        "even: the batches of an epoch differ by one image at most, and every image has the same weight. "
+        "fixed: the last batch has the images that are left.",
     )
     peak_epoch: float = _field(
         5.0, "Schedule", "Epoch at which the learning rate peaks. If only --epochs is given, the peak moves in proportion.", gt=0
@@ -130,10 +137,10 @@ class Recipe(BaseModel):
     flip_order: Literal["random", "alternating"] = _field(
         "alternating",
         "Augmentation",
-        "Which epochs flip an image. alternating: every second one, from a random start. random: by chance, as also where the probability is not 0.5.",
+        "When an image is flipped. alternating: in every second epoch, or by chance if --flip-probability is not 0.5. random: by chance.",
     )
     cutout_size: int = _field(8, "Augmentation", "Side of the square holes, in pixels.", ge=1, le=32)
-    cutout_count: int = _field(1, "Augmentation", "Holes an image; 0 for no cutout.", ge=0, le=16)
+    cutout_count: int = _field(1, "Augmentation", "Number of holes in an image; 0: no cutout.", ge=0, le=16)
     cutout_probability: float = _field(1.0, "Augmentation", "Probability that an image gets its holes.", ge=0, le=1)
     cutout_fill: float | None = _field(
         None, "Augmentation", "Grey level of the holes, in 0 to 1; the mean by channel if not given.", ge=0, le=1
