@@ -329,8 +329,7 @@ def find_lr(
 ) -> None:  # fmt: skip
     """Recommend a learning rate: by a range test, then by short trainings.
 
-    The range test trains a new model while the learning rate rises. Each short training then tries one peak learning rate, near the
-    learning rate at which the range test had its lowest loss.
+    The range test trains a new model while the learning rate rises. Each short training tries one peak learning rate near the lowest loss.
     """
     from .jobs.common import command_line
     from .jobs.find_lr import with_found_lr
@@ -575,8 +574,7 @@ def predict(
 ) -> None:
     """Predict the classes of images. The model sees the centred square of each image, scaled to 32x32.
 
-    A file that you give and that is no image is named and skipped; the exit code is then 1. Such a file in a folder does not change the
-    exit code.
+    A given file that is no image is named and skipped; the exit code is then 1. In a folder, such a file does not change the exit code.
     """
     from .jobs.predict import predict
 
@@ -696,8 +694,7 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure this machine: images a second in training and evaluation, the share of the peak FLOP/s, and how long a run will take.
 
-    bench needs no data. On two CPU cores bench takes two to ten minutes; ten is without bfloat16 and with --reference. Run nothing else
-    meanwhile.
+    bench needs no data, and two to ten minutes on two CPU cores: ten without bfloat16 and with --reference. Run nothing else meanwhile.
     """
     from .jobs.bench import bench
     from .run_dir import writable, write_json
