@@ -19,9 +19,7 @@ datasets._digits = functools.cache(datasets._digits)  # the tests load them ofte
 
 
 def pytest_collection_modifyitems(items):
-    from torchvision.datasets import CIFAR10
-
-    folder = cifar.data_directory() / CIFAR10.base_folder
+    folder = cifar.data_directory() / cifar.PUBLISHED["cifar10"].folder
     missing = pytest.mark.skip(reason=f"the real CIFAR-10 is not in {folder}; set CIFAR_RESNET_DATA_DIR")
     for item in items:
         if "cifar10" in item.keywords and not folder.exists():
@@ -66,8 +64,26 @@ def refused(cli):
     return run
 
 
+class TorchvisionSays(dict):
+    """What `cifar.PUBLISHED` holds, as torchvision has it at the moment."""
+
+    def __getitem__(self, name):
+        from torchvision.datasets import CIFAR10, CIFAR100
+
+        title, source = {"cifar10": ("CIFAR-10", CIFAR10), "cifar100": ("CIFAR-100", CIFAR100)}[name]
+        meta = {source.meta["filename"]: source.meta["md5"]}
+        lists = dict(source.train_list), dict(source.test_list), meta
+        return cifar.Published(title, source.url, source.filename, source.tgz_md5, source.base_folder, *lists, source.meta["key"])
+
+
 @pytest.fixture
-def fake_cifar10(tmp_path, monkeypatch):
+def as_torchvision_says(monkeypatch):
+    """Addresses and checksums of CIFAR-10 and CIFAR-100 are torchvision's, where a test may change them."""
+    monkeypatch.setattr(cifar, "PUBLISHED", TorchvisionSays())
+
+
+@pytest.fixture
+def fake_cifar10(tmp_path, monkeypatch, as_torchvision_says):
     """A folder with 100 random images laid out as the published archive, and torchvision's checksums to match."""
     from torchvision.datasets import CIFAR10
 

@@ -225,3 +225,12 @@ def test_training_imports_neither_the_compiler_nor_before_its_first_step_what_dr
     assert lines[0] == "begins with []"  # the later ones follow what the first one drew at its end
     assert lines[-1] == "ends with []"
     assert len(lines) == 5
+
+
+@pytest.mark.cifar10
+def test_reading_cifar10_that_is_there_imports_no_torchvision():
+    """Which imports torch's compiler, and so takes seconds."""
+    code = "import sys; from cifar_resnet import Recipe; from cifar_resnet.data.datasets import load; load(Recipe()); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "cifar_resnet.data.cifar" in done.stdout.split()
+    assert {"torchvision", "torch._dynamo", "sympy"} & set(done.stdout.split()) == set()

@@ -1,16 +1,21 @@
-"""CIFAR-10 and CIFAR-100 as torchvision reads them: from files that lie there, from the published archive, or downloaded once."""
+"""CIFAR-10 and CIFAR-100 as torchvision reads them: from files that lie there, from the published archive, or downloaded once.
+
+torchvision downloads and unpacks. It is imported only then: its import takes seconds on a slow machine.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import pickle
 import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -19,6 +24,56 @@ from ..errors import DataError, first_line
 from .splits import Split
 
 _ADVICE = "or use --dataset digits, which needs no download"
+
+
+class Published(NamedTuple):
+    """An archive, its folder, and its files, with the MD5 checksums that torchvision has."""
+
+    title: str
+    url: str
+    archive: str
+    md5: str
+    folder: str
+    train: dict[str, str]
+    test: dict[str, str]
+    meta: dict[str, str]
+    names: str  # the key of the classes in `meta`
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {**self.train, **self.test, **self.meta}
+
+
+PUBLISHED = {
+    "cifar10": Published(
+        "CIFAR-10",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        "cifar-10-python.tar.gz",
+        "c58f30108f718f92721af3b95e74349a",
+        "cifar-10-batches-py",
+        {
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        },
+        {"test_batch": "40351d587109b95175f43aff81a1287e"},
+        {"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"},
+        "label_names",
+    ),
+    "cifar100": Published(
+        "CIFAR-100",
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        "cifar-100-python.tar.gz",
+        "eb9058c3a382ffc7106e4002c42a8d85",
+        "cifar-100-python",
+        {"train": "16019d7e3df5f24257cddd939b257f8d"},
+        {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+        {"meta": "7973b15100ade9c7d40fb424638fde48"},
+        "fine_label_names",
+    ),
+}
 
 
 def user_cache() -> Path:
@@ -55,18 +110,11 @@ def cifar(name: str, data_dir: Path | str | None, notify: Callable[[str], None])
     Raises:
         DataError: a file is damaged, or they are not there and cannot be downloaded.
     """
-    published = _published(name)
-    with _unpacked(published, data_directory(data_dir), notify) as folder:
-        # torchvision looks in a folder of one name; this one may have another.
-        dataset_class = type(published.__name__, (published,), {"base_folder": folder.name})
-        splits = []
-        for train in (True, False):
-            try:
-                dataset = dataset_class(folder.parent, train=train)
-            except (RuntimeError, OSError):
-                raise _damage(published, folder) from None
-            splits.append(Split(dataset.data, np.array(dataset.targets, np.int64), np.arange(len(dataset.targets))))
-    return splits[0], splits[1], tuple(dataset.classes)
+    published = PUBLISHED[name]
+    with _unpacked(name, data_directory(data_dir), notify) as folder:
+        parts = published.train, published.test, published.meta
+        train, test, meta = ([_read(folder / each, md5) for each, md5 in part.items()] for part in parts)
+    return _split(train), _split(test), tuple(meta[0][published.names])
 
 
 def check_at_hand(name: str, data_dir: Path | str | None) -> None:
@@ -75,100 +123,94 @@ def check_at_hand(name: str, data_dir: Path | str | None) -> None:
     Raises:
         DataError: it would download it.
     """
-    published, folder = _published(name), data_directory(data_dir)
-    if not _holding(published, folder) and not (folder / published.filename).exists():
-        raise DataError(f"{published.__name__} is not in {folder}; give its folder with --data-dir")
+    published, folder = PUBLISHED[name], data_directory(data_dir)
+    if not _holding(published, folder) and not (folder / published.archive).exists():
+        raise DataError(f"{published.title} is not in {folder}; give its folder with --data-dir")
 
 
-def _published(name: str) -> Any:
-    from torchvision.datasets import CIFAR10, CIFAR100
+def _read(path: Path, expected: str) -> dict[str, Any]:
+    """A pickle of this MD5 checksum. Nothing else is unpickled: a pickle can run code."""
+    advice = f"Remove its folder to have it downloaded again, {_ADVICE}"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); expected a file of MD5 {expected}. {advice}") from None
+    if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != expected:
+        raise DataError(f"{path} is damaged: expected MD5 {expected}, found {found}. {advice}")
+    return pickle.loads(content, encoding="latin1")
 
-    return {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
 
-
-def _files(published: Any) -> list[tuple[str, str]]:
-    """Names and MD5 checksums."""
-    return [*published.train_list, *published.test_list, (published.meta["filename"], published.meta["md5"])]
+def _split(batches: list[dict[str, Any]]) -> Split:
+    pixels = np.vstack([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = np.concatenate([batch["labels" if "labels" in batch else "fine_labels"] for batch in batches])
+    return Split(pixels, labels.astype(np.int64), np.arange(len(labels)))
 
 
 @contextmanager
-def _unpacked(published: Any, folder: Path, notify: Callable[[str], None]) -> Iterator[Path]:
+def _unpacked(name: str, folder: Path, notify: Callable[[str], None]) -> Iterator[Path]:
     """The folder with the files themselves, for as long as they are read."""
-    target = folder / published.base_folder
+    published = PUBLISHED[name]
     if held := _holding(published, folder):
         yield held
-    elif (folder / published.filename).exists():
+    elif (folder / published.archive).exists():
         with _from_archive(published, folder, notify) as unpacked:
             yield unpacked
     else:
-        _download(published, folder, notify)
-        yield target
+        _download(name, folder, notify)
+        yield folder / published.folder
 
 
-def _holding(published: Any, folder: Path) -> Path | None:
+def _holding(published: Published, folder: Path) -> Path | None:
     """Where files of the archive lie: in its folder, in one of that name in it, or in `folder` itself."""
-    target = folder / published.base_folder
-    for place in (target, folder, target / published.base_folder):
-        found = [os.path.isfile(place / name) for name, _ in _files(published)]
+    target = folder / published.folder
+    for place in (target, folder, target / published.folder):
+        found = [os.path.isfile(place / name) for name in published.files]
         if all(found) or (any(found) and place.name == target.name):
             return place
     return target if target.exists() else None
 
 
 @contextmanager
-def _from_archive(published: Any, folder: Path, notify: Callable[[str], None]) -> Iterator[Path]:
+def _from_archive(published: Published, folder: Path, notify: Callable[[str], None]) -> Iterator[Path]:
     """Unpacks the published archive that lies in the folder: into it, or for this once where nothing can be written."""
     from torchvision.datasets.utils import calculate_md5, extract_archive
 
-    archive, target = folder / published.filename, folder / published.base_folder
+    archive, target = folder / published.archive, folder / published.folder
     try:
-        if (found := calculate_md5(archive)) != published.tgz_md5:
+        if (found := calculate_md5(archive)) != published.md5:
             raise DataError(
-                f"{archive} is damaged or another: expected MD5 {published.tgz_md5}, found {found}. Remove it to have it "
+                f"{archive} is damaged or another: expected MD5 {published.md5}, found {found}. Remove it to have it "
                 f"downloaded, {_ADVICE}"
             )
         notify(f"unpacking {archive}")
         writable = os.access(folder, os.W_OK)
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder if writable else None) as part:
             extract_archive(str(archive), part)
-            unpacked = Path(part) / published.base_folder
+            unpacked = Path(part) / published.folder
             yield _put(unpacked, target) if writable else unpacked
     except (OSError, EOFError, tarfile.TarError) as error:
         raise DataError(f"{archive} cannot be unpacked: {first_line(error)}") from None
 
 
-def _damage(published: Any, folder: Path) -> DataError:
-    """What is wrong in a folder that torchvision's integrity check turned down."""
-    from torchvision.datasets.utils import calculate_md5
-
-    advice = f"Remove its folder to have it downloaded again, {_ADVICE}"
-    for name, expected in _files(published):
-        path = folder / name
-        try:
-            found = calculate_md5(path)
-        except OSError as error:
-            return DataError(f"{path} cannot be read ({error.strerror}); expected a file of MD5 {expected}. {advice}")
-        if found != expected:
-            return DataError(f"{path} is damaged: expected MD5 {expected}, found {found}. {advice}")
-    return DataError(f"{folder} was changed while it was read; try again")
-
-
-def _download(published: Any, folder: Path, notify: Callable[[str], None]) -> None:
+def _download(name: str, folder: Path, notify: Callable[[str], None]) -> None:
     """Into a temporary folder beside it, checked, then renamed; a second process waits for the first."""
-    target, name = folder / published.base_folder, published.__name__.replace("CIFAR", "CIFAR-")
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    published, dataset = PUBLISHED[name], {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    target = folder / published.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             if target.exists():
                 return
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as part:
-                notify(f"{name} is not in {folder}; downloading {published.url}")
+                notify(f"{published.title} is not in {folder}; downloading {published.url}")
                 with redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # where its bar goes
-                    published(part, download=True)
-                _put(Path(part) / published.base_folder, target)
+                    dataset(part, download=True)
+                _put(Path(part) / published.folder, target)
     except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
         raise DataError(
-            f"{name} is not in {folder} (expected {target / published.train_list[0][0]} and the others), and downloading "
+            f"{published.title} is not in {folder} (expected {target / next(iter(published.train))} and the others), and downloading "
             f"{published.url} there failed: {first_line(error)}. Give its folder with --data-dir, {_ADVICE}"
         ) from None
 

@@ -18,6 +18,7 @@ from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from cifar_resnet import Recipe, train
+from cifar_resnet.data import cifar
 from cifar_resnet.data.cifar import data_directory
 from cifar_resnet.data.datasets import load, with_statistics
 from cifar_resnet.errors import DataError
@@ -26,8 +27,25 @@ NOWHERE = "http://127.0.0.1:9/none.tar.gz"
 LOCK = ".download.lock"  # which some versions of filelock remove when they let go of it
 
 
+pytestmark = pytest.mark.usefixtures("as_torchvision_says")
+PUBLISHED = cifar.PUBLISHED  # before a fixture changes it
+
+
 def silent(message):
     pass
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"], ids=["CIFAR-10", "CIFAR-100"])
+def test_addresses_and_checksums_are_torchvisions(name):
+    assert PUBLISHED[name] == cifar.PUBLISHED[name]
+
+
+def test_no_pickle_is_opened_whose_checksum_is_wrong(fake_cifar10, monkeypatch):
+    path = fake_cifar10 / CIFAR10.base_folder / "data_batch_1"
+    path.write_bytes(pickle.dumps(Path("/")))
+    monkeypatch.setattr(pickle, "loads", lambda *_, **__: pytest.fail("unpickled"))
+    with pytest.raises(DataError, match="damaged"):
+        load(Recipe.build(batch_size=10), fake_cifar10)
 
 
 def test_cifar10_is_what_torchvision_reads(fake_cifar10):

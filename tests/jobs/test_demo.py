@@ -259,7 +259,7 @@ def test_nothing_is_downloaded_for_a_page(tiny_run, tmp_path, monkeypatch):
     found = content(tmp_path / "run")
     found["recipe"]["dataset"] = "cifar10"
     torch.save(found, tmp_path / "run" / "checkpoint.pt")
-    assert f"CIFAR10 is not in {tmp_path}" in content_of_page(tmp_path / "run", tmp_path, "cpu").notice
+    assert f"CIFAR-10 is not in {tmp_path}" in content_of_page(tmp_path / "run", tmp_path, "cpu").notice
 
 
 def test_a_page_reads_its_images_once(tiny_run, monkeypatch):
