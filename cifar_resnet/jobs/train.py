@@ -301,9 +301,10 @@ class _Run:
     def _capture(self, steps: CapturedEpoch, captured: dict[Recipe, CapturedEpoch]) -> None:
         try:
             steps.capture()
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # an old driver, or an operation that cannot be captured
+            for cause in (error, error.__context__):  # ending a capture that failed raises an error of its own
+                if isinstance(cause, torch.cuda.OutOfMemoryError):
+                    raise cause from None
             self.watcher.warn(f"the step cannot be captured as a graph: {first_line(error)}; it trains without")
             return
         self.run_epoch = captured[self.recipe.replace(seed=0)] = steps

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.loaders import Loader, TensorLoader
 from .engine import Rates, State, rates_at, train_step
+from .fused import for_a_graph
 from .optim import set_rates
 
 WARM_UP = 3  # calls before a capture: libraries choose their algorithms, and the optimizer makes its buffers
@@ -35,25 +36,28 @@ def capturable(state: State) -> bool:
     return state.device.type == "cuda" and state.recipe.base_momentum is None
 
 
+@for_a_graph()
 def graph_of(
-    call: Callable[[], object], optimizer: torch.optim.Optimizer, before: Callable[[], object] = lambda: None, pool: Any = None
-) -> torch.cuda.CUDAGraph:
+    call: Callable[[], object], optimizer: torch.optim.Optimizer, before: Callable[[], object] = lambda: None,
+    pool: Any = None, stream: torch.cuda.Stream | None = None,
+) -> torch.cuda.CUDAGraph:  # fmt: skip
     """A CUDA graph of what `call`, which may step the optimizer, does on the current device, after a few warm-up calls.
 
-    `before` is called before each of these. Graphs that never run at once may share a memory pool.
+    `before` is called before each of these. Graphs that never run at once may share a memory pool, if they are captured on one stream.
     """
     groups = [group for group in optimizer.param_groups if "capturable" in group]
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream, graph, around = stream or torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    stream.wait_stream(around)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             before()
             call()
-    torch.cuda.current_stream().wait_stream(stream)
+    around.wait_stream(stream)
     try:
         for group in groups:
             group["capturable"] = True  # Adam asks for it inside a capture alone, and a checkpoint would keep it
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        # Where a capture fails, the first of these comes back from its stream, and the second does not.
+        with torch.cuda.stream(around), torch.cuda.graph(graph, pool=pool, stream=stream):
             call()
     finally:
         for group in groups:
@@ -81,7 +85,9 @@ class CapturedEpoch:
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps of the run
         self.losses = torch.zeros(self.total_steps, device=self.device)
         self.graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # the graphs never run at once
+        cuda = self.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if cuda else None  # the graphs never run at once
+        self.stream = torch.cuda.Stream(self.device) if cuda else None
 
     def kind(self, step: int) -> Kind:
         """Of a step of the run."""
@@ -123,7 +129,7 @@ class CapturedEpoch:
         try:
             for kind in (each for each in kinds if each not in self.graphs):
                 step = partial(self._step, kind, self.state.recipe.momentum)
-                self.graphs[kind] = graph_of(step, self.state.optimizer, self.done.zero_, self.pool)
+                self.graphs[kind] = graph_of(step, self.state.optimizer, self.done.zero_, self.pool, self.stream)
         finally:
             restore()
 

@@ -1,7 +1,8 @@
 """Batch normalisation, ReLU and what surrounds them, in few passes over memory: Triton kernels for training on CUDA.
 
 They replace torch's own `relu(norm(max_pool2d(x, 2))) + residual`, whose many kernels, forward and backward, take longer on a fast
-GPU than the convolutions between them. What torch.compile makes of it is about as fast, but takes half a minute to make.
+GPU than the convolutions between them. What torch.compile makes of it is about as fast, but takes half a minute to make. They are for
+steps in a CUDA graph: launched one by one from Python they take longer than torch's own (docs/log/gpu.md, entry 32).
 
 An activation is a matrix here: a row for each pixel of each image, as channels-last memory has it, and a column for each channel.
 A sum over rows takes two kernels, so that its order is always the same: each program of the first sums some rows, and the second
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -307,12 +310,30 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d, pool: bool = False, residual: Ten
     return y
 
 
+_in_a_graph = ContextVar("_in_a_graph", default=False)
+
+
+@contextmanager
+def for_a_graph() -> Iterator[None]:
+    """Here `usable` may say yes: around steps that are captured, and around those before that warm up for it."""
+    token = _in_a_graph.set(True)
+    try:
+        yield
+    finally:
+        _in_a_graph.reset(token)
+
+
+def worth_launching() -> bool:
+    """Whether there is Triton, and what runs now is for a CUDA graph."""
+    return triton is not None and _in_a_graph.get()
+
+
 def usable(x: Tensor, norm: nn.BatchNorm2d) -> bool:
-    """Whether `norm_relu` can stand for torch's own operations on x: in training, on CUDA, executed rather than traced."""
+    """Whether `norm_relu` can stand for torch's own operations on x: in training, for a graph, executed rather than traced."""
     return (
-        triton is not None
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and worth_launching()
         and type(norm) is nn.BatchNorm2d
         and norm.training
         and norm.affine
@@ -338,9 +359,11 @@ def triton_works(device: torch.device, dtype: torch.dtype) -> bool:
     cuda = device.type == "cuda" and torch.version.cuda is not None
     if not interpreted and not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
         return False
-    x = torch.zeros(2, 16, 2, 2, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+    x = torch.zeros(2, 16, 4, 4, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
     try:
-        norm_relu(x, nn.BatchNorm2d(16, device=device))
+        with torch.enable_grad():
+            for pool in (False, True):
+                norm_relu(x, nn.BatchNorm2d(16, device=device), pool).sum().backward()
     except Exception as error:  # of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"Triton does not work here, so training takes longer: {reason}", stacklevel=2)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import triton_works
+from .fused import triton_works, worth_launching
 
 try:
     import triton
@@ -42,9 +42,9 @@ if triton is not None:
 
 
 def usable(dtype: torch.dtype, *groups: list[Tensor]) -> bool:
-    """Whether these are kernels in float32, in channels-last memory, on a GPU for which Triton builds in this dtype."""
+    """Whether these are kernels in float32, in channels-last memory, on a GPU for which Triton builds in this dtype; for a graph."""
     return (
-        triton is not None
+        worth_launching()
         and all(
             each.is_cuda and each.dtype == torch.float32 and each.is_contiguous(memory_format=torch.channels_last)
             for group in groups

@@ -50,7 +50,7 @@ def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
     elif device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams, and so a captured graph, are of the current one
     set_tf32(tf32)
-    torch.backends.cudnn.benchmark = True  # a run has three batch sizes: the fastest algorithm is looked for once for each
+    torch.backends.cudnn.benchmark = True  # a run has few batch sizes: the fastest algorithm is looked for once for each
     return device
 
 

@@ -24,6 +24,7 @@ from cifar_resnet.jobs.interrupt import Interrupted, signals
 from cifar_resnet.look import figures, progress
 from cifar_resnet.signals import ENDING
 from cifar_resnet.training import distributed
+from cifar_resnet.training.capture import CapturedEpoch
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor such terminals")
 DIGITS = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--width", 4)
@@ -824,3 +825,24 @@ def test_a_short_run_on_real_images_learns(cli, tmp_path):
     assert history[-1]["train_accuracy"] > 25  # 10 by chance
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     assert "last epoch:" in out
+
+
+def test_a_step_that_cannot_be_captured_is_taken_as_it_is_and_memory_that_is_out_is_said(tmp_path, cli, monkeypatch, no_figures):
+    """Ending a capture that failed raises an error of its own, with the first one as its context."""
+
+    def fails(self):
+        try:
+            raise fails.first
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+
+    monkeypatch.setattr("cifar_resnet.jobs.train.capturable", lambda state: True)
+    monkeypatch.setattr(CapturedEpoch, "capture", fails)
+    fails.first = RuntimeError("operation not permitted when stream is capturing")
+    code, out, _ = cli("train", *DIGITS, "--epochs", 1, "--peak-epoch", 0.5, "--device", "cpu", "--run-dir", tmp_path / "without")
+    assert code == 0
+    assert "the step cannot be captured as a graph" in " ".join(out.split())
+    assert load_checkpoint(tmp_path / "without").environment["captured"] is False
+    fails.first = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    code, _, err = cli("train", *DIGITS, "--device", "cpu", "--run-dir", tmp_path / "full")
+    assert (code, err) == (1, "cifar-resnet: out of memory; try a smaller --batch-size\n")

@@ -121,6 +121,7 @@ def step(function, case, norm, x, residual, gradient):
     return results | {name: buffer.clone() for name, buffer in norm.named_buffers()}
 
 
+@fused.for_a_graph()
 def errors(case, device):
     """Of the results that are wrong, against float64."""
     x, residual, gradient = inputs(case, device)
@@ -164,6 +165,7 @@ def nans():
 def refusals():
     """What `usable` should refuse but does not."""
     x = last(torch.randn(2, 16, 4, 4))
+    outside = fused.usable(x, nn.BatchNorm2d(16))
     refused = {
         "evaluation": (x, nn.BatchNorm2d(16).eval()),
         "cumulative average": (x, nn.BatchNorm2d(16, momentum=None)),
@@ -176,12 +178,13 @@ def refusals():
         "one image": (x[:1], nn.BatchNorm2d(16)),
         "other channels": (x, nn.BatchNorm2d(32)),
     }
-    return [name for name, (x, norm) in refused.items() if fused.usable(x, norm)]
+    with fused.for_a_graph():
+        return ["outside of a graph"] * outside + [name for name, (x, norm) in refused.items() if fused.usable(x, norm)]
 
 
 def interpret():
     """What is wrong, by what was checked, in the interpreter; or why it was not checked."""
-    if not fused.usable(last(torch.randn(2, 16, 4, 4)), nn.BatchNorm2d(16)):
+    if not fused.triton_works(torch.device("cpu"), torch.float32):
         return "Triton's interpreter does not work here: that of Triton 3.6 needs a NumPy before 2.4"
     wrong = {"choices": [] if choices() else ["not torch's"], "nan": [] if nans() else ["lost"], "not refused": refusals()}
     for name, case in SMALL.items():

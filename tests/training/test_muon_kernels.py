@@ -11,7 +11,7 @@ import torch
 from cifar_resnet import Recipe
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.training import engine, muon_kernels
-from cifar_resnet.training.fused import triton_works
+from cifar_resnet.training.fused import for_a_graph, triton_works
 from cifar_resnet.training.optim import set_rates
 
 SHAPES = [(16, 8, 3, 3), (64, 32, 3, 3), (7, 5, 3, 3)]  # the last is no multiple of a block
@@ -60,6 +60,7 @@ def test_on_a_gpu_the_kernels_are_their_formulas():
 
 
 @pytest.mark.cuda
+@for_a_graph()
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_muon_steps_alike_with_and_without_the_kernels(precision, monkeypatch):
     recipe, device, found = with_statistics(Recipe(width=16, precision=precision)), torch.device("cuda"), []
