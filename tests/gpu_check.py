@@ -1,10 +1,11 @@
 """Measures what a GPU gives, and checks that the captured step trains as the plain one: about eight minutes on one NVIDIA GPU.
 
     python tests/gpu_check.py gpu.json                   # everything; the runs need the real CIFAR-10
-    python tests/gpu_check.py gpu.json --only steps      # some of: equal steps tests bench runs
-    python tests/gpu_check.py gpu.json --device cpu --tiny --only equal steps runs    # that the script itself works
+    python tests/gpu_check.py gpu.json --only steps      # some of: runs steps equal tests bench
+    python tests/gpu_check.py gpu.json --device cpu --tiny --only runs steps equal    # that the script itself works
 
-It writes one JSON file, after every part. `--tiny` trains a network of width 4 on the digits.
+Every row is written to the JSON file at once. A part that fails is kept with its traceback, and the next one follows. Parts that
+the file has already stay, but for those that are asked for. `--tiny` trains a network of width 4 on the digits.
 """
 
 import argparse
@@ -12,11 +13,11 @@ import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,13 @@ from cifar_resnet import Recipe
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.data.splits import Split
+from cifar_resnet.jobs.bench import bench as measure
 from cifar_resnet.training import engine
 from cifar_resnet.training.capture import CapturedEpoch, capturable
-from cifar_resnet.training.runtime import compiled, environment, resolve_device, set_tf32, wait_for
+from cifar_resnet.training.runtime import environment, resolve_device, set_tf32, wait_for
 
-PARTS = ("equal", "steps", "tests", "bench", "runs")
+PARTS = ("runs", "steps", "equal", "tests", "bench")
+ENDS = [float("inf")]  # when all must be done, by time.monotonic()
 
 
 def fields(tiny, **changes):
@@ -46,10 +49,8 @@ def random_split(recipe, steps):
 
 
 def begun(recipe, device, steps, form):
-    """State, loader, and what takes an epoch: "eager", "captured", or "compiled" and captured."""
+    """State, loader, and what takes an epoch: "eager" or "captured"."""
     loader, state = TensorLoader(random_split(recipe, steps), recipe, device), engine.start(recipe, device)
-    if form == "compiled":
-        state.forward = compiled("on", recipe, state.model, device, dict.fromkeys(loader.sizes))
     state.model.train()
     if form == "eager":
         return state, loader, engine.plain_epoch
@@ -78,7 +79,6 @@ def first_losses(recipe, device, form, from_step=0, count=10):
 
 def equal(device, tiny):
     """Captured against plain: the largest relative difference of the first ten losses; and of two plain ones, as a measure."""
-    rows = {}
     for precision in ("float32", "bfloat16"):
         for name, changes, from_step in (
             ("plain", dict(sam_share=0.0), 0),
@@ -92,9 +92,7 @@ def equal(device, tiny):
             recipe = fields(tiny, precision=precision, width=4 if tiny else 16, **changes)
             plain, again, captured = (first_losses(recipe, device, form, from_step) for form in ("eager", "eager", "captured"))
             differences = [max(abs(a / b - 1) for a, b in zip(plain, other, strict=True)) for other in (again, captured)]
-            rows[f"{precision}, {name}"] = dict(plain=plain, again=differences[0], captured=differences[1])
-            print(f"{precision}, {name}: captured {differences[1]:.2e}, plain again {differences[0]:.2e}", flush=True)
-    return rows
+            yield f"{precision}, {name}", dict(plain=plain, again=differences[0], captured=differences[1])
 
 
 def busy_share(profiler):
@@ -118,10 +116,13 @@ def busy_share(profiler):
 
 def steps(device, tiny):
     """Milliseconds a step at whole batches, and the GPU's busy share, by kind of step and form."""
-    rows, count = {}, 5 if tiny else 60
-    for form in ("eager", "captured") if tiny else ("eager", "captured", "compiled"):
+    count, cuda = 5 if tiny else 60, device.type == "cuda"
+    for form in ("eager", "captured"):
         for name, changes in (("plain", dict(sam_share=0.0)), ("sharpness-aware", dict(sam_share=1.0))):
-            recipe = fields(tiny, batches="fixed", precision="bfloat16" if device.type == "cuda" else "float32", **changes)
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            recipe = fields(tiny, batches="fixed", precision="bfloat16" if cuda else "float32", **changes)
             began = time.perf_counter()
             state, loader, run_epoch = begun(recipe, device, count + 1, form)
             wait_for(device)
@@ -133,80 +134,68 @@ def steps(device, tiny):
                     pass
                 wait_for(device)
                 times.append((time.perf_counter() - began) / count * 1000)
-            kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+            kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
             with torch.profiler.profile(activities=[kind]) as profiler:
                 for _, _ in zip(range(min(count, 20)), run_epoch(state, loader), strict=False):
                     pass
                 wait_for(device)
             busy, kernels = busy_share(profiler)
-            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-            rows[f"{name}, {form}"] = dict(milliseconds=times, busy=busy, ready_seconds=ready, memory=memory, kernels_of_20_steps=kernels)
-            share = f"{busy:.3f}" if busy else "not measured"
-            print(f"{name}, {form}: {min(times):.2f} ms, busy {share}, ready after {ready:.1f} s", flush=True)
-    return rows
+            memory = torch.cuda.max_memory_reserved() if cuda else None
+            row = dict(milliseconds=times, busy=busy, ready_seconds=ready, memory=memory, kernels_of_20_steps=kernels)
+            yield f"{name}, {form}", row
 
 
 def command(arguments, environment=None):
-    """Runs the command line in a process of its own; gives its seconds and what it printed."""
+    """Runs a module in a process of its own; gives its seconds, its exit code, None where the time was up, and what it printed."""
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **(environment or {})}
-    )
-    return dict(seconds=time.perf_counter() - began, code=done.returncode, output=done.stdout + done.stderr)
+    left = ENDS[0] - time.monotonic()
+    how = dict(capture_output=True, text=True, env={**os.environ, **(environment or {})}, timeout=max(1, left) if left < 1e9 else None)
+    try:
+        done = subprocess.run([sys.executable, "-m", *map(str, arguments)], **how)
+        code, output = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as late:
+        code, output = None, (late.stdout or b"").decode(errors="replace")
+    return dict(seconds=time.perf_counter() - began, code=code, output=output[-1500:])
 
 
 def runs(device, tiny):
     """`train` of both recipes: once with an empty cache of compiled code, once after it, and five seeds; whole seconds and results."""
-    rows = {}
     small = ["--dataset", "digits", "--train-limit", 200, "--width", 4, "--batch-size", 64] if tiny else []
     for recipe in ("default", "sprint"):
         with tempfile.TemporaryDirectory() as folder:
             cache = dict(TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor", TRITON_CACHE_DIR=f"{folder}/triton")
-            common = ["cifar_resnet", "train", "--recipe", recipe, "--device", device.type, *small]
+            common = ["cifar_resnet", "train", "--recipe", recipe, "--device", device, *small]
             for name in ("cold", "warm"):
-                found = command([*common, "--run-dir", f"{folder}/{name}"], cache)
-                metrics = json.loads(Path(folder, name, "metrics.json").read_text()) if not found["code"] else None
-                rows[f"{recipe}, {name}"] = dict(
-                    seconds_to_last_line=found["seconds"], training_seconds=metrics and metrics["final"]["seconds"],
-                    accuracy=metrics and metrics["final"]["test_accuracy"], startup=metrics and metrics["environment"]["startup_seconds"],
-                    output=found["output"][-1500:], code=found["code"], environment=metrics and metrics["environment"],
-                )  # fmt: skip
-                print(f"{recipe}, {name}: {json.dumps({k: v for k, v in rows[f'{recipe}, {name}'].items() if k != 'output'})}", flush=True)
-            found = command([*common, "--repeat", 2 if tiny else 5, "--run-dir", f"{folder}/five"], cache)
-            if found["code"]:
-                print(found["output"][-2000:])
-                continue
-            repeat = json.loads(Path(folder, "five", "repeat.json").read_text())
-            every = [json.loads(path.read_text()) for path in sorted(Path(folder, "five").glob("s*/metrics.json"))]
-            training = [each["final"]["seconds"] for each in every]
-            rows[f"{recipe}, seeds"] = dict(
-                seconds_to_last_line=found["seconds"], training_seconds=training, output=found["output"][-1500:],
-                startup=[each["environment"]["startup_seconds"] for each in every],
-                **{key: repeat[key] for key in ("count", "accuracies", "mean", "std", "interval")},
-            )  # fmt: skip
-            print(
-                f"{recipe}, {repeat['count']} seeds: {repeat['mean']:.2f} ± {repeat['std']:.2f} %, training {statistics.mean(training):.2f} s, "
-                f"{found['seconds']:.1f} s in all",
-                flush=True,
-            )
-    return rows
+                row = command([*common, "--run-dir", f"{folder}/{name}"], cache)
+                if row["code"] == 0:
+                    metrics = json.loads(Path(folder, name, "metrics.json").read_text())
+                    row |= dict(
+                        training_seconds=metrics["final"]["seconds"], accuracy=metrics["final"]["test_accuracy"],
+                        startup=metrics["environment"]["startup_seconds"], environment=metrics["environment"],
+                    )  # fmt: skip
+                yield f"{recipe}, {name}", row
+            row = command([*common, "--repeat", 2 if tiny else 5, "--run-dir", f"{folder}/five"], cache)
+            if row["code"] == 0:
+                repeat = json.loads(Path(folder, "five", "repeat.json").read_text())
+                every = [json.loads(path.read_text()) for path in sorted(Path(folder, "five").glob("s*/metrics.json"))]
+                row |= {key: repeat[key] for key in ("count", "accuracies", "mean", "std", "interval")}
+                row["training_seconds"] = [each["final"]["seconds"] for each in every]
+                row["startup"] = [each["environment"]["startup_seconds"] for each in every]
+            yield f"{recipe}, seeds", row
 
 
 def tests(device, tiny):
     """The tests that need CUDA."""
-    found = command(["pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "cuda", "-n", "0", "tests"])
-    print(found["output"][-1500:], flush=True)
-    return found
+    yield "pytest", command(["pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", "-n", "0", "tests/training"])
 
 
 def bench(device, tiny):
-    found = command(["cifar_resnet", "bench", "--device", device.type, "--rounds", 6, "--json", "bench-gpu.json"])
-    print(found["output"][-1500:], flush=True)
-    path = Path("bench-gpu.json")
-    if path.exists():
-        found["content"] = json.loads(path.read_text())
-        path.unlink()
-    return found
+    yield "bench", measure(fields(tiny), rounds=6, seconds=0.5, device=str(device), progress=False)
+
+
+def shown(row):
+    """A row without what is long."""
+    return json.dumps({key: value for key, value in row.items() if len(json.dumps(value)) < 200}, default=str)
 
 
 def main():
@@ -214,23 +203,32 @@ def main():
     parser.add_argument("output", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=540, help="what takes longer is stopped (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
+    ENDS[0] = time.monotonic() + options.seconds
     device = resolve_device(options.device)
     set_tf32(False)
     driver = ""
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    content = {"environment": environment(device), "driver": driver, "python": platform.python_version()}
+    content = json.loads(options.output.read_text()) if options.output.exists() else {}
+    content |= {"environment": environment(device), "driver": driver, "python": platform.python_version()}
     print(driver, flush=True)
-    for part in PARTS:
-        if part in options.only:
-            began = time.perf_counter()
-            content[part] = globals()[part](device, options.tiny)
-            content[f"{part}_seconds"] = time.perf_counter() - began
-            print(f"{part}: {content[f'{part}_seconds']:.1f} s", flush=True)
-            options.output.write_text(json.dumps(content, indent=1) + "\n")
+    for part in (each for each in PARTS if each in options.only):
+        began, content[part] = time.perf_counter(), {}
+        try:
+            for name, row in globals()[part](device, options.tiny):
+                content[part][name] = row
+                options.output.write_text(json.dumps(content, indent=1) + "\n")
+                print(f"{part}, {name}: {shown(row)}", flush=True)
+        except Exception:
+            content[part]["failed"] = traceback.format_exc()
+            print(content[part]["failed"], flush=True)
+        content[f"{part}_seconds"] = time.perf_counter() - began
+        options.output.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"{part}: {content[f'{part}_seconds']:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
