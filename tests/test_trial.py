@@ -2,12 +2,14 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import levers
 import pytest
 import torch
 import trial
 from scipy import stats
+from torch import nn
 from torch.nn import functional
 
 from cifar_resnet import CifarResnetError, Recipe
@@ -121,3 +123,28 @@ def test_half_of_the_sharpness_aware_steps_are_plain(recipe):
         steps = [engine.rates_at(recipe, step, 20).sam for step in range(20)]
     assert steps == [False] * 10 + [True, False] * 5
     assert levers.LEVERS["sam every other step"][1](recipe) == 1.25 / 1.5
+
+
+def test_lookahead_sets_the_weights_to_their_average_every_five_steps(recipe):
+    """Against a loop that says so in as many words; 4 epochs of 3 steps."""
+    averages, finals = [], []
+    for by_lever in (True, False):
+        loader = TensorLoader(_random_split(24), recipe, CPU)
+        with levers.lookahead(recipe) if by_lever else nullcontext():
+            state = engine.start(recipe, CPU)
+            if not by_lever:
+                norms = [module for module in state.model.modules() if isinstance(module, nn.BatchNorm2d)]
+                for norm in norms:
+                    norm.momentum = 0.4
+                averages = {name: value.clone() for name, value in state.model.state_dict().items()}
+            for record in engine.train(state, loader, lambda: loader.plain(24), engine.plain_epoch):
+                step = 3 * state.epoch + state.step
+                if isinstance(record, engine.Step) and not by_lever and step in (5, 10, 12):
+                    kept = {5: 0.95**5 * (5 / 12) ** 3, 10: 0.95**5 * (10 / 12) ** 3, 12: 1.0}[step]
+                    for name, value in state.model.state_dict().items():
+                        if value.is_floating_point():
+                            averages[name] = kept * averages[name] + (1 - kept) * value
+                            value.copy_(averages[name])
+        finals.append(state.model.state_dict())
+    for name, value in finals[0].items():
+        torch.testing.assert_close(value, finals[1][name], rtol=1e-4, atol=1e-5)
