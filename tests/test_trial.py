@@ -137,7 +137,7 @@ def test_lookahead_sets_the_weights_to_their_average_every_five_steps(recipe):
                 for norm in norms:
                     norm.momentum = 0.4
                 averages = {name: value.clone() for name, value in state.model.state_dict().items()}
-            for record in engine.train(state, loader, lambda: loader.plain(24), engine.plain_epoch):
+            for record in engine.train(state, loader, lambda loader=loader: loader.plain(24), engine.plain_epoch):
                 step = 3 * state.epoch + state.step
                 if isinstance(record, engine.Step) and not by_lever and step in (5, 10, 12):
                     kept = {5: 0.95**5 * (5 / 12) ** 3, 10: 0.95**5 * (10 / 12) ** 3, 12: 1.0}[step]
