@@ -121,7 +121,7 @@ Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _op
 )]
 RunDir = Annotated[Path | None, _option("Folder for what is written.", default="beside the checkpoint")]
 DataDir = Annotated[Path | None, _option(
-    "Folder with CIFAR-10; every command but demo downloads it there. Of your own images that moved: the folder that holds their folder.",
+    "Folder with CIFAR-10 or CIFAR-100; if missing, downloaded, but not by demo. For images of yours that were moved: the folder above theirs.",
     default="CIFAR_RESNET_DATA_DIR, or the user's cache folder",
 )]
 Moved = Annotated[Path | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
@@ -143,7 +143,7 @@ Convolution = Annotated[Literal["auto", "torch"], _option(
 Format = Annotated[Literal["png", "svg", "pdf"], _option("Format of the pictures: png, svg or pdf.", metavar=NAME)]
 Tta = Annotated[Literal["none", "flip", "flip-shift"], _option(
     "Test-time augmentation: average the logits of several views. none: the image alone. flip: also its mirror image. flip-shift: also "
-    "both, shifted by a pixel each way.", metavar=NAME
+    "both, shifted by a pixel down and right, and up and left.", metavar=NAME
 )]
 Json = Annotated[bool, _option("Print the result as JSON.", WHERE, "--json")]
 Picture = Annotated[Path, _option("Where the picture goes: a .png, .svg or .pdf.", DRAWING)]
@@ -183,7 +183,7 @@ Target = Annotated[float | None, _option("Accuracy in percent, drawn as a line i
 
 Count = Annotated[int, _option("Images in the two pictures.", CHOICE)]
 Sort = Annotated[Literal["confidence", "label", "class", "random"], _option(
-    "Order. confidence: the surest first. label: labels that may be wrong first. class: by class. random.",
+    "Order. confidence: surest first. label: doubtful labels first. class. random.",
     CHOICE, metavar=NAME,
 )]
 Folds = Annotated[int | None, _option(
@@ -234,7 +234,7 @@ StepSize = Annotated[int, _option("Steps of the triangular policy from one bound
 Cycles = Annotated[int, _option("How often the triangular policy goes up and down.", DRAWING)]
 Rounds = Annotated[int, _option("Number of repetitions of each measurement, at least 6.", MEASURE)]
 Reference = Annotated[bool, _option("Also measure a plain float32 training loop with a DataLoader.", MEASURE, "--reference")]
-Profile = Annotated[bool, _option("Show which operators take the time of training.", MEASURE, "--profile")]
+Profile = Annotated[bool, _option("Show which operators, on CUDA which kernels, take the time of training.", MEASURE, "--profile")]
 JsonFile = Annotated[Path | None, _option("File for all that was measured.", MEASURE, "--json", default="none")]
 RecipeName = Annotated[str | None, _argument("Recipe whose fields are printed, in the form of recipe.json.")]
 HelpAll = Annotated[bool | None, typer.Option(
@@ -329,7 +329,7 @@ def find_lr(
 ) -> None:  # fmt: skip
     """Recommend a learning rate: by a range test, then by short trainings.
 
-    The range test trains a new model while the learning rate rises. Each short training tries one peak learning rate near the lowest loss.
+    The range test trains a new model while the learning rate rises. Each short training tries a peak near the rate of the lowest loss.
     """
     from .jobs.common import command_line
     from .jobs.find_lr import with_found_lr
@@ -692,9 +692,9 @@ def bench(
     device: Device = "auto", workers: Workers = None, compile: Compile = "auto",
     convolution: Convolution = "auto",
 ) -> None:  # fmt: skip
-    """Measure this machine: images a second in training and evaluation, the share of the peak FLOP/s, and how long a run will take.
+    """Measure this machine: images a second in training and evaluation, speed against a large matrix product, and how long a run takes.
 
-    bench needs no data, and two to ten minutes on two CPU cores: ten without bfloat16 and with --reference. Run nothing else meanwhile.
+    bench needs no data. On two CPU cores it takes two to ten minutes: ten without bfloat16 and with --reference. Run nothing else meanwhile.
     """
     from .jobs.bench import bench
     from .run_dir import writable, write_json

@@ -9,6 +9,7 @@ the file has already stay, but for those that are asked for. `--tiny` trains a n
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -78,7 +79,10 @@ def first_losses(recipe, device, form, from_step=0, count=10):
 
 
 def equal(device, tiny):
-    """Captured against plain: the largest relative difference of the first ten losses; and of two plain ones, as a measure."""
+    """Captured against plain: the largest relative difference of the first ten losses; and of two plain ones, as a measure.
+
+    Captured steps have our kernels, and plain ones torch's: a difference is of the graph or of these.
+    """
     for precision in ("float32", "bfloat16"):
         for name, changes, from_step in (
             ("plain", dict(sam_share=0.0), 0),
@@ -119,6 +123,8 @@ def steps(device, tiny):
     count, cuda = 5 if tiny else 60, device.type == "cuda"
     for form in ("eager", "captured"):
         for name, changes in (("plain", dict(sam_share=0.0)), ("sharpness-aware", dict(sam_share=1.0))):
+            state = loader = run_epoch = None  # their memory is not the next row's
+            gc.collect()
             if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -154,7 +160,7 @@ def command(arguments, environment=None):
         done = subprocess.run([sys.executable, "-m", *map(str, arguments)], **how)
         code, output = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as late:
-        code, output = None, (late.stdout or b"").decode(errors="replace")
+        code, output = None, b"".join(each or b"" for each in (late.stdout, late.stderr)).decode(errors="replace")
     return dict(seconds=time.perf_counter() - began, code=code, output=output[-1500:])
 
 
@@ -190,7 +196,8 @@ def tests(device, tiny):
 
 
 def bench(device, tiny):
-    yield "bench", measure(fields(tiny), rounds=6, seconds=0.5, device=str(device), progress=False)
+    recipe = fields(tiny) if tiny else with_statistics(Recipe())
+    yield "bench", measure(recipe, rounds=6, seconds=0.5, profile=True, device=str(device), progress=False)
 
 
 def shown(row):
@@ -203,7 +210,7 @@ def main():
     parser.add_argument("output", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=540, help="what takes longer is stopped (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=540, help="after these nothing more begins (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     ENDS[0] = time.monotonic() + options.seconds
@@ -213,22 +220,27 @@ def main():
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    content = json.loads(options.output.read_text()) if options.output.exists() else {}
-    content |= {"environment": environment(device), "driver": driver, "python": platform.python_version()}
+    where = {"environment": environment(device), "driver": driver, "python": platform.python_version()}
+    content, failed = json.loads(options.output.read_text()) if options.output.exists() else {}, False
     print(driver, flush=True)
     for part in (each for each in PARTS if each in options.only):
-        began, content[part] = time.perf_counter(), {}
+        began, rows = time.perf_counter(), {}
+        content[part] = {**where, "rows": rows}
         try:
             for name, row in globals()[part](device, options.tiny):
-                content[part][name] = row
+                rows[name] = row
+                failed |= row.get("code", 0) != 0
                 options.output.write_text(json.dumps(content, indent=1) + "\n")
                 print(f"{part}, {name}: {shown(row)}", flush=True)
+                if time.monotonic() > ENDS[0]:
+                    sys.exit("the time is up")
         except Exception:
-            content[part]["failed"] = traceback.format_exc()
+            content[part]["failed"], failed = traceback.format_exc(), True
             print(content[part]["failed"], flush=True)
-        content[f"{part}_seconds"] = time.perf_counter() - began
+        content[part]["seconds"] = time.perf_counter() - began
         options.output.write_text(json.dumps(content, indent=1) + "\n")
-        print(f"{part}: {content[f'{part}_seconds']:.1f} s", flush=True)
+        print(f"{part}: {content[part]['seconds']:.1f} s", flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

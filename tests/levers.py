@@ -97,7 +97,10 @@ def sam_every_other_step(recipe) -> Iterator[None]:
 
 @contextmanager
 def lookahead(recipe) -> Iterator[None]:
-    """Every five steps the weights go back to their average, which forgets ever less; BatchNorm's momentum is 0.4 (cifar10-airbench)."""
+    """Every five steps the weights become their average, of more and more steps; at the end too. BatchNorm's momentum is 0.4.
+
+    As in cifar10-airbench, but for the last step, which there moves the average once more.
+    """
     build, slow = engine.build_model, []
 
     def built(*arguments):

@@ -242,7 +242,11 @@ def title(
     what = "labels that may be wrong" if sort == "label" else "mistakes"
     which = f"{count} {order[sort]} {chosen} {what}" if count < chosen else f"All {chosen} {what}"
     which = f"The one {what.replace('mistakes', 'mistake').replace('labels', 'label')}" if chosen == 1 else which
-    of_classes = "".join(f", {what} {name}" for what, name in (("true class", true), ("predicted", predicted)) if name)
+    of_classes = "".join(
+        f", {what} {name}"
+        for what, name in (("label" if sort == "label" else "true class", true), ("predicted", predicted))
+        if name
+    )
     images = f"{len(found.labels):,} {found.data.evaluated_on} images{of_classes}{figures.unfinished(standing(found.checkpoint))}"
     if not chosen:
         return f"No mistake in {images}. The {unsure} least sure, all right"

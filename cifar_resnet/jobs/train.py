@@ -302,9 +302,11 @@ class _Run:
         try:
             steps.capture()
         except RuntimeError as error:  # an old driver, or an operation that cannot be captured
-            for cause in (error, error.__context__):  # ending a capture that failed raises an error of its own
+            cause: BaseException | None = error
+            while cause:  # ending a capture that failed raises an error of its own
                 if isinstance(cause, torch.cuda.OutOfMemoryError):
                     raise cause from None
+                cause = cause.__context__
             self.watcher.warn(f"the step cannot be captured as a graph: {first_line(error)}; it trains without")
             return
         self.run_epoch = captured[self.recipe.replace(seed=0)] = steps

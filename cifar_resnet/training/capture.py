@@ -43,7 +43,7 @@ def graph_of(
 ) -> torch.cuda.CUDAGraph:  # fmt: skip
     """A CUDA graph of what `call`, which may step the optimizer, does on the current device, after a few warm-up calls.
 
-    `before` is called before each of these. Graphs that never run at once may share a memory pool, if they are captured on one stream.
+    `before` is called before each of these. Graphs that never run at once save memory by a common pool, if they are captured on one stream.
     """
     groups = [group for group in optimizer.param_groups if "capturable" in group]
     stream, graph, around = stream or torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.current_stream()

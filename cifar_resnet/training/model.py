@@ -13,8 +13,8 @@ from .convolution import Conv3x3
 
 
 class Chain(nn.Sequential):
-    """Modules one after another; plus a residual, if one is given. On a GPU in training, 2x2 max pooling, BatchNorm and ReLU in
-    a row are one pass over memory."""
+    """Modules one after another; plus a residual, if one is given. In a CUDA graph of training, 2x2 max pooling, BatchNorm and
+    ReLU in a row are few passes over memory."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         modules, at = list(self), 0

@@ -89,13 +89,16 @@ def test_the_files_named_are_those_written(tiny_run, tmp_path, cli, no_figures, 
     assert [len(list((tmp_path / place).iterdir())) for place in "013"] == [1, 3, 3]
 
 
-def test_labels_that_may_be_wrong_come_first(own_images, tmp_path, cli, no_figures):
+def test_labels_that_may_be_wrong_come_first(own_images, tmp_path, cli, no_figures, monkeypatch):
     """A dark image among the bright ones, of a network that tells them apart."""
+    draw, drawn = pictures.misclassified, []
+    monkeypatch.setattr(pictures, "misclassified", lambda *given: drawn.append(given[2:]) or draw(*given))
     shutil.move(own_images / "test" / "dark" / "0.png", own_images / "test" / "bright" / "=odd, one.png")
     train(Recipe.build(dataset=str(own_images), epochs=6, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
     code, out, _ = cli("misclassified", tmp_path / "run", "--sort", "label", "--copy-to", tmp_path / "odd")
     assert code == 0
     assert "bright/=odd, one.png, labelled bright: perhaps mislabelled: dark?" in out
+    assert drawn == [("The one label that may be wrong in 12 test images", "label")]
     content = json.loads((tmp_path / "run" / "labels.json").read_text())
     rows = content["labels"]
     assert (rows[0]["name"], rows[0]["given"], rows[0]["suggested"]) == ("bright/=odd, one.png", "bright", "dark")

@@ -1,6 +1,8 @@
 """The step that reads buffers on the device: on a CPU uncaptured, with the bits of the plain loop; on a GPU as a graph."""
 
 import itertools
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ import torch
 from cifar_resnet import Recipe
 from cifar_resnet.data.datasets import load, with_statistics
 from cifar_resnet.data.loaders import TensorLoader
-from cifar_resnet.training import engine
-from cifar_resnet.training.capture import CapturedEpoch, capturable, snapshot
+from cifar_resnet.training import engine, fused
+from cifar_resnet.training.capture import WARM_UP, CapturedEpoch, capturable, graph_of, snapshot
 
 CPU = torch.device("cpu")
 
@@ -111,6 +113,20 @@ def test_steps_of_a_momentum_that_changes_are_not_captured():
     cycled, _, _ = begun(made(optimizer="sgd", momentum=0.95, base_momentum=0.85))
     cycled.totals = torch.empty(2, device="meta")
     assert not capturable(cycled)
+
+
+def test_our_kernels_are_for_what_is_captured_and_what_warms_up_for_it(monkeypatch):
+    """With a GPU that does nothing."""
+    stream, seen = SimpleNamespace(wait_stream=lambda other: None), []
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(fused, "triton", object())
+    weight = torch.nn.Parameter(torch.zeros(1))
+    graph_of(lambda: seen.append(fused.worth_launching()), torch.optim.SGD([weight], lr=0.1))
+    assert seen == [True] * (WARM_UP + 1)
+    assert not fused.worth_launching()
 
 
 @pytest.mark.cuda

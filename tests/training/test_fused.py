@@ -205,7 +205,8 @@ def test_in_the_interpreter_results_and_gradients_are_torchs():
 
 
 def test_it_is_not_used_on_a_cpu():
-    assert not fused.usable(last(torch.randn(2, 16, 4, 4)), nn.BatchNorm2d(16))
+    with fused.for_a_graph():
+        assert not fused.usable(last(torch.randn(2, 16, 4, 4)), nn.BatchNorm2d(16))
 
 
 @needs_triton
