@@ -417,7 +417,8 @@ def test_all_files_that_are_made_of_a_checkpoint_are_known():
     files = [Path(name) for row in rows for name in re.findall(r"`([^`]+\.\w+)`", row)]
     assert len(files) >= 10
     kept = [file for file in files if file.stem not in run_dir.MADE_OF_CHECKPOINT or file.suffix not in run_dir.SUFFIXES]
-    assert kept == [Path("labels.csv"), *(Path(f"training_labels.{suffix}") for suffix in ("json", "csv", "png"))]
+    of_training = (Path(f"training_labels.{suffix}") for suffix in ("json", "csv", "png"))
+    assert kept == [Path("labels.csv"), *of_training, Path("training_folds.pt")]
 
 
 # Images of one's own
