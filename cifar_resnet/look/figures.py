@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -89,7 +90,8 @@ def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test", 
     left.set_title("Loss")
     right.set_title("Accuracy")
     last = f"{history[-1]['test_accuracy']:.2f} % {evaluated_on} accuracy"
-    figure.suptitle(f"{lettering.title(recipe.title)}, seed {recipe.seed}: {last}")
+    stopped = unfinished({"epoch": len(history), "epochs": recipe.epochs})
+    figure.suptitle(f"{lettering.title(recipe.title)}, seed {recipe.seed}{stopped}: {last}")
     return figure
 
 
@@ -347,7 +349,7 @@ def reliability(
     axis.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="perfectly calibrated")
     numbers = f"expected calibration error {calibration_error:.2f} %, negative log likelihood {loss:.4f}"
     axis.set(ylabel="accuracy, percent", ylim=(0, 103), xlim=(0, 100))
-    axis.set_title(f"{lettering.title(title)}\n{numbers}" if title else "")
+    axis.set_title(f"{textwrap.fill(lettering.title(title), 60)}\n{numbers}" if title else "")
     counts = below.bar(centres, [row["count"] for row in bins], 0.92 * width, color=GREY)
     below.set(xlabel="confidence: probability of the predicted class, percent", ylabel="images")
     handles = [Patch(color=BLUE, label="accuracy of the bin"), *axis.get_legend_handles_labels()[0]]

@@ -87,7 +87,7 @@ def test_its_network_is_that_of_every_preset(space, app_of, tmp_path):
             continue
         seen.add(key)
         folder = shutil.copytree(space, tmp_path / preset)
-        settings = json.loads((folder / "model.json").read_text()) | variant
+        settings = json.loads((folder / "model.json").read_text(encoding="utf-8")) | variant
         (folder / "model.json").write_text(json.dumps(settings))
         model = build_model(recipe).eval()
         (folder / "model.safetensors").write_bytes(safetensors.save({name: value.contiguous() for name, value in model.state_dict().items()}))
@@ -110,7 +110,7 @@ def test_it_holds_examples_mistakes_and_their_overlays(space, tiny_run, app_of):
     app, evaluation = app_of(space), load(load_checkpoint(tiny_run).recipe).evaluation
     assert [name for _, name in app.CONTENT.examples] == list(load_checkpoint(tiny_run).classes)
     found = app.mistakes("surest first", None, None)
-    assert len(found) == len(json.loads((space / "mistakes.json").read_text())) > 0
+    assert len(found) == len(json.loads((space / "mistakes.json").read_text(encoding="utf-8"))) > 0
     for each in found:
         (position,) = np.flatnonzero(evaluation.indices == int(each.name.split()[1]))
         np.testing.assert_array_equal(each.image, evaluation.images[position])
@@ -133,15 +133,15 @@ def test_it_reads_checkpoint_and_images_once(tiny_run, tmp_path, monkeypatch, no
 def test_it_needs_nothing_of_the_package_and_trains_nothing(space):
     installed = {"gradio", "torch", "safetensors", "numpy", "PIL", "page"}
     for name in ("app.py", "page.py"):
-        source = (space / name).read_text()
+        source = (space / name).read_text(encoding="utf-8")
         tree = ast.parse(source)
         modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert {module.partition(".")[0] for module in modules} <= installed | sys.stdlib_module_names
         assert not re.search(r"cifar.resnet|backward\(|optim", source)
-    needed = dict(line.split("==") for line in (space / "requirements.txt").read_text().splitlines())
+    needed = dict(line.split("==") for line in (space / "requirements.txt").read_text(encoding="utf-8").splitlines())
     assert needed == {name: version(name).partition("+")[0] for name in ("gradio", "torch", "safetensors", "numpy", "pillow")}
-    front, text = (space / "README.md").read_text().split("---\n")[1:]
+    front, text = (space / "README.md").read_text(encoding="utf-8").split("---\n")[1:]
     fields = dict(line.split(": ", 1) for line in front.splitlines())
     assert {"title", "emoji", "sdk", "sdk_version", "app_file"} <= set(fields)
     assert "license" not in fields
@@ -190,8 +190,8 @@ def test_what_is_published_names_no_folder_of_this_machine(own_run, own_images, 
     folder = export(own_run, format="space")
     for file in folder.rglob("*"):
         assert file.is_dir() or os.fsencode(own_images.parent) not in file.read_bytes(), file
-    assert "--dataset ./own" in (folder / "README.md").read_text()
-    assert "--dataset ./own" in (folder / "run.html").read_text()
+    assert "--dataset ./own" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "--dataset ./own" in (folder / "run.html").read_text(encoding="utf-8")
     app = app_of(folder)
     Image.fromarray(np.full((40, 40), 9, np.uint16)).save(own_run / "deep.png")
     with pytest.raises(Exception, match="more than 8 bits a channel"):
