@@ -52,7 +52,7 @@ def test_curves_show_the_history():
     keys = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
     history = [{"epoch": epoch, **{key: float(10 * i + epoch) for i, key in enumerate(keys)}} for epoch in (1, 2, 3)]
     figure = figures.curves(history, Recipe(), "holdout")
-    assert figure.get_suptitle() == "default, seed 0 after epoch 3 of 24: 33.00 % holdout accuracy"
+    assert figure.get_suptitle() == "default on cifar10, seed 0 after epoch 3 of 24: 33.00 % holdout accuracy"
     left, right = figure.axes
     lines = [line.get_ydata().tolist() for axis in (left, right) for line in axis.lines]
     assert lines == [[row[key] for row in history] for key in keys]
