@@ -185,8 +185,10 @@ def _measure(
     calls, measured = {}, dict[str, list[float]]()
     for name in contestants:
         timed(name, 2)
-        few = max(1, round(seconds / 4 / timed(name, 1)))  # a loader has the first batches at hand
-        calls[name], measured[name] = max(1, round(seconds * few / timed(name, few))), []
+        once = timed(name, 1)
+        if few := round(seconds / 4 / once):  # which tell more than one: a loader has the first batches at hand
+            once = timed(name, few) / few
+        calls[name], measured[name] = max(1, round(seconds / once)), []
     for done in range(rounds):
         progress(done)
         for name in list(contestants)[:: -1 if done % 2 else 1]:  # there and back: none always follows the same one
