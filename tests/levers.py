@@ -5,15 +5,18 @@ Each is a context manager: runs that train while it is open train with the chang
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
+from cifar_resnet.data import loaders
 from cifar_resnet.data.datasets import load
 from cifar_resnet.data.loaders import TensorLoader
-from cifar_resnet.training import capture, engine
+from cifar_resnet.training import capture, engine, optim
 
 SIDES = ((0.15, 20), (0.5, 24), (1.0, 32))  # of the images, in pixels, until this share of the epochs is done
 
@@ -30,7 +33,7 @@ def whitening_kernels(images: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def whiten(recipe) -> Iterator[None]:
+def whiten(recipe, trained=True) -> Iterator[None]:
     """The first convolution starts as whitening filters of the training images, each with both signs."""
     build, kept = engine.build_model, []
 
@@ -44,6 +47,7 @@ def whiten(recipe) -> Iterator[None]:
         pairs = torch.stack([kept[0], -kept[0]], 1).flatten(0, 1)[: len(weight)]
         with torch.no_grad():
             weight[: len(pairs)] = pairs
+        weight.requires_grad_(trained)
         return model
 
     with patch.object(engine, "build_model", built):
@@ -83,6 +87,13 @@ def cost_of_resizing(recipe):
 
 
 @contextmanager
+def in_step(name, changed) -> Iterator[None]:
+    """`changed` in place of a function of the engine, captured or not."""
+    with patch.object(engine, name, changed), patch.object(capture, name, changed):
+        yield
+
+
+@contextmanager
 def sam_every_other_step(recipe) -> Iterator[None]:
     """Of the sharpness-aware steps every second one is plain."""
     rates_at = engine.rates_at
@@ -91,7 +102,77 @@ def sam_every_other_step(recipe) -> Iterator[None]:
         rates = rates_at(recipe, step, total_steps)
         return rates._replace(sam=rates.sam and step % 2 == 0)
 
-    with patch.object(engine, "rates_at", every_other), patch.object(capture, "rates_at", every_other):
+    with in_step("rates_at", every_other):
+        yield
+
+
+@contextmanager
+def sam_along_momentum(recipe) -> Iterator[None]:
+    """Sharpness-aware steps take their gradient further on along the momentum of the steps before, and so need no first pass.
+
+    As in Momentum-SAM (Becker, Altrock and Risse 2024, arXiv:2401.12033), but for the radius, which is relative to the weights.
+    """
+    plain_step, backward = engine.train_step, engine._backward
+
+    def ahead(state, batch):
+        weights = [weight for weight in state.model.parameters() if weight.dim() > 1]
+        kept = [weight.detach().clone() for weight in weights]
+        optim._climb(weights, [state.optimizer.state[weight]["momentum_buffer"] for weight in weights], -recipe.sam_radius)
+        result = backward(state, batch)
+        with torch.no_grad():
+            torch._foreach_copy_(weights, kept)
+        return result
+
+    def step(state, batch, rates):
+        with patch.object(engine, "_backward", ahead if rates.sam else backward):
+            return plain_step(state, batch, rates._replace(sam=False))
+
+    with in_step("train_step", step):
+        yield
+
+
+@contextmanager
+def floor(recipe) -> Iterator[None]:
+    """The schedule ends after nine tenths of the steps; the others have its lowest learning rate."""
+    rates_at = engine.rates_at
+
+    def sooner(recipe, step, total_steps):
+        end = round(0.9 * total_steps)
+        return rates_at(recipe, step, total_steps)._replace(lr=rates_at(recipe, min(step, end - 1), end).lr)
+
+    with in_step("rates_at", sooner):
+        yield
+
+
+@contextmanager
+def bias_rate(recipe, factor) -> Iterator[None]:
+    """The biases of BatchNorm train at this factor times the learning rate of the rest; their weight decay is as much less."""
+    build = engine.build_model
+
+    def built(*arguments):
+        model = build(*arguments)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.bias.register_hook(lambda gradient: factor * gradient)
+        return model
+
+    with patch.object(engine, "build_model", built):
+        yield
+
+
+@contextmanager
+def balanced_batches(recipe) -> Iterator[None]:
+    """Every batch has as many images of each class, or nearly."""
+    order, labels = loaders.epoch_order, load(recipe, None, lambda message: None).train.labels
+
+    def balanced(recipe, epoch, count):
+        shuffled = order(recipe, epoch, count)
+        turn = np.empty(count, dtype=np.int64)
+        for label in np.unique(labels):
+            turn[labels[shuffled] == label] = np.arange((labels == label).sum())
+        return shuffled[np.argsort(turn, kind="stable")]
+
+    with patch.object(loaders, "epoch_order", balanced):
         yield
 
 
@@ -137,7 +218,13 @@ def lookahead(recipe) -> Iterator[None]:
 
 LEVERS = {  # name: the change, and by how much it multiplies a run's arithmetic
     "whiten": (whiten, lambda recipe: 1.0),
+    "whiten, not trained": (partial(whiten, trained=False), lambda recipe: 1.0),
     "resize": (resize, cost_of_resizing),
     "lookahead": (lookahead, lambda recipe: 1.0),
     "sam every other step": (sam_every_other_step, lambda recipe: (1 + recipe.sam_share / 2) / (1 + recipe.sam_share)),
+    "sam along momentum": (sam_along_momentum, lambda recipe: 1 / (1 + recipe.sam_share)),
+    "floor": (floor, lambda recipe: 1.0),
+    "bias rate 4": (partial(bias_rate, factor=4.0), lambda recipe: 1.0),
+    "bias rate 1/4": (partial(bias_rate, factor=0.25), lambda recipe: 1.0),
+    "balanced batches": (balanced_batches, lambda recipe: 1.0),
 }

@@ -5,6 +5,7 @@ import math
 from contextlib import nullcontext
 
 import levers
+import numpy as np
 import pytest
 import torch
 import trial
@@ -12,7 +13,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional
 
-from cifar_resnet import CifarResnetError, Recipe
+from cifar_resnet import CifarResnetError, Recipe, load_checkpoint
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.jobs.bench import _random_split
 from cifar_resnet.training import engine
@@ -148,3 +149,78 @@ def test_lookahead_sets_the_weights_to_their_average_every_five_steps(recipe):
         finals.append(state.model.state_dict())
     for name, value in finals[0].items():
         torch.testing.assert_close(value, finals[1][name], rtol=1e-4, atol=1e-5)
+
+
+def short_run(recipe, lever=nullcontext):
+    """Losses of a run on 24 random images, with the lever, and the state after it."""
+    loader = TensorLoader(_random_split(24), recipe, CPU)
+    with lever(recipe) if lever is not nullcontext else nullcontext():
+        state = engine.start(recipe, CPU)
+        records = list(engine.train(state, loader, lambda: loader.plain(24)))
+    return [float(record.loss) for record in records if isinstance(record, engine.Step)], state
+
+
+def test_gradients_further_along_the_momentum_replace_the_second_pass(recipe, monkeypatch):
+    """The images go through once a step, with weights that stand ahead along the momentum by the radius, and are put back."""
+    places, passes = [], []
+    backward, climb = engine._backward, levers.optim._climb
+    monkeypatch.setattr(engine, "_backward", lambda state, batch: (passes.append(1), backward(state, batch))[1])
+
+    def watched(weights, directions, radius):
+        before = [weight.detach().clone() for weight in weights]
+        climb(weights, directions, radius)
+        norms = [weight.norm() for weight in before]
+        moved = [weight.detach() - kept for weight, kept in zip(weights, before, strict=True)]
+        slope = sum((move * direction).sum() for move, direction in zip(moved, directions, strict=True))
+        length = torch.stack([move.norm() / norm for move, norm in zip(moved, norms, strict=True)]).norm()
+        places.append((float(slope), float(length)))
+
+    monkeypatch.setattr(levers.optim, "_climb", watched)
+    losses, _ = short_run(recipe, levers.sam_along_momentum)
+    assert len(passes) == len(losses) == 12
+    assert len(places) == 6  # half of the steps are sharpness-aware
+    assert all(slope < 0 for slope, _ in places)
+    assert [length for _, length in places] == pytest.approx([recipe.sam_radius] * 6, rel=1e-4)
+    plain, _ = short_run(recipe.replace(sam_share=0.0))
+    assert losses[:6] == plain[:6]
+    assert losses[6:] != plain[6:]
+
+
+def test_the_schedule_ends_before_its_floor(recipe):
+    rates = [engine.rates_at(recipe, step, 36).lr for step in range(36)]
+    with levers.floor(recipe):
+        found = [engine.rates_at(recipe, step, 40) for step in range(40)]
+    assert [each.lr for each in found] == rates + [rates[-1]] * 4
+    assert [each.sam for each in found] == [False] * 20 + [True] * 20
+
+
+def test_biases_of_batchnorm_train_at_a_rate_of_their_own(recipe):
+    """The first step, without weight decay, moves them by so many times as much, and nothing else otherwise."""
+    recipe = recipe.replace(epochs=1, batch_size=24, weight_decay=0.0, sam_share=0.0)
+    start = engine.start(recipe, CPU).model.state_dict()
+    (_, plain), (_, faster) = short_run(recipe), short_run(recipe, levers.LEVERS["bias rate 4"][0])
+    biases = {f"{name}.bias" for name, module in plain.model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for name, value in plain.model.named_parameters():
+        moved, other = value - start[name], faster.model.state_dict()[name] - start[name]
+        torch.testing.assert_close(other, 4 * moved if name in biases else moved, rtol=1e-3, atol=1e-6)
+
+
+def test_batches_are_balanced_and_an_epoch_has_every_image(recipe):
+    recipe = Recipe.build("digits", train_limit=101, batch_size=20)
+    with levers.balanced_batches(recipe):
+        order = levers.loaders.epoch_order(recipe, 0, 101)
+        assert not (order == levers.loaders.epoch_order(recipe, 1, 101)).all()
+    assert sorted(order) == list(range(101))
+    labels = levers.load(recipe, None, print).train.labels[order]
+    for start in range(0, 80, 20):
+        assert set(np.bincount(labels[start : start + 20], minlength=10)) <= {1, 2, 3}
+
+
+def test_a_whitening_start_that_is_not_trained_stays(tmp_path):
+    arms = {"trained": {"levers": ["whiten"]}, "kept": {"levers": ["whiten, not trained"]}}
+    called(tmp_path, {**QUESTION, "arms": arms, "seeds": 1})
+    for arm in arms:
+        checkpoint = load_checkpoint(tmp_path / "runs" / f"{arm}-s0")
+        with levers.whiten(checkpoint.recipe):
+            start = engine.build_model(checkpoint.recipe).prep[0].weight
+        assert torch.equal(checkpoint.model().prep[0].weight, start) == (arm == "kept")
