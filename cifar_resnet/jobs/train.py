@@ -296,6 +296,8 @@ class _Run:
                 self.state.forward = compiled(compile, self.recipe, self.state.model, self.device, sizes)
             if loader and capturable(self.state):
                 self._capture(earlier or CapturedEpoch(self.state, loader), captured)
+            elif self.device.type == "cuda" and self.recipe.base_momentum is not None:
+                self.watcher.warn("a graph cannot hold steps whose momentum changes, as this recipe's does; it trains without")
         self._stage("compile")
 
     def _capture(self, steps: CapturedEpoch, captured: dict[Recipe, CapturedEpoch]) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from cifar_resnet import Recipe, Watcher, evaluate, load_checkpoint, misclassifi
 from cifar_resnet.data.images import read_image
 from cifar_resnet.errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError, shell_word
 from cifar_resnet.jobs.interrupt import Interrupted, signals
+from cifar_resnet.jobs.train import _Run
 from cifar_resnet.look import figures, progress
 from cifar_resnet.signals import ENDING
 from cifar_resnet.training import distributed
@@ -826,6 +828,17 @@ def test_a_short_run_on_real_images_learns(cli, tmp_path):
     assert history[-1]["train_accuracy"] > 25  # 10 by chance
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     assert "last epoch:" in out
+
+
+@pytest.mark.parametrize(("name", "says"), [("eva6-s9", True), ("default", False)])
+def test_a_gpu_says_where_a_recipe_cannot_be_captured_for_its_momentum(name, says):
+    said, device = [], torch.device("cuda")
+    run = _Run(Recipe.build(name), None, None, {}, {"compile": "off"}, SimpleNamespace(warn=said.append))
+    run.recipe, run.device, run.loader = run.asked_recipe, device, SimpleNamespace(sizes=[512])
+    run.state = SimpleNamespace(device=device, model="the model", forward=None)
+    run.make_steps({})
+    assert ["momentum changes" in line for line in said] == [True] * says
+    assert run.state.forward == "the model"
 
 
 def test_a_step_that_cannot_be_captured_is_taken_as_it_is_and_memory_that_is_out_is_said(tmp_path, cli, monkeypatch, no_figures):
