@@ -128,10 +128,9 @@ def present(folder: Path, moved_to: Path | str | None) -> Path:
         if place.is_dir():
             return place
     near = difflib.get_close_matches(folder.name, DATASETS, n=1)
-    moved = "if it has moved, give the folder that holds it with --data-dir, or its new path with --dataset where there is one"
-    advice = f"did you mean {near[0]}?" if near else moved
-    kinds = f"{', '.join(DATASETS)} or a folder"
-    raise UsageError(f"--dataset {folder.name}: it is {kinds}, and there is no folder {' or '.join(map(str, places))}; {advice}")
+    advice = f"did you mean {near[0]}?" if near else "if it was moved, give the folder that holds it now with --data-dir"
+    kinds = f"{', '.join(DATASETS)} or a folder of images"
+    raise UsageError(f"--dataset is {kinds}, and there is no folder {' or '.join(map(str, places))}; {advice}")
 
 
 def _parts(folder: Path, split: float | None, notify: Callable[[str], None]) -> list[Path]:
@@ -146,11 +145,9 @@ def _parts(folder: Path, split: float | None, notify: Callable[[str], None]) -> 
         raise UsageError(f"--split {split:g}: {folder} has its own images for evaluation, in {evaluation[0].name}; leave it out")
     if split is not None:
         return [found.get("train", folder)]
-    missing = "nor is there a test, val, valid, validation or eval" if "train" not in found else "there is no test or val"
-    if evaluation:
-        missing = f"there is {evaluation[0].name}, and no train"
+    missing = [*(["train"] if "train" not in found else []), *(["test"] if not evaluation else [])]
     advice = "" if evaluation else "; --split 0.2 sets a fifth of the images of train/CLASS/* or CLASS/* apart for evaluation"
-    raise DataError(f"{folder} must hold train/CLASS/* and test/CLASS/*: {missing}{advice}")
+    raise DataError(f"{folder} must hold train/CLASS/* and test/CLASS/*: there is no {' and no '.join(missing)}{advice}")
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch stays out of what only prints
 
 Told = Callable[..., None]
 MARGIN = 4  # columns that the line leaves free: a key pressed there is wiped with the line
+SILENCE = 120.0  # seconds: where nothing moves, an epoch under way is told of as often
 GONE = (OSError, SystemExit)  # of a terminal or a pipe that was closed, as rich ends the process then: what runs goes on
 
 
@@ -202,8 +203,9 @@ def epoch_line(m: dict[str, float], evaluated_on: str) -> str:
 
 
 class TrainingTable:
-    """A Watcher that prints a row an epoch, above a line that tells of the epoch under way; without a terminal, a line an epoch.
+    """A Watcher that prints a row an epoch, above a line that tells of the epoch under way.
 
+    Without a terminal it prints a line an epoch, and one every two minutes of an epoch that takes longer.
     In a notebook the table is one output, which changes. The run goes on where terminal or pipe are closed.
 
     `began` is what `time.perf_counter` said before the imports, whose seconds are then shown with the others of the start.
@@ -248,7 +250,7 @@ class TrainingTable:
         self.pace = Pace(recipe, batch_sizes(recipe, len(data.train)), len(data.evaluation))
         # Of several processes each sums up its own images.
         self.glance: Glance | None = Glance(state.totals) if environment.get("processes", 1) == 1 else None
-        self.epochs_done = state.epoch
+        self.epochs_done, self.printed = state.epoch, time.monotonic()
         with suppress(*GONE):
             self._head(recipe, run_dir, environment, data, state)
         if visible():
@@ -321,25 +323,32 @@ class TrainingTable:
         return f"{short}, {at:{'%H:%M' if left < 20 * 3600 else '%a %H:%M'}}", short
 
     def step(self, step: Step, state: State) -> None:
-        self.now = step
-        if not self.live:
-            return
-        self.pace.step(step.epoch, step.step, time.monotonic())
-        if self.glance:
+        self.now, now = step, time.monotonic()
+        self.pace.step(step.epoch, step.step, now)
+        due = self.live is None and now - self.printed >= SILENCE
+        if self.glance and (self.live or due):
             self.glance.take(state.totals, (step.epoch, step.step))
-        self.live.update(self.lines)
+        if self.live:
+            self.live.update(self.lines)
+        elif due:
+            self._tell(self.line().fitted(120))
+
+    def _tell(self, line: str) -> None:
+        """Where nothing moves."""
+        self.printed = time.monotonic()
+        with suppress(*GONE):
+            command(line)
 
     def epoch(self, epoch: Epoch) -> None:
         m = epoch.metrics
         self.epochs_done = int(m["epoch"])
-        if self.live:
-            self.pace.evaluated(time.monotonic())
-            self._print(self._row(m))
-            if m["epoch"] == self.recipe.epochs:
-                self.close()
+        self.pace.evaluated(time.monotonic())
+        if self.live is None:
+            self._tell(epoch_line(m, self.evaluated_on))
             return
-        with suppress(*GONE):
-            command(epoch_line(m, self.evaluated_on))
+        self._print(self._row(m))
+        if m["epoch"] == self.recipe.epochs:
+            self.close()
 
     def warn(self, message: str) -> None:
         with suppress(*GONE):

@@ -229,11 +229,11 @@ def test_a_split_leaves_each_class_an_image_on_both_sides(tmp_path):
 
 def test_parts_that_do_not_fit_say_what_would(tmp_path):
     pets(tmp_path / "train-alone", parts=["train"])
-    assert "there is no test or val; --split 0.2 sets a fifth" in refusal(tmp_path / "train-alone")
+    assert "there is no test; --split 0.2 sets a fifth" in refusal(tmp_path / "train-alone")
     pets(tmp_path / "direct", parts=[""])
     assert "--split 0.2 sets a fifth" in refusal(tmp_path / "direct")
     pets(tmp_path / "test-alone", parts=["test"])
-    assert "there is test, and no train" in refusal(tmp_path / "test-alone")
+    assert refusal(tmp_path / "test-alone").endswith("must hold train/CLASS/* and test/CLASS/*: there is no train")
     pets(tmp_path / "both")
     assert "--split 0.3" in refusal(tmp_path / "both", UsageError, split=0.3)
     assert "--split 0.3 is for a folder" in refusal("digits", UsageError, split=0.3)

@@ -204,6 +204,27 @@ def test_without_a_terminal_nothing_moves(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_without_a_terminal_a_long_epoch_is_told_of_every_two_minutes(begun, capsys, monkeypatch):
+    table, state, rows = begun
+    state.totals.copy_(torch.tensor([47.0, 35.0]))
+    clock = [table.printed]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    said = []
+    for number, seconds in ((1, 60), (2, 61), (3, 100)):  # 60, 121 and 221 seconds after the beginning
+        clock[0] += seconds
+        capsys.readouterr()
+        step(table, state, 1, number)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[2] == ""
+    assert said[1].startswith("epoch 1/2 · loss 1.00 · acc 74.5 % · 0 images/s · ends in ")
+    clock[0] += 30
+    table.epoch(Epoch(rows[0]))
+    assert capsys.readouterr().out.startswith("epoch  1  LR")
+    clock[0] += 110  # since the line of the epoch
+    step(table, state, 2, 1)
+    assert capsys.readouterr().out == ""
+
+
 def test_in_a_notebook_the_table_is_one_output_that_changes(tiny_recipe, tmp_path, monkeypatch, no_figures):
     pytest.importorskip("IPython", reason="IPython is not installed")
     shown = []
