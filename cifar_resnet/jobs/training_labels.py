@@ -148,8 +148,8 @@ def _held_out_logits(
 def _as_prediction(loaded: Checkpoint, recipe: Recipe, data: Data, logits: Tensor, device: torch.device) -> Prediction:
     """The training images in the place of those of the evaluation, with logits of several networks; the run's own is not asked."""
     labels = torch.from_numpy(data.train.labels)
-    fitted = {"temperature": calibration.fit_temperature(logits, labels), "epoch": recipe.epochs}
-    judged = replace(loaded, recipe=recipe, content={**loaded.content, **fitted})
+    fitted, content = calibration.fit_temperature(logits, labels), {**loaded.content, "epoch": recipe.epochs}
+    judged = replace(loaded, recipe=recipe, temperature=fitted, content=content)
     data, images = replace(data, evaluation=data.train, evaluated_on="training"), make_loader(data.train, recipe, device)
     return Prediction(judged, loaded.model(device), data, images, logits, labels, device, "")
 

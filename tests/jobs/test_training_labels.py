@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_resnet import CifarResnetError, Recipe, train, training_labels
+from cifar_resnet import CifarResnetError, Recipe, load_checkpoint, train, training_labels
 from cifar_resnet.data.datasets import load
 from cifar_resnet.errors import UsageError
+from cifar_resnet.jobs import training_labels as training_labels_file
 from cifar_resnet.training import engine
 
 # What a slip of the hand did: dark images among the bright ones, and a bright one among the dark.
@@ -95,6 +96,20 @@ def stopped_in_fold(monkeypatch, trainings):
         monkeypatch.setattr(engine, "train", train)
 
     return stop
+
+
+def test_scores_go_by_the_temperature_of_the_folds_and_not_by_the_run_s(run, monkeypatch):
+    seen = []
+    fit = training_labels_file.calibration.fit_temperature
+    monkeypatch.setattr(
+        training_labels_file.calibration, "fit_temperature", lambda *judged: seen.append((*judged, fit(*judged))) or seen[0][2]
+    )
+    content = rank(run)
+    ((logits, labels, fitted),) = seen
+    assert fitted != pytest.approx(load_checkpoint(run).temperature, rel=0.01)
+    expected = (logits.double() / fitted).softmax(1)[range(48), labels]
+    scores = {row["index"]: row["score"] for row in content["labels"]}
+    assert [scores[index] for index in range(48)] == pytest.approx(expected.tolist())
 
 
 def test_a_ranking_that_was_stopped_goes_on_with_its_folds(run, trainings, stopped_in_fold, refused):
