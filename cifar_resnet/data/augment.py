@@ -113,7 +113,7 @@ def albumentations() -> ModuleType:
     return albumentations
 
 
-def train_transform(recipe: Recipe, **compose: Any) -> Any:
+def train_transform(recipe: Recipe) -> Any:
     """Pad, random crop 32, flip, cutout, normalise, to tensor. Takes image=uint8 (32, 32, 3), gives float32 (3, 32, 32)."""
     A = albumentations()
     steps = []
@@ -126,17 +126,7 @@ def train_transform(recipe: Recipe, **compose: Any) -> Any:
     if recipe.cutout_count and recipe.cutout_probability:
         count, size = (recipe.cutout_count,) * 2, (recipe.cutout_size,) * 2
         steps.append(A.CoarseDropout(count, size, size, fill=hole_pixel(recipe), p=recipe.cutout_probability))
-    return A.Compose([*steps, *_to_tensor(recipe)], **compose)
-
-
-def test_transform(recipe: Recipe) -> Any:
-    """Normalise, to tensor."""
-    return albumentations().Compose(_to_tensor(recipe))
-
-
-def _to_tensor(recipe: Recipe) -> list[Any]:
-    A = albumentations()
-    return [A.Normalize(recipe.mean, recipe.std), A.ToTensorV2()]
+    return A.Compose([*steps, A.Normalize(recipe.mean, recipe.std), A.ToTensorV2()])
 
 
 def image_seeds(recipe: Recipe, epoch: int, step: int, count: int) -> list[int]:

@@ -14,7 +14,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,20 +23,11 @@ from torch import Tensor
 from ..errors import UsageError
 from ..recipe import Recipe
 from ..signals import ENDING
-from .augment import (
-    Choices,
-    TensorAugmentation,
-    alternating_flips,
-    augmented,
-    draw,
-    image_seeds,
-    stream,
-    test_transform,
-    train_transform,
-)
+from .augment import Choices, TensorAugmentation, alternating_flips, augmented, draw, image_seeds, stream, train_transform
 from .splits import Split
 
 ORDER = 0  # purpose of a random stream
+EVALUATION_BATCH = 1000
 
 
 class Batch(NamedTuple):
@@ -101,45 +92,36 @@ def epoch_order(recipe: Recipe, epoch: int, count: int) -> np.ndarray:
     return stream(recipe, epoch, 0, ORDER).permutation(count)
 
 
-class Loader(Protocol):
-    """Training batches, epoch by epoch, and evaluation batches of the same images."""
+class Loader:
+    """Training batches, epoch by epoch."""
 
-    count: int  # images
-    sizes: list[int]  # see `batch_sizes`
-    steps: int  # an epoch has
-    options: dict[str, object]  # the run options that they came from
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]: ...
-
-    def plain(self, batch_size: int) -> Iterator[Batch]:
-        """Every image once, in order, normalised only."""
-        ...
-
-    def close(self) -> None:
-        """Ends what loads, inside an epoch too. To be called: what an exception holds on to is not ended with it."""
-
-
-class _Steps:
-    """How the images of an epoch go into its steps: what both loaders know."""
+    options: dict[str, Any]  # the run options that it came from
 
     def __init__(self, recipe: Recipe, count: int, device: torch.device, share: Share) -> None:
         self.recipe, self.count, self.device, self.share = recipe, count, device, share
         self.sizes = batch_sizes(recipe, count)
-        self.steps = len(self.sizes)
+        self.steps = len(self.sizes)  # an epoch has
         self.starts = [0, *itertools.accumulate(self.sizes[:-1])]  # of each step in the epoch's order
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from 0, that are left from this step on."""
+        raise NotImplementedError
 
     def weight(self, size: int) -> float:
         """Of this rank's share of a step of `size` images."""
         of_step = size * self.steps / self.count if self.recipe.batches == "even" else 1.0
         return of_step * self.share.weight(size)
 
+    def close(self) -> None:
+        """Ends the workers, inside an epoch too. To be called: what an exception holds on to is not ended with it."""
 
-class TensorLoader(_Steps):
-    """The whole split once on the device as uint8, augmented a batch at a time."""
+
+class TensorLoader(Loader):
+    """The whole split once on the device as uint8, augmented a batch at a time. It also gives the batches of evaluations."""
 
     def __init__(self, split: Split, recipe: Recipe, device: torch.device, share: Share = WHOLE) -> None:
         super().__init__(recipe, len(split), device, share)
-        self.options: dict[str, object] = {"loader": "tensor"}
+        self.options = {"loader": "tensor"}
         self.images = torch.from_numpy(split.images).to(device)  # (N, 32, 32, 3)
         self.labels = torch.from_numpy(split.labels).to(device)
         self.starts_on_device = torch.tensor(self.starts, device=device)
@@ -177,20 +159,18 @@ class TensorLoader(_Steps):
         choices = Choices(row[:, 1:3], row[:, 3].bool(), row[:, 4:].unflatten(1, (self.recipe.cutout_count, 2)))
         return Batch(self.augment(self.images, row[:, 0], choices), self.labels[row[:, 0]], self.weight(size))
 
-    def plain(self, batch_size: int) -> Iterator[Batch]:
+    def plain(self, batch_size: int = EVALUATION_BATCH) -> Iterator[Batch]:
+        """Every image once, in order, normalised only."""
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
             yield Batch(self.augment.normalise(images), labels)
 
-    def close(self) -> None:
-        pass
 
-
-class AlbumentationsLoader(_Steps):
+class AlbumentationsLoader(Loader):
     """Albumentations, image by image, in a DataLoader with `workers` processes (0: in this one)."""
 
     def __init__(self, split: Split, recipe: Recipe, device: torch.device, workers: int, share: Share = WHOLE) -> None:
         super().__init__(recipe, len(split), device, share)
-        self.options: dict[str, object] = {"loader": "albumentations", "workers": workers}
+        self.options = {"loader": "albumentations", "workers": workers}
         self.order = _Order()
         self.loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
             _Augmented(split, recipe, shared=workers > 0),
@@ -205,19 +185,10 @@ class AlbumentationsLoader(_Steps):
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         rows = np.split(epoch_order(self.recipe, epoch, self.count), self.starts[1:])
-        keys = [(epoch, k, rows[k], self.share.of(self.sizes[k])) for k in range(first_step, self.steps)]
-        return self._batches(keys, [self.weight(size) for size in self.sizes[first_step:]])
-
-    def plain(self, batch_size: int) -> Iterator[Batch]:
-        starts = range(0, self.count, batch_size)
-        keys = [(None, 0, np.arange(self.count)[start : start + batch_size], slice(None)) for start in starts]
-        return self._batches(keys, [1.0] * len(keys))
-
-    def _batches(self, keys: list[tuple], weights: list[float]) -> Iterator[Batch]:
-        self.order.keys = keys
-        for (images, labels), weight in zip(self.loader, weights, strict=True):
+        self.order.keys = [(epoch, k, rows[k], self.share.of(self.sizes[k])) for k in range(first_step, self.steps)]
+        for (images, labels), size in zip(self.loader, self.sizes[first_step:], strict=True):
             images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            yield Batch(images, labels.to(self.device, non_blocking=True), weight)
+            yield Batch(images, labels.to(self.device, non_blocking=True), self.weight(size))
 
     def close(self) -> None:
         if stop := getattr(self.loader._iterator, "_shutdown_workers", None):  # torch has no public way
@@ -265,18 +236,16 @@ class _Augmented(torch.utils.data.Dataset):
         if shared:  # kept once, however many workers there are and however they are started
             self.images = self.images.share_memory_()
         self.labels = torch.from_numpy(split.labels)
-        self.recipe, self.train, self.test = recipe, train_transform(recipe), test_transform(recipe)
+        self.recipe, self.transform = recipe, train_transform(recipe)
 
     def __getitem__(self, key: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         epoch, step, batch, mine = key
         images, labels = self.images.numpy()[batch[mine]], self.labels[batch[mine]]
-        if epoch is None:
-            return torch.stack([self.test(image=image)["image"] for image in images]), labels
         if self.recipe.alternates:
             turned = alternating_flips(self.recipe, epoch, len(self.labels))[batch[mine]]
             images[turned] = images[turned, :, ::-1]
         seeds = image_seeds(self.recipe, epoch, step, len(batch))[mine]
-        return torch.stack([augmented(self.train, *each)["image"] for each in zip(images, seeds, strict=True)]), labels
+        return torch.stack([augmented(self.transform, *each)["image"] for each in zip(images, seeds, strict=True)]), labels
 
 
 def make_loader(

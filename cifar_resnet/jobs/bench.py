@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, default_collate
 from ..arguments import checked
 from ..data.augment import train_transform
 from ..data.datasets import with_statistics
-from ..data.loaders import Batch, Loader, TensorLoader, check_loader, leave_signals, make_loader
+from ..data.loaders import EVALUATION_BATCH, Batch, Loader, TensorLoader, check_loader, leave_signals, make_loader
 from ..data.splits import Split
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis
@@ -155,18 +155,18 @@ def _contestants(
     recipe: Recipe, device: torch.device, workers: int | None, compile: str, ways: Choice | None
 ) -> tuple[dict[str, tuple[Callable[[], Any], float]], int]:
     """What is measured, by name: a call, and the images or FLOP of it; and the workers of the albumentations loader."""
-    size, (split, small) = recipe.batch_size, (_random_split(images) for images in (_whole(recipe), engine.EVALUATION_BATCH))
-    evaluated, model = make_loader(small, recipe, device), engine.start(recipe, device, convolutions=ways).model
+    size, (split, small) = recipe.batch_size, (_random_split(images) for images in (_whole(recipe), EVALUATION_BATCH))
+    evaluated, model = TensorLoader(small, recipe, device), engine.start(recipe, device, convolutions=ways).model
     contestants: dict[str, tuple[Callable[[], Any], float]] = {
         "model": (_model_alone(recipe, device, compile, ways), size),
         "optimizer": (_optimizer_alone(recipe, device), size),
-        "evaluation": (lambda: engine.predict_logits(recipe, model, evaluated.plain(len(small)), device), len(small)),
+        "evaluation": (lambda: engine.predict_logits(recipe, model, evaluated.plain(), device), len(small)),
         "matrix product": _matrix_product(recipe, device),
     }
     for name in ("tensor", "albumentations"):
         loader = make_loader(split, recipe, device, name, workers if name == "albumentations" else None)
         contestants[name] = (_training(recipe, device, loader, compile, ways).__next__, size)
-    return contestants, int(str(loader.options["workers"]))
+    return contestants, loader.options["workers"]
 
 
 def _measure(

@@ -16,14 +16,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from ..data import datasets, label_errors
-from ..data.loaders import Loader, make_loader
+from ..data.loaders import TensorLoader
 from ..data.splits import Data, fingerprint, same_images
 from ..errors import CifarResnetError, UsageError, shell_command, shell_word
 from ..look import analysis
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe
 from ..run_dir import SCHEMA, Checkpoint, load_checkpoint, write_whole
-from ..training.engine import EVALUATION_BATCH, predict_logits, scores
+from ..training.engine import predict_logits, scores
 from ..training.model import ResNet
 from ..training.runtime import environment, resolve_device, resolve_precision, set_tf32, without_emulation
 
@@ -39,7 +39,7 @@ class Prediction(NamedTuple):
     checkpoint: Checkpoint
     model: ResNet
     data: Data
-    images: Loader
+    images: TensorLoader
     logits: Tensor
     labels: Tensor
     device: torch.device
@@ -201,8 +201,8 @@ def logits_of(
     changed = loaded.difference("evaluation", fingerprint(data.evaluation, data.classes))
     if changed:
         notify(f"the evaluation images are not those of the run: {changed}")
-    model, images = loaded.model(resolved), make_loader(data.evaluation, loaded.recipe, resolved)
-    logits, labels = predict_logits(loaded.recipe, model, images.plain(EVALUATION_BATCH), resolved)
+    model, images = loaded.model(resolved), TensorLoader(data.evaluation, loaded.recipe, resolved)
+    logits, labels = predict_logits(loaded.recipe, model, images.plain(), resolved)
     return Prediction(loaded, model, data, images, logits, labels, resolved, changed)
 
 
@@ -263,7 +263,7 @@ def grad_cams(found: Prediction, shown: Sequence[analysis.Mistake], layer: str) 
     Maps are float32 (N, 32, 32); see `analysis.grad_cam`.
     """
     chosen, classes = found.data.evaluation.take(np.array([mistake.position for mistake in shown])), found.data.classes
-    images = next(make_loader(chosen, found.checkpoint.recipe, found.device).plain(len(chosen))).images
+    images = next(TensorLoader(chosen, found.checkpoint.recipe, found.device).plain(len(chosen))).images
     predicted, rival = (
         analysis.grad_cam(found.model, images, torch.tensor([classes.index(name) for name in names], device=found.device), layer)
         for names in ([mistake.predicted for mistake in shown], [mistake.rival for mistake in shown])

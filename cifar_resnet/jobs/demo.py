@@ -19,7 +19,7 @@ import torch
 from ..arguments import checked
 from ..data.cifar import check_at_hand
 from ..data.images import read_image
-from ..data.loaders import Loader, make_loader
+from ..data.loaders import TensorLoader
 from ..data.splits import Data, Split
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures
@@ -233,6 +233,6 @@ class _Shown:
             check_at_hand(self.checkpoint.recipe.dataset, self.data_dir)
         return images_of(self.checkpoint, self.data_dir, self.download or _silent)[1]
 
-    def _loader(self, images: np.ndarray) -> Loader:
+    def _loader(self, images: np.ndarray) -> TensorLoader:
         count = len(images)
-        return make_loader(Split(images, np.zeros(count, np.int64), np.arange(count)), self.checkpoint.recipe, self.device)
+        return TensorLoader(Split(images, np.zeros(count, np.int64), np.arange(count)), self.checkpoint.recipe, self.device)

@@ -12,7 +12,7 @@ import torch
 
 from ..arguments import checked
 from ..data.datasets import load
-from ..data.loaders import Loader, check_batches, make_loader
+from ..data.loaders import Loader, TensorLoader, check_batches, make_loader
 from ..data.splits import Data
 from ..errors import CifarResnetError, NonFiniteLossError, UsageError
 from ..look import figures
@@ -152,11 +152,11 @@ class _Search(NamedTuple):
         planned.append(("steepest", short.replace(max_lr=found.steepest)))
         if found.max_lr is not None:
             planned.append(("recommended", with_found_lr(short, found)))
-        evaluation, rows = make_loader(self.data.evaluation, recipe, self.device), list[dict[str, Any]]()
+        evaluation, rows = TensorLoader(self.data.evaluation, recipe, self.device), list[dict[str, Any]]()
         for rule, trained in planned:
             state, score = engine.start(trained, self.device, len(self.data.classes), self.convolutions), {}
             with suppress(NonFiniteLossError):
-                for record in engine.train(state, self.loader, lambda: evaluation.plain(engine.EVALUATION_BATCH)):
+                for record in engine.train(state, self.loader, evaluation.plain):
                     done = (len(rows) * epochs + state.epoch) * steps + state.step
                     self.progress(before + done, before + len(planned) * epochs * steps)
                     score = record.metrics if isinstance(record, Epoch) else {}

@@ -13,7 +13,7 @@ from PIL import Image
 from ..arguments import checked
 from ..data.folders import image_files, some
 from ..data.images import pictures_in, read_image
-from ..data.loaders import make_loader
+from ..data.loaders import TensorLoader
 from ..data.splits import Split
 from ..errors import DataError, UsageError
 from ..look import analysis
@@ -75,7 +75,7 @@ def predict(
 
     def probable(pixels: list[np.ndarray]) -> list[list[dict[str, Any]]]:
         split = Split(np.stack(pixels), np.zeros(len(pixels), np.int64), np.arange(len(pixels)))
-        logits = analysis.mean_logits(loaded.recipe, model, make_loader(split, loaded.recipe, resolved), resolved, tta)
+        logits = analysis.mean_logits(loaded.recipe, model, TensorLoader(split, loaded.recipe, resolved), resolved, tta)
         return analysis.most_probable(logits, loaded.classes, top, loaded.temperature)
 
     return _predictions(probable, loaded.whites, asked, others, progress, skipped, notify)

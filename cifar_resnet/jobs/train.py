@@ -178,7 +178,7 @@ class _Run:
     checkpoint: Checkpoint | None
     data: Data
     loader: Loader
-    evaluation: Loader
+    evaluation: TensorLoader
     state: State
     folder: RunDir
     environment: dict[str, Any]
@@ -234,7 +234,7 @@ class _Run:
         self.loader = make_loader(self.data.train, self.recipe, self.device, self.asked["loader"], self.asked["workers"], share)
         held.callback(self.loader.close)
         mine = self.data.evaluation.take(share.of(len(self.data.evaluation)))
-        self.evaluation = make_loader(mine, self.recipe, self.device)
+        self.evaluation = TensorLoader(mine, self.recipe, self.device)
         self._stage("data")
 
     def claim_folder(self, held: ExitStack) -> None:
@@ -340,9 +340,9 @@ class _Run:
                 self.watcher.warn(f"{given} changes nothing: {reason}")
 
     def steps_to_the_end(self, policy: SavePolicy) -> None:
-        checked, evaluation = time.monotonic(), partial(self.evaluation.plain, engine.EVALUATION_BATCH)
+        checked = time.monotonic()
         with signals() as received:
-            for record in engine.train(self.state, self.loader, evaluation, self.run_epoch):
+            for record in engine.train(self.state, self.loader, self.evaluation.plain, self.run_epoch):
                 epoch_done, run_done = isinstance(record, Epoch), self.state.epoch == self.recipe.epochs
                 if isinstance(record, Epoch):
                     self.watcher.epoch(record)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import checked
-from ..data.loaders import make_loader
+from ..data.loaders import TensorLoader
 from ..data.splits import Data
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis, pictures
@@ -128,8 +127,8 @@ def _held_out_logits(
     for fold, (others, mine) in enumerate(parts[len(done) :], len(done)):
         try:
             state = engine.start(recipe, device, len(data.classes), convolutions)
-            loader, held = (make_loader(data.train.take(each), recipe, device) for each in (others, mine))
-            for _ in engine.train(state, loader, partial(held.plain, engine.EVALUATION_BATCH)):
+            loader, held = (TensorLoader(data.train.take(each), recipe, device) for each in (others, mine))
+            for _ in engine.train(state, loader, held.plain):
                 steps = recipe.epochs * loader.steps
                 told(fold * steps + state.epoch * loader.steps + state.step, len(parts) * steps)
             flips = "flip" if recipe.flip_probability else "none"
@@ -150,7 +149,7 @@ def _as_prediction(loaded: Checkpoint, recipe: Recipe, data: Data, logits: Tenso
     labels = torch.from_numpy(data.train.labels)
     fitted, content = calibration.fit_temperature(logits, labels), {**loaded.content, "epoch": recipe.epochs}
     judged = replace(loaded, recipe=recipe, temperature=fitted, content=content)
-    data, images = replace(data, evaluation=data.train, evaluated_on="training"), make_loader(data.train, recipe, device)
+    data, images = replace(data, evaluation=data.train, evaluated_on="training"), TensorLoader(data.train, recipe, device)
     return Prediction(judged, loaded.model(device), data, images, logits, labels, device, "")
 
 

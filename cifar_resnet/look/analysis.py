@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..data.loaders import Loader
+from ..data.loaders import TensorLoader
 from ..data.splits import Split
 from ..errors import UsageError, printable
 from ..recipe import Recipe
-from ..training.engine import EVALUATION_BATCH, predict_logits, scores
+from ..training.engine import predict_logits, scores
 from ..training.model import ResNet, build_model
 
 LAYERS = ("prep", "layer1", "layer2", "layer3")
@@ -82,7 +82,7 @@ def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
 
 
 def mean_logits(
-    recipe: Recipe, model: ResNet, images: Loader, device: torch.device, tta: str, plain: Tensor | None = None
+    recipe: Recipe, model: ResNet, images: TensorLoader, device: torch.device, tta: str, plain: Tensor | None = None
 ) -> Tensor:
     """Mean of the logits of the views of test-time augmentation, float32 (N, classes).
 
@@ -90,8 +90,8 @@ def mean_logits(
     """
     (first, _), *others = views(tta)
     if plain is None:
-        plain = predict_logits(recipe, model, images.plain(EVALUATION_BATCH), device)[0]
-    every = [weight * predict_logits(recipe, model, images.plain(EVALUATION_BATCH), device, view)[0] for weight, view in others]
+        plain = predict_logits(recipe, model, images.plain(), device)[0]
+    every = [weight * predict_logits(recipe, model, images.plain(), device, view)[0] for weight, view in others]
     return torch.stack([first * plain, *every]).sum(0)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from ..data.loaders import TensorLoader
 from ..data.splits import Data, stratified
 from ..recipe import Recipe
-from .engine import EVALUATION_BATCH, predict_logits, scores
+from .engine import predict_logits, scores
 from .model import ResNet
 
 IMAGES, SEED = 2000, 20_17  # that a temperature is fitted on, and which ones
@@ -54,7 +54,7 @@ def find_temperature(recipe: Recipe, model: ResNet, data: Data, device: torch.de
     chosen = stratified(split.labels, min(IMAGES, len(split)), SEED)
     loader = TensorLoader(split.take(np.random.default_rng(SEED).permutation(chosen)), recipe, device)
     views = () if held_out else (_mixed,)
-    logits, labels = predict_logits(recipe, model, loader.plain(EVALUATION_BATCH), device, *views)
+    logits, labels = predict_logits(recipe, model, loader.plain(), device, *views)
     if not held_out and scores(logits, labels)["test_accuracy"] > accuracy + GAP:
         return None
     return fit_temperature(logits, labels)

@@ -27,8 +27,6 @@ from .model import ResNet, build_model
 from .optim import average_weight, learning_rate, make_optimizer, sam, set_rates, update_average
 from .runtime import autocast, wait_for
 
-EVALUATION_BATCH = 1000
-
 
 class Step(NamedTuple):
     """After one step. `loss`, of this rank's images, is a tensor on the device: reading it waits for the step."""

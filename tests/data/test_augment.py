@@ -53,7 +53,8 @@ def choices_of(applied, recipe):
 
 
 def test_the_same_choices_give_the_same_images(recipe, images):
-    pipeline = train_transform(recipe, save_applied_params=True)
+    pipeline = train_transform(recipe)
+    pipeline.save_applied_params = True
     slow, drawn = [], []
     for image, seed in zip(images, image_seeds(recipe, 0, 0, 64), strict=True):
         result = augmented(pipeline, image, seed)
@@ -91,7 +92,8 @@ def test_augmentation_is_pad_crop_flip_cut_normalise_in_numpy(recipe, images):
 
 
 def seen_by_albumentations(recipe, epoch, count):
-    pipeline = train_transform(recipe, save_applied_params=True)
+    pipeline = train_transform(recipe)
+    pipeline.save_applied_params = True
     image, seen = np.zeros((32, 32, 3), np.uint8), []
     for step in range(count // 500):
         results = [augmented(pipeline, image, seed) for seed in image_seeds(recipe, epoch, step, 500)]

@@ -22,7 +22,7 @@ def small(monkeypatch):
     """One step a measurement, a small matrix, few images to evaluate."""
     monkeypatch.setattr(bench, "CPU_SIDE", 64)
     monkeypatch.setattr(bench, "TRAIN_IMAGES", 100)
-    monkeypatch.setattr(engine, "EVALUATION_BATCH", 16)
+    monkeypatch.setattr(bench, "EVALUATION_BATCH", 16)
     for name, value in dict(MIN_FLOP=0, MIN_POSITIONS=16, CALL_SECONDS=1e-9).items():
         monkeypatch.setattr(autotune, name, value)
     monkeypatch.setattr(convolution, "MIN_POSITIONS", 1)
