@@ -124,7 +124,7 @@ DataDir = Annotated[Path | None, _option(
     "Folder with CIFAR-10 or CIFAR-100; if missing, downloaded, but not by demo. For images of yours that were moved: the folder above theirs.",
     default="CIFAR_RESNET_DATA_DIR, or the user's cache folder",
 )]
-Moved = Annotated[Path | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
+Moved = Annotated[str | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
 Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: cuda if there is one, else mps, else cpu.")]
 Loader = Annotated[Literal["auto", "tensor", "albumentations"], _option(
     "How images are augmented. tensor: a batch at a time, on the device. albumentations: one by one, in worker processes. auto: tensor.",
@@ -171,7 +171,7 @@ NewRunDir = Annotated[Path | None, _option(
     "Empty or new folder for what the run writes.", default="runs/<recipe>-<n>"
 )]
 Resume = Annotated[Path | None, _option("Go on with the run in this folder; latest is the newest run in runs/.", show_default=False)]
-Repeat = Annotated[int | None, _option("Train this many seeds in a row, each in a folder of its own.", default="1")]
+Repeat = Annotated[int | None, _option("Train this many seeds in a row, two or more, each in a folder of its own.", show_default=False)]
 SaveEveryMinutes = Annotated[float, _option("Minutes between two checkpoints inside an epoch.")]
 TF32 = Annotated[bool, _option(
     "Let float32 matrix products and convolutions use TF32 on NVIDIA GPUs.", WHERE, "--tf32"
@@ -343,7 +343,11 @@ def find_lr(
     if found.suggestions.by(suggest):
         chosen = with_found_lr(recipe, found.suggestions, suggest)
         then = command_line(chosen, rounded=("max_lr", "div_factor") if suggest == "recommended" else ("max_lr",))
-    console.lr_suggestions(found, suggest, then, _written(folder, "lr_finder.json", f"lr_finder.{format}"))
+    usual = Recipe.build(recipe.recipe)
+    words = [command_line(recipe.replace(max_lr=usual.max_lr, div_factor=usual.div_factor)), "--max-lr find"]
+    at_once = " ".join([*words, *([f"--suggest {suggest}"] if suggest != "recommended" else [])])
+    console.lr_suggestions(found, suggest, then, at_once)
+    console.say(_written(folder, "lr_finder.json", f"lr_finder.{format}"))
 
 
 def _find_lr(recipe: Recipe, folder: Path | None, **settings: Any) -> FoundLR:
@@ -377,6 +381,7 @@ def train(
     from .jobs import repeat as repetition
     from .jobs import track as tracking
     from .jobs import train as training
+    from .jobs.interrupt import Interrupted
     from .run_dir import REPEAT, find_run
 
     if resume is not None:
@@ -397,11 +402,15 @@ def train(
         progress=False, save_every_minutes=save_every_minutes, compile=compile, tf32=tf32, target=target, format=format
     )
     settings: dict[str, Any] = dict(resume=resume, must_match=must_match, **where, **how)
-    if repeat is not None or (resume is not None and (resume / REPEAT).exists()):
-        console.repetition(repetition.repeat(recipe, repeat, run_dir, watch=watch, **settings))
-        return
-    with watcher:
-        result = training.train(recipe, run_dir, watcher=watcher, **settings)
+    try:
+        if repeat is not None or (resume is not None and (resume / REPEAT).exists()):
+            console.repetition(repetition.repeat(recipe, repeat, run_dir, watch=watch, **settings))
+            return
+        with watcher:
+            result = training.train(recipe, run_dir, watcher=watcher, **settings)
+    except Interrupted as stopped:
+        again = {**stopped.options, **({"track": track} if track else {})}
+        raise Interrupted(stopped.number, stopped.run_dir, again) from None
     if not table.begun:
         console.say(f"the run in {resume} is finished; nothing to do")
     console.training_result(result)
@@ -520,6 +529,8 @@ def misclassified(
         raise UsageError(f"--folds {folds} goes with --sort label")
     if epochs is not None and folds is None:
         raise UsageError(f"--epochs {epochs} goes with --folds")
+    if folds is not None and layer != "layer2":
+        raise UsageError(f"--layer {layer} does not go with --folds, which draws no Grad-CAM")
     from .jobs.misclassified import misclassified
     from .jobs.training_labels import training_labels
 
@@ -669,6 +680,8 @@ def schedule(
     output: Picture = Path("schedule.png"),
 ) -> None:  # fmt: skip
     """Draw the learning rate of a run before it starts, for the 50,000 images of CIFAR-10."""
+    if policy != "triangular" and (min_lr, step_size, cycles) != (0.001, 490, 3):
+        raise UsageError("--min-lr, --step-size and --cycles go with --policy triangular")
     if step_size < 1 or cycles < 1:
         raise UsageError(f"--step-size {step_size} and --cycles {cycles} must be at least 1")
     if policy == "triangular" and not 0 < min_lr < recipe.max_lr:

@@ -35,11 +35,13 @@ from .training.optim import make_optimizer
 
 CHECKPOINT, RECIPE, REPEAT, LOCK, HOLDER = "checkpoint.pt", "recipe.json", "repeat.json", ".lock", ".lock-holder"
 RUNS, LATEST = Path("runs"), "latest"
-# Files that commands make of a checkpoint, and write beside it: by name, and by suffix. labels.csv is for a user to correct.
-MADE_OF_CHECKPOINT = (
-    "class_accuracy", "confusion_matrix", "evaluation", "gradcam", "labels", "misclassified", "model", "reliability", "report",
-)  # fmt: skip
-SUFFIXES = (".html", ".json", ".onnx", ".pdf", ".png", ".safetensors", ".svg")
+PICTURES = (".png", ".svg", ".pdf")
+# Files that commands make of a checkpoint, and write beside it. labels.csv is for a user to correct.
+MADE_OF_CHECKPOINT = {
+    *("evaluation.json", "labels.json", "misclassified.json", "model.onnx", "model.safetensors", "report.html"),
+    *(name + suffix for suffix in PICTURES for name in ("class_accuracy", "confusion_matrix", "reliability")),
+    *(name + suffix for suffix in PICTURES for name in ("gradcam", "labels", "misclassified")),
+}
 ROW = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second")
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
 
@@ -50,6 +52,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
     Raises:
         RunDirectoryError: it cannot be written; the old file is as it was.
     """
+    if path.is_dir():
+        raise RunDirectoryError(f"{path} could not be written: it is a folder")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -555,10 +559,10 @@ class RunDir:
 
     def remove_made(self) -> list[str]:
         """Removes what commands made of the checkpoint, which is about to change, and gives the names of the files."""
-        made = sorted(file for file in self.path.iterdir() if file.stem in MADE_OF_CHECKPOINT and file.suffix in SUFFIXES)
-        for file in made:
-            file.unlink(missing_ok=True)
-        return [file.name for file in made]
+        made = sorted(name for name in MADE_OF_CHECKPOINT if (self.path / name).is_file())
+        for name in made:
+            (self.path / name).unlink(missing_ok=True)
+        return made
 
     def save(
         self, state: State, data: Data, environment: dict[str, Any], checkpoint: bool = True, temperature: float | None = None

@@ -226,6 +226,8 @@ def test_a_schedule_is_drawn_before_the_run(cli, refused, tmp_path):
         assert "lr.svg" in out
         assert b"<svg" in (tmp_path / "lr.svg").read_bytes()
     assert ".gif" in refused(2, "schedule", "--output", tmp_path / "lr.gif")
+    assert "go with --policy triangular" in refused(2, "schedule", "--cycles", 2)
+    assert "--layer prep does not go with --folds" in refused(2, "misclassified", "--sort", "label", "--folds", 3, "--layer", "prep")
     assert "--min-lr 3" in refused(2, "schedule", "--policy", "triangular", "--min-lr", 3)
     assert "--cycles 0" in refused(2, "schedule", "--policy", "triangular", "--cycles", 0)
 

@@ -36,4 +36,4 @@ def test_hints_name_a_folder_so_that_it_can_be_pasted(unfinished, name, tmp_path
         compare([folder])
     for said in (not_free, not_finished, not_begun):
         assert str(said.value).endswith(f"cifar-resnet train --resume '{folder}'"), said.value
-    assert shlex.split(str(Interrupted(2, folder)))[-1] == str(folder)
+    assert shlex.split(str(Interrupted(2, folder, {})))[-1] == str(folder)

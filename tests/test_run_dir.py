@@ -115,6 +115,14 @@ def test_a_whole_write_flushes_the_file_before_and_the_folder_after_the_rename(t
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("name", [".", "..", "folder", "folder/."])
+def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch, name):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunDirectoryError, match=f"{re.escape(str(Path(name)))} could not be written: it is a folder"):
+        write_whole(Path(name), "text")
+
+
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("failing", range(len(CALLS)), ids=lambda call: f"{call}-{CALLS[call]}")
 def test_a_write_that_fails_anywhere_leaves_one_whole_file(tmp_path, failing, code):

@@ -128,7 +128,7 @@ def present(folder: Path, moved_to: Path | str | None) -> Path:
         if place.is_dir():
             return place
     near = difflib.get_close_matches(folder.name, DATASETS, n=1)
-    advice = f"did you mean {near[0]}?" if near else "if it was moved, give the folder that holds it now with --data-dir"
+    advice = f"did you mean {near[0]}?" if near else "if it was moved, give the folder that holds it with --data-dir"
     kinds = f"{', '.join(DATASETS)} or a folder of images"
     raise UsageError(f"--dataset is {kinds}, and there is no folder {' or '.join(map(str, places))}; {advice}")
 
@@ -144,7 +144,11 @@ def _parts(folder: Path, split: float | None, notify: Callable[[str], None]) -> 
     if evaluation and split is not None:
         raise UsageError(f"--split {split:g}: {folder} has its own images for evaluation, in {evaluation[0].name}; leave it out")
     if split is not None:
-        return [found.get("train", folder)]
+        if "train" not in found or not _folders(found["train"]):  # then it is a class of this name
+            return [folder]
+        if others := [path.name for name, path in found.items() if name != "train"]:
+            notify(f"the classes are the folders of {found['train']}; not used: {some(others)}")
+        return [found["train"]]
     missing = [*(["train"] if "train" not in found else []), *(["test"] if not evaluation else [])]
     advice = "" if evaluation else "; --split 0.2 sets a fifth of the images of train/CLASS/* or CLASS/* apart for evaluation"
     raise DataError(f"{folder} must hold train/CLASS/* and test/CLASS/*: there is no {' and no '.join(missing)}{advice}")

@@ -72,8 +72,10 @@ def check_batches(recipe: Recipe, count: int, ranks: int = 1, least: int = 2) ->
     """Whether each rank gets `least` images at every step. By one image alone BatchNorm has nothing to normalise with.
 
     Raises:
-        UsageError: names a batch size that would do, where there is one.
+        UsageError: says so, or that a batch has more than all images; names a batch size that would do, where there is one.
     """
+    if recipe.batch_size > count:
+        raise UsageError(f"--batch-size {recipe.batch_size} is more than the {count} training images; give a smaller one")
 
     def fewest(size: int) -> int:
         return min(batch_sizes(recipe.replace(batch_size=size), count)) // ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import os
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -176,11 +177,16 @@ def images_of(
         CifarResnetError: they are of other classes, or cannot be had.
     """
     if dataset is not None:
-        loaded = replace(loaded, recipe=loaded.recipe.replace(dataset=str(dataset)))
+        loaded = replace(loaded, recipe=loaded.recipe.replace(dataset=dataset_of(dataset)))
     data = datasets.load(loaded.recipe, data_dir, notify)
     if data.classes != loaded.classes:
         raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")
     return loaded, data
+
+
+def dataset_of(given: Path | str) -> str:
+    """What a recipe calls these images: a `Path` is a folder, whatever its name."""
+    return os.path.abspath(given) if isinstance(given, Path) else given
 
 
 def logits_of(

@@ -10,7 +10,7 @@ from typing import Any
 from ..arguments import checked
 from ..errors import UsageError
 from ..look import figures
-from ..recipe import Recipe
+from ..recipe import DATASETS, Recipe
 from ..run_dir import SCHEMA, Checkpoint, find_runs
 from .common import finished, save_figure, spread
 
@@ -37,15 +37,28 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
         raise UsageError("compare takes at least one run")
     loaded = [finished(run) for run in find_runs(runs)]
     _check_evaluated_alike(loaded)
-    together: dict[Recipe, list[Checkpoint]] = {}
+    together: dict[tuple[Recipe, str], list[Checkpoint]] = {}
     for checkpoint in loaded:
-        together.setdefault(checkpoint.recipe.canonical().replace(seed=0), []).append(checkpoint)
+        together.setdefault(_trained_as(checkpoint), []).append(checkpoint)
     for members in together.values():
         _check_seeds(members)
-    evaluated_on, groups = loaded[0].evaluated_on, _groups(together)
+    evaluated_on, groups = loaded[0].evaluated_on, _groups(list(together.values()))
     if path is not None:
         save_figure(figures.comparison(groups, evaluated_on), Path(path))
     return {"schema": SCHEMA, "evaluated_on": evaluated_on, "groups": groups}
+
+
+def _trained_as(run: Checkpoint) -> tuple[Recipe, str]:
+    """What runs of one group have in common: the recipe but for its seed, and the images. A folder may have been moved between them."""
+    recipe = run.recipe.canonical().replace(seed=0)
+    if recipe.dataset in DATASETS or not run.fingerprints:
+        return recipe, ""
+    return recipe.model_copy(update={"dataset": ""}), _images(run)
+
+
+def _images(run: Checkpoint) -> str:
+    """The digests of a run's images, shortened; checkpoints of old versions have none."""
+    return " and ".join(run.fingerprints[part]["sha256"][:12] for part in run.fingerprints) or "not known"
 
 
 def _check_evaluated_alike(runs: list[Checkpoint]) -> None:
@@ -68,13 +81,16 @@ def _check_seeds(members: list[Checkpoint]) -> None:
             raise UsageError(f"{first.path} and {run.path} are of one recipe and one seed, so no two samples; leave one out")
 
 
-def _groups(together: dict[Recipe, list[Checkpoint]]) -> list[dict[str, Any]]:
-    """What `compare` gives as `groups`, of the runs by their recipe."""
-    fields = [name for name in Recipe.model_fields if name != "recipe" and len({getattr(each, name) for each in together}) > 1]
-    names = [recipe.recipe for recipe in together]
+def _groups(together: list[list[Checkpoint]]) -> list[dict[str, Any]]:
+    """What `compare` gives as `groups`, of the runs of each."""
+    recipes = [members[0].recipe.canonical().replace(seed=0) for members in together]
+    fields = [name for name in Recipe.model_fields if name != "recipe" and len({getattr(each, name) for each in recipes}) > 1]
+    names = [recipe.recipe for recipe in recipes]
     groups = []
-    for recipe, members in together.items():
+    for recipe, members in zip(recipes, together, strict=True):
         differs = {name: getattr(recipe, name) for name in fields}
+        if recipes.count(recipe) > 1:  # so the images of the folder are others
+            differs["images"] = _images(members[0])
         label = recipe.recipe
         if names.count(label) > 1:
             label += ": " + ", ".join(f"{name} {value}" for name, value in differs.items())

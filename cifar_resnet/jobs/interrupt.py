@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,26 @@ IMPATIENT = ("SIGINT", "SIGTERM", "SIGQUIT", "SIGBREAK")
 
 
 class Interrupted(CifarResnetError):
-    """Stopped by a signal, with a checkpoint written."""
+    """Stopped by a signal, with a checkpoint written. `options` are those of `train` that the run goes on with."""
 
-    def __init__(self, number: int, run_dir: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; go on with: {shell_command('train', '--resume', run_dir)}")
-        self.number = number
+    def __init__(self, number: int, run_dir: Path, options: Mapping[str, Any]) -> None:
+        words = [(f"--{name.replace('_', '-')}", *([] if value is True else [value])) for name, value in options.items()]
+        again = shell_command("train", "--resume", run_dir, *(word for each in words for word in each))
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on with: {again}")
+        self.number, self.run_dir, self.options = number, run_dir, options
         self.exit_code = 128 + number
 
 
 class _Received(list):
-    """Signals received, and their handler: after the first one, an impatient one acts at once, and the others do nothing."""
+    """Signals received, and their handler: after the first one, an impatient one acts as it did before, and the others do nothing."""
 
-    def __init__(self, numbers: dict[str, int]) -> None:
-        self.numbers = numbers
+    def __init__(self, before: dict[str, Any]) -> None:
+        self.before = before
 
     def __call__(self, number: int, _frame: Any) -> None:
         self.append(number)
-        for name, each in self.numbers.items():
-            signal.signal(each, signal.SIG_DFL if name in IMPATIENT else signal.SIG_IGN)
+        for name, handler in self.before.items():
+            signal.signal(getattr(signal, name), handler if name in IMPATIENT else signal.SIG_IGN)
 
 
 @contextmanager
@@ -54,14 +56,14 @@ def signals() -> Iterator[list[int]]:
         yield outer
         return
     own = {name: handler for name, handler in before.items() if _is_ours(name, handler)}
-    received = _Received({name: getattr(signal, name) for name in own})
+    received = _Received(own)
     try:
-        for number in received.numbers.values():
-            signal.signal(number, received)
+        for name in own:
+            signal.signal(getattr(signal, name), received)
         yield received
     finally:
         for name, handler in own.items():
-            signal.signal(received.numbers[name], handler)
+            signal.signal(getattr(signal, name), handler)
 
 
 def _is_ours(name: str, handler: Any) -> bool:

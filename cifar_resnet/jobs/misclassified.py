@@ -18,7 +18,7 @@ from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures, labels, pictures
 from ..recipe import DATASETS
 from ..run_dir import LATEST, SCHEMA, check_new_folder, csv_of, load_checkpoint, new_folder, writable, write_json, write_whole
-from .common import Prediction, check_format, grad_cams, logits_of, mean_logits, save_figure, standing
+from .common import Prediction, check_format, dataset_of, grad_cams, logits_of, mean_logits, save_figure, standing
 
 
 @checked
@@ -156,7 +156,7 @@ def check_new_folders(
     given = {option: Path(folder) for option, folder in (("--copy-to", copy_to), ("--save-images", save_images)) if folder}
     if not given:
         return
-    source = str(moved or load_checkpoint(checkpoint).recipe.dataset)
+    source = dataset_of(moved or load_checkpoint(checkpoint).recipe.dataset)
     if copy_to and source in DATASETS:
         raise UsageError(f"--copy-to {copy_to}: the images of {source} have no files to copy; use --save-images {copy_to}")
     images = [] if source in DATASETS else [present(Path(source), Path(data_dir) if data_dir else None)]

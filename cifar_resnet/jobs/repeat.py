@@ -31,7 +31,7 @@ from ..training.capture import CapturedEpoch
 from ..training.runtime import resolve_device, resolve_precision
 from .common import check_images, spread
 from .interrupt import Interrupted, signals
-from .train import Watcher, Watchers, train
+from .train import Watcher, Watchers, to_go_on, train
 
 
 @checked
@@ -63,6 +63,8 @@ def repeat(
         CifarResnetError: one line that says what was wrong.
     """
     check(train, **options)
+    if own := {"watcher", "captured"} & set(options):
+        raise UsageError(f"repeat takes no {own.pop()}; watch gives a watcher for each run")
     if resume is not None and (recipe is not None or count is not None or run_dir is not None):
         raise UsageError("a resumed repetition takes recipe, count and folder from itself; give none of them")
     if distributed.started() > 1:
@@ -84,7 +86,7 @@ def repeat(
                     Watchers(watcher).warn(said.pop(0))
                 done.append(train(**how, watcher=watcher, captured=captured, **options))  # type: ignore[arg-type]
             if received and len(done) < count:
-                raise Interrupted(received[0], folder)
+                raise Interrupted(received[0], folder, to_go_on(options))
     accuracies = [checkpoint.history[-1]["test_accuracy"] for checkpoint in done]
     content = _content(recipe, count) | {"accuracies": accuracies, **spread(accuracies)}
     content["evaluated_on"] = done[0].evaluated_on
@@ -97,6 +99,7 @@ def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) 
     """Folder, recipe and count of a new repetition, which leaves nothing where its first run cannot begin."""
     if count < 2:
         raise UsageError(f"--repeat {count} must be at least 2")
+    recipe.replace(seed=recipe.seed + count - 1)  # which is refused where it is too high
     recipe = resolve_precision(recipe, resolve_device(device))
     with directory_for(Path(run_dir) if run_dir else None, recipe, "repeat-") as folder:
         check_free(folder)

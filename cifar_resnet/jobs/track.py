@@ -49,6 +49,7 @@ class TensorBoard(Watcher):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        self.__exit__()  # what an earlier run left
         self.recipe, self.judged, self.state = recipe, data.evaluated_on, state
         self.steps_per_epoch = len(batch_sizes(recipe, len(data.train)))
         first = state.epoch * self.steps_per_epoch + state.step + 1  # a run that was killed may have written later ones

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..data.datasets import load, with_statistics
-from ..data.loaders import Loader, TensorLoader, check_batches, check_loader, make_loader
+from ..data.loaders import Loader, TensorLoader, batch_sizes, check_batches, check_loader, make_loader
 from ..data.splits import Data, same_images
 from ..errors import CifarResnetError, RunDirectoryError, UsageError, first_line
 from ..look.progress import TrainingTable, visible
@@ -171,6 +172,12 @@ def _check(
     check_format(asked["format"])
 
 
+def to_go_on(options: dict[str, Any]) -> dict[str, Any]:
+    """Of the options of `train` those that a command must name, for a run to go on with them."""
+    names, usual = ("data_dir", "device", "compile", "tf32", "target", "format"), inspect.signature(train).parameters
+    return {name: options[name] for name in names if options.get(name, usual[name].default) != usual[name].default}
+
+
 class _Run:
     """One call of `train`, stage by stage. Every rank has one."""
 
@@ -217,6 +224,11 @@ class _Run:
         planned, _, self.read_data = prepare(planned, *where, self.watcher.warn, self.watcher.reading)
         least = 2 if self.resume is None else 1  # a run that was begun with steps of one image goes on
         check_batches(planned, len(self.read_data.train), distributed.ranks(), least)
+        steps = planned.epochs * len(batch_sizes(planned, len(self.read_data.train)))
+        if planned.ema_decay and planned.ema_every > steps:
+            raise UsageError(
+                f"--ema-every {planned.ema_every} is more than the {steps} steps of the run: there would be no average"
+            )
         return planned, checkpoint, False
 
     def finished_checkpoint(self) -> Checkpoint:
@@ -231,11 +243,23 @@ class _Run:
         share = distributed.share()
         self.data = self.read_data or load(self.recipe, self.asked["data_dir"], self.watcher.warn)
         self.device = resolve_device(self.asked["device"], self.asked["tf32"])
-        self.loader = make_loader(self.data.train, self.recipe, self.device, self.asked["loader"], self.asked["workers"], share)
+        self.loader = make_loader(self.data.train, self.recipe, self.device, *self._loader_options(), share)
         held.callback(self.loader.close)
         mine = self.data.evaluation.take(share.of(len(self.data.evaluation)))
         self.evaluation = TensorLoader(mine, self.recipe, self.device)
         self._stage("data")
+
+    def _loader_options(self) -> tuple[str, int | None]:
+        """Loader and workers. A run goes on with the loader that it began with, as the other one would augment otherwise."""
+        asked, workers = self.asked["loader"], self.asked["workers"]
+        before = (self.checkpoint.environment if self.checkpoint else {}).get("loader", asked)
+        if asked == "auto":
+            return before, workers
+        if before != asked:
+            self.watcher.warn(
+                f"--loader {asked}: the run began with {before}, and its images are augmented otherwise from here on"
+            )
+        return asked, workers
 
     def claim_folder(self, held: ExitStack) -> None:
         """Locks the run directory. What it says once nobody else can write it is what is trained."""
@@ -364,7 +388,7 @@ class _Run:
                     self._draw_curves()
                 if stop and not run_done:
                     self._draw_curves()
-                    raise Interrupted(stop, self.folder.path)
+                    raise Interrupted(stop, self.folder.path, to_go_on(self.asked))
 
     def _find_temperature(self) -> float | None:
         accuracy = self.state.history[-1]["test_accuracy"]

@@ -228,8 +228,11 @@ def _compared(group: dict[str, Any], evaluated_on: str) -> dict[str, Cell]:
     }
 
 
-def lr_suggestions(found: FoundLR, rule: str, then: str, written: str) -> None:
-    """What a search for the learning rate found: what to take, and the command `then` to go on with; the trials; other rules."""
+def lr_suggestions(found: FoundLR, rule: str, then: str, at_once: str) -> None:
+    """What a search for the learning rate found: what to take, and the command `then` to go on with; the trials; other rules.
+
+    The command `at_once` searches and trains.
+    """
     suggested = found.suggestions
     if suggested.max_lr is None or suggested.min_lr is None:
         warn(f"no LR is recommended: {suggested.why_not}")
@@ -238,7 +241,7 @@ def lr_suggestions(found: FoundLR, rule: str, then: str, written: str) -> None:
     if then:
         say((f"to train by the rule {rule}" if rule != "recommended" else "to train so") + f":\n  {then}")
     if suggested.max_lr is not None:
-        say("to search and train at once:\n  cifar-resnet train --max-lr find")
+        say(f"to search and train at once:\n  {at_once}")
     console.print()
     if found.trials:
         lowest = min(loss for _, loss in found.trials)
@@ -252,7 +255,6 @@ def lr_suggestions(found: FoundLR, rule: str, then: str, written: str) -> None:
         columns = [">maximum LR", ">minimum LR", "chosen by", ">accuracy", ">loss"]
         title = f"{plural(found.sweep[0]['epochs'], 'epoch')} at each, held-out images"
         print_table(columns, _sweep(found.sweep), spare=[1, 4], title=title)
-    say(written)
 
 
 def _rules(found: Suggestions, with_trials: bool) -> list[list[Cell]]:

@@ -319,9 +319,10 @@ def class_accuracy(classes: dict[str, dict[str, float]], title: str, size: Size 
 
     Of more than 30 classes the 30 worst.
     """
-    names = sorted(reversed(classes), key=lambda name: -classes[name]["recall"])[-MOST_CLASSES:]
-    if len(names) < len(classes):
-        title += f"\nthe {len(names)} worst of {len(classes):,} classes"
+    judged = [name for name in classes if classes[name]["count"]]
+    names = sorted(reversed(judged), key=lambda name: -classes[name]["recall"])[-MOST_CLASSES:]
+    if len(names) < len(judged):
+        title += f"\nthe {len(names)} worst of {len(judged):,} classes"
     figure, (axis,) = _figure(size=size or (7, 0.9 + 0.32 * len(names)))
     recall = [classes[name]["recall"] for name in names]
     bars = axis.barh(range(len(names)), recall, color=BLUE)

@@ -7,7 +7,7 @@ import pytest
 
 from cifar_resnet import Recipe, samples
 from cifar_resnet.data.datasets import STATISTICS, load, with_statistics
-from cifar_resnet.data.splits import stratified
+from cifar_resnet.data.splits import Split, stratified
 from cifar_resnet.errors import UsageError
 
 
@@ -104,7 +104,6 @@ def test_keeping_one_image_of_each_class_changes_no_selection_that_kept_one_anyw
         dict(train_limit=5),
         dict(train_limit=2000),
         dict(test_limit=361),
-        dict(batch_size=1438),
     ],
     ids=str,
 )
@@ -154,3 +153,13 @@ def test_a_folder_of_ones_own_gives_its_images_classes_and_statistics(own_images
     with pytest.raises(UsageError, match=f"no folder {own_images} or {tmp_path / own_images.name};"):
         load(recipe, tmp_path)
     assert np.array_equal(load(recipe, tmp_path / "elsewhere").train.images, pixels)
+
+
+def test_statistics_of_a_folder_are_those_of_all_its_pixels():
+    images = np.random.default_rng(0).integers(0, 256, (2500, 32, 32, 3), dtype=np.uint8)
+    images[..., 1] //= 2
+    images[..., 2] = 7
+    recipe = with_statistics(Recipe.model_construct(**{**dict(Recipe()), "dataset": "/a/folder"}), Split(images, np.zeros(2500, int), np.arange(2500)))
+    pixels = images.reshape(-1, 3) / 255
+    assert recipe.mean == pytest.approx(pixels.mean(0), abs=1e-4)
+    assert recipe.std == pytest.approx([*pixels.std(0)[:2], 0.01], abs=1e-4)

@@ -227,6 +227,18 @@ def test_a_split_leaves_each_class_an_image_on_both_sides(tmp_path):
     assert "a single image in birds; --split 0.5 needs two in each class" in refusal(folder, split=0.5)
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    folder = pets(tmp_path / "pets", parts=[""], count=4)
+    for i in range(4):
+        image(folder / "train" / f"{i}.png", seed=i)
+    assert read(folder, split=0.5).classes == ("cats", "dogs", "train")
+    said = []
+    shutil.copytree(folder / "cats", folder / "train" / "cats")
+    shutil.copytree(folder / "dogs", folder / "train" / "dogs")
+    assert read(folder, said.append, split=0.5).classes == ("cats", "dogs")
+    assert f"the classes are the folders of {folder / 'train'}; not used: cats, dogs" in said
+
+
 def test_parts_that_do_not_fit_say_what_would(tmp_path):
     pets(tmp_path / "train-alone", parts=["train"])
     assert "there is no test; --split 0.2 sets a fifth" in refusal(tmp_path / "train-alone")

@@ -100,6 +100,7 @@ def test_both_loaders_show_the_same_images_in_the_same_steps(batches):
         (dict(batch_size=16, batches="fixed"), 49, 1, 1, None),
         (dict(batch_size=1), 40, 1, 2, "--batch-size 1: .* --batch-size 2 would do"),
         (dict(batch_size=2), 5, 1, 2, "--batch-size 3 would do"),
+        (dict(batch_size=1438), 1437, 1, 2, "--batch-size 1438 is more than the 1437 training images"),
         (dict(batch_size=15, batches="fixed"), 33, 2, 2, "only 1 for each of 2 processes, .* --batch-size 17 would do"),
         (dict(batch_size=3), 3, 2, 2, "train on more images"),
         (dict(batch_size=3), 3, 2, 1, None),

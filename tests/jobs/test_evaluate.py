@@ -143,6 +143,19 @@ def test_own_images_that_were_moved_are_found_and_others_refused(own_images, tmp
         evaluate(tmp_path / "run", data_dir=tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_a_folder_that_is_called_like_a_dataset_is_a_folder(own_images, tmp_path, cli, no_figures, monkeypatch, name):
+    train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
+    accuracy = evaluate(tmp_path / "run")["accuracy"]
+    own_images.rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    found = evaluate(tmp_path / "run", dataset=Path(name))
+    assert (found["images"], found["accuracy"], found["images_changed"]) == (12, accuracy, False)
+    code, out, _ = cli("evaluate", tmp_path / "run", "--dataset", f"./{name}")
+    assert code == 0
+    assert f"{accuracy:.2f} % of 12 images" in out
+
+
 def test_images_that_are_not_the_runs_are_told_of(own_images, tmp_path, no_figures):
     run, said = tmp_path / "run", []
     train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), run)

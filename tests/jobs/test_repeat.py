@@ -82,6 +82,14 @@ def test_a_repetition_of_two_seeds_prints_no_interval(recipe, tmp_path, capsys):
     assert {key: group[key] for key in ("mean", "std", "interval")} == {key: content[key] for key in ("mean", "std", "interval")}
 
 
+def test_what_no_repetition_takes_leaves_nothing_behind(recipe, tmp_path, refused):
+    with pytest.raises(UsageError, match="repeat takes no watcher"):
+        repeat(recipe, 2, tmp_path / "many", watcher=Watcher())
+    line = refused(2, "train", "--dataset", "digits", "--repeat", 2, "--seed", 2**32 - 1, "--run-dir", tmp_path / "many")
+    assert "--seed 4294967296" in line
+    assert not (tmp_path / "many").exists()
+
+
 def test_a_repetition_stopped_inside_a_seed_goes_on_there(recipe, tmp_path):
     whole = repeat(recipe, 2, tmp_path / "whole")
     with pytest.raises(Interrupted, match=f"stopped by SIGINT; .* --resume {tmp_path / 'many'}$"):

@@ -7,6 +7,7 @@ from run_helpers import StopAfter
 
 from cifar_resnet import CifarResnetError, Recipe, Watchers, load_checkpoint, track, train
 from cifar_resnet.errors import UsageError
+from cifar_resnet.jobs.interrupt import Interrupted
 
 TINY = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--width", 4, "--epochs", 1)
 
@@ -45,6 +46,16 @@ def test_tensorboard_shows_steps_epochs_recipe_and_pictures(tiny_recipe, tmp_pat
     assert pictures == ["curves", "learning rate"]
     fields = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"sam_radius" in fields
+
+
+def test_one_tracker_keeps_two_runs_apart(tiny_recipe, tmp_path, no_figures):
+    pytest.importorskip("tensorboard", reason="the extra track is not installed")
+    with track("tensorboard") as watcher:
+        with pytest.raises(Interrupted):
+            train(tiny_recipe, tmp_path / "a", watcher=Watchers(watcher, StopAfter(2)))
+        train(tiny_recipe.replace(seed=1), tmp_path / "b", watcher=watcher)
+    steps = [[step for step, _ in read(tmp_path / name)[0]["step/loss"]] for name in "ab"]
+    assert steps == [[1, 2], [1, 2, 3, 4, 5, 6]]
 
 
 def test_what_shall_track_is_asked_for_before_training(tmp_path, monkeypatch, refused):

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -135,7 +136,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny_recipe, tiny_ru
         assert multiprocessing.active_children() == []  # while the exception still holds on to all that there was
         part = content(folder)
         assert 3 * part["epoch"] + part["step"] == stop
-        train(resume=folder, loader=loader, workers=workers)
+        train(resume=folder)  # with the loader that it began with
         assert_same_run(content(folder), whole)
         assert sorted(os.listdir(folder)) == FILES
 
@@ -153,6 +154,41 @@ def test_every_optimizer_goes_on_where_it_stood(tmp_path, no_figures, fields):
         train(recipe, tmp_path / "run", watcher=StopAfter(4))
     train(resume=tmp_path / "run")
     assert_same_run(content(tmp_path / "run"), content(tmp_path / "whole"))
+
+
+def test_the_command_to_go_on_with_names_the_options_that_were_given(tiny_recipe, tmp_path, cli, monkeypatch, no_figures):
+    monkeypatch.setattr(progress.TrainingTable, "step", lambda self, step, state: signal.raise_signal(signal.SIGINT))
+    options = ("--format", "svg", "--target", 90, "--data-dir", tmp_path / "a folder", "--device", "cpu", "--track", "tensorboard")
+    code, _, err = cli("train", *DIGITS, "--run-dir", tmp_path / "run", *options, "--loader", "albumentations", "--workers", 0)
+    assert code == 130
+    words = shlex.split(err.partition("go on with: cifar-resnet ")[2])
+    assert words[:3] == ["train", "--resume", str(tmp_path / "run")]
+    given = dict(zip(words[3::2], words[4::2], strict=True))
+    expected = {"--format": "svg", "--target": "90.0", "--data-dir": str(tmp_path / "a folder"), "--device": "cpu", "--track": "tensorboard"}
+    assert given == expected
+
+
+def test_another_loader_than_a_run_began_with_is_said(tiny_recipe, tmp_path, no_figures):
+    with pytest.raises(Interrupted):
+        train(tiny_recipe, tmp_path / "run", loader="albumentations", workers=0, watcher=StopAfter(1))
+    listener = Listener()
+    train(resume=tmp_path / "run", loader="tensor", watcher=listener)
+    assert [line for line in listener.warnings if "--loader tensor: the run began with albumentations" in line]
+
+
+def test_a_second_ctrl_c_is_an_interrupt_of_python(tiny_recipe, tmp_path, no_figures):
+    """So that a notebook, or a program, lives on."""
+
+    class Impatient(Watcher):
+        def step(self, step, state):
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(tiny_recipe, tmp_path / "run", watcher=Impatient())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_sigterm_is_exit_code_143_and_one_line(cli, tmp_path, monkeypatch):
@@ -418,7 +454,7 @@ def test_all_files_that_are_made_of_a_checkpoint_are_known():
     rows = re.findall(r"^\| (`.*?) \| `(?:evaluate|misclassified|report|export)\b", page, re.MULTILINE)
     files = [Path(name) for row in rows for name in re.findall(r"`([^`]+\.\w+)`", row)]
     assert len(files) >= 10
-    kept = [file for file in files if file.stem not in run_dir.MADE_OF_CHECKPOINT or file.suffix not in run_dir.SUFFIXES]
+    kept = [file for file in files if file.name not in run_dir.MADE_OF_CHECKPOINT]
     of_training = (Path(f"training_labels.{suffix}") for suffix in ("json", "csv", "png"))
     assert kept == [Path("labels.csv"), *of_training, Path("training_folds.pt")]
 

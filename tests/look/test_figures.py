@@ -34,7 +34,7 @@ def test_the_confusion_matrix_shows_its_counts():
 
 @pytest.mark.parametrize("count", [60, 400])
 def test_pictures_of_many_classes_stay_small(count):
-    classes = {f"class {i}": {"recall": i / 5} for i in range(count)}
+    classes = {f"class {i}": {"recall": i / 5, "count": 9} for i in range(count)}
     matrix = figures.confusion_matrix(np.eye(count, dtype=int), list(classes), "title")
     accuracy = figures.class_accuracy(classes, "title")
     for figure in (matrix, accuracy):
@@ -97,8 +97,9 @@ def test_the_learning_rate_is_drawn_as_trained():
 
 
 def test_accuracy_by_class_is_drawn_as_reported():
-    classes = {"ant": {"recall": 75.0}, "bee": {"recall": 50.5}, "cat": {"recall": 100.0}}
-    axis = figures.class_accuracy(classes, "title").axes[0]
+    """Classes of which no image was judged are left out."""
+    classes = {name: {"recall": recall, "count": 9} for name, recall in (("ant", 75.0), ("bee", 50.5), ("cat", 100.0))}
+    axis = figures.class_accuracy({**classes, "dog": {"recall": 0.0, "count": 0}}, "title").axes[0]
     names = [label.get_text() for label in axis.get_yticklabels()]
     assert dict(zip(names, [bar.get_width() for bar in axis.patches], strict=True)) == {
         name: row["recall"] for name, row in classes.items()
@@ -167,7 +168,7 @@ NASTY = ["$\\frac$_$5_", "x" * 80]
 
 def drawn_with(name):
     """Every picture that names a class or a recipe, with this name in all places."""
-    classes = {name: {"recall": 50.0}, "plain": {"recall": 60.0}}
+    classes = {name: {"recall": 50.0, "count": 9}, "plain": {"recall": 60.0, "count": 9}}
     keys = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
     recipe, group = Recipe(recipe=name, dataset=f"/data/{name}"), {"label": name, "mean": 1.0, "std": None, "n": 1}
     history, trials, found = range_test()
