@@ -311,8 +311,8 @@ def root(
         console.console.quiet = True
 
 
-def _written(folder: Path, *names: str) -> str:
-    return "\n".join(["written:", *(f"  {folder / name}" for name in names)])
+def _say_written(*paths: Path) -> None:
+    console.say("\n".join(["written:", *(f"  {path}" for path in paths)]))
 
 
 # What a range test and its trials find or never reach, and so do not take.
@@ -347,7 +347,7 @@ def find_lr(
     words = [command_line(recipe.replace(max_lr=usual.max_lr, div_factor=usual.div_factor)), "--max-lr find"]
     at_once = " ".join([*words, *([f"--suggest {suggest}"] if suggest != "recommended" else [])])
     console.lr_suggestions(found, suggest, then, at_once)
-    console.say(_written(folder, "lr_finder.json", f"lr_finder.{format}"))
+    _say_written(folder / "lr_finder.json", folder / f"lr_finder.{format}")
 
 
 def _find_lr(recipe: Recipe, folder: Path | None, **settings: Any) -> FoundLR:
@@ -505,9 +505,9 @@ def evaluate(
                 raise
             _aside(str(error))
             continue
-        pictures = [f"{name}.{format}" for name in ("confusion_matrix", "class_accuracy", "reliability")]
         if not json_output:
-            console.say(_written(run_dir or Path(content["checkpoint"]).parent, "evaluation.json", *pictures))
+            names = ["evaluation.json", *(f"{name}.{format}" for name in ("confusion_matrix", "class_accuracy", "reliability"))]
+            _say_written(*((run_dir or Path(content["checkpoint"]).parent) / name for name in names))
         done.append(content)
     if json_output:
         print(json.dumps(done if len(runs) > 1 else done[0], indent=2))
@@ -545,9 +545,10 @@ def misclassified(
     else:
         with console.console.status("looking for mistakes"):
             chosen = misclassified(run, run_dir, sort=sort, layer=layer, **how)
-    files = [path.name for path in written if path not in (copy_to, save_images)]
+    files = [path for path in written if path not in (copy_to, save_images)]
     show = console.doubtful_labels if sort == "label" else console.mistakes
-    show(chosen, _written(written[0].parent, *files))
+    show(chosen)
+    _say_written(*files)
     for folder in written[len(files) :]:
         console.say(f"{plural(len(chosen), 'image')} written in\n  {folder}")
 
@@ -562,7 +563,7 @@ def compare(runs: Runs, output: Picture = Path("comparison.png"), json_output: J
         print(json.dumps(content, indent=2))
     else:
         console.comparison(content)
-        console.say(_written(output.parent, output.name))
+        _say_written(output)
 
 
 @app.command(rich_help_panel=AFTER)
@@ -576,7 +577,7 @@ def report(
     run = _one_run(checkpoint, "report")
     with console.console.status("writing the report"):
         path = report(run, output, format=format, dataset=dataset, data_dir=data_dir, device=device, notify=console.say)
-    console.say(_written(path.parent, path.name))
+    _say_written(path)
 
 
 @app.command(cls=PredictCommand, rich_help_panel=AFTER)
@@ -639,7 +640,7 @@ def export(
 
     how: dict[str, Any] = dict(with_preprocessing=with_preprocessing, data_dir=data_dir, device=device, notify=console.say)
     path = export(_one_run(checkpoint, "export"), output, format=format, **how)
-    console.say(_written(path.parent, path.name))
+    _say_written(path)
     if format == "space":
         console.say(f"to try it: pip install -r requirements.txt && python app.py, in {path}")
     if format == "onnx":
@@ -657,7 +658,7 @@ def samples(
     from .jobs.samples import samples
 
     samples(recipe, output, views=views, data_dir=data_dir, loader=loader, workers=workers, notify=console.say)
-    console.say(_written(output.parent, output.name))
+    _say_written(output)
 
 
 @_command(BEFORE, "summary", "summary --recipe page --json")
@@ -666,7 +667,7 @@ def summary(recipe: Recipe, json_output: Json = False) -> None:
     """Show the network layer by layer: shapes, parameters, multiply-adds, receptive field."""
     from .look import analysis
 
-    content = analysis.summary(recipe, recipe.batch_size)
+    content = analysis.summary(recipe)
     if json_output:
         print(json.dumps(content, indent=2))
     else:
@@ -695,7 +696,7 @@ def schedule(
     else:
         figure = figures.learning_rate(recipe, len(batch_sizes(recipe, 50_000)))
     save_figure(figure, output)
-    console.say(_written(output.parent, output.name))
+    _say_written(output)
 
 
 @_command(BEFORE, "bench", "bench --reference --json bench.json")
@@ -720,7 +721,7 @@ def bench(
     console.bench(content)
     if json_file:
         write_json(json_file, content)
-        console.say(_written(json_file.parent, json_file.name))
+        _say_written(json_file)
 
 
 @app.command(rich_help_panel=BEFORE)

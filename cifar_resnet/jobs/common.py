@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data import datasets, label_errors
 from ..data.loaders import TensorLoader
 from ..data.splits import Data, fingerprint, same_images
-from ..errors import CifarResnetError, UsageError, shell_command, shell_word
+from ..errors import CifarResnetError, UsageError, shell_word
 from ..look import analysis
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe
@@ -130,21 +130,6 @@ def rendered(template: str, **values: Any) -> str:
     loader, escaped = PackageLoader("cifar_resnet", "look"), template.endswith(".html")
     templates = Environment(loader=loader, autoescape=escaped, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return templates.get_template(template).render(**values)
-
-
-def finished(path: Path | str) -> Checkpoint:
-    """The last checkpoint of a run.
-
-    Raises:
-        CifarResnetError: it cannot be read, or the run has not ended.
-    """
-    checkpoint = load_checkpoint(path)
-    if not checkpoint.finished:
-        where = f"stands at epoch {checkpoint.content['epoch']} of {checkpoint.recipe.epochs}"
-        raise CifarResnetError(
-            f"{checkpoint.path} {where}; finish it: {shell_command('train', '--resume', checkpoint.path.parent)}"
-        )
-    return checkpoint
 
 
 def opened(

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import checked
-from ..errors import UsageError
+from ..errors import CifarResnetError, UsageError, shell_command
 from ..look import figures
 from ..recipe import DATASETS, Recipe
-from ..run_dir import SCHEMA, Checkpoint, find_runs
-from .common import finished, save_figure, spread
+from ..run_dir import SCHEMA, Checkpoint, find_runs, load_checkpoint
+from .common import save_figure, spread
 
 
 @checked
@@ -35,7 +35,7 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
     """
     if not runs:
         raise UsageError("compare takes at least one run")
-    loaded = [finished(run) for run in find_runs(runs)]
+    loaded = [_finished(run) for run in find_runs(runs)]
     _check_evaluated_alike(loaded)
     together: dict[tuple[Recipe, str], list[Checkpoint]] = {}
     for checkpoint in loaded:
@@ -46,6 +46,21 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
     if path is not None:
         save_figure(figures.comparison(groups, evaluated_on), Path(path))
     return {"schema": SCHEMA, "evaluated_on": evaluated_on, "groups": groups}
+
+
+def _finished(path: Path | str) -> Checkpoint:
+    """The last checkpoint of a run.
+
+    Raises:
+        CifarResnetError: it cannot be read, or the run has not ended.
+    """
+    checkpoint = load_checkpoint(path)
+    if not checkpoint.finished:
+        where = f"stands at epoch {checkpoint.content['epoch']} of {checkpoint.recipe.epochs}"
+        raise CifarResnetError(
+            f"{checkpoint.path} {where}; finish it: {shell_command('train', '--resume', checkpoint.path.parent)}"
+        )
+    return checkpoint
 
 
 def _trained_as(run: Checkpoint) -> tuple[Recipe, str]:

@@ -134,10 +134,6 @@ def content_of_page(
     return content
 
 
-def _silent(message: str) -> None:
-    pass
-
-
 class _Shown:
     """A checkpoint, and what of its images has been read and looked at so far."""
 
@@ -145,8 +141,8 @@ class _Shown:
         self, checkpoint: Checkpoint, device: torch.device, data_dir: Path | str | None, download: Callable[[str], None] | None,
         recipe: Recipe | None,
     ) -> None:  # fmt: skip
-        self.checkpoint, self.device, self.download = checkpoint, device, download
-        self.data_dir = Path(data_dir) if data_dir else None
+        self.checkpoint, self.device, self.data_dir, self.download = checkpoint, device, data_dir, download
+        self.notify = download or (lambda message: None)
         self.recipe = recipe or Recipe.load(checkpoint.content["recipe"])  # the run's, which the checkpoint opened may not have
         self.model = checkpoint.model(device)
         self.lock = threading.Lock()  # captum hangs its hooks on the model
@@ -218,7 +214,7 @@ class _Shown:
     @cached_property
     def judged(self) -> tuple[Prediction, list[analysis.Mistake]]:
         """The logits of all evaluation images, and the mistakes; this takes a while."""
-        found = logits_of(self.checkpoint, None, str(self.device), self.download or _silent, data=self.data)
+        found = logits_of(self.checkpoint, None, str(self.device), self.notify, data=self.data)
         return found, analysis.mistakes(*found.judged)
 
     @cached_property
@@ -231,7 +227,7 @@ class _Shown:
         """The images of the run."""
         if self.checkpoint.recipe.dataset in ("cifar10", "cifar100") and not self.download:
             check_at_hand(self.checkpoint.recipe.dataset, self.data_dir)
-        return images_of(self.checkpoint, self.data_dir, self.download or _silent)[1]
+        return images_of(self.checkpoint, self.data_dir, self.notify)[1]
 
     def _loader(self, images: np.ndarray) -> TensorLoader:
         count = len(images)

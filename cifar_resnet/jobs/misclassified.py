@@ -68,7 +68,7 @@ def misclassified(
     wrong = analysis.mistakes(*found.judged)
     listed, ranked = by_label(found) if sort == "label" else (wrong, [])
     chosen = analysis.choose(listed, found.data.classes, sort, true, predicted)
-    right = [] if chosen or sort == "label" else analysis.least_sure(*found.judged)
+    right = [] if chosen or sort == "label" else analysis.mistakes(*found.judged, right=True)
     unsure = analysis.choose(right, found.data.classes, "confidence", true, predicted)[:count]
     folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
     write_json(folder / "misclassified.json", _content(found, wrong, unsure))
@@ -159,7 +159,7 @@ def check_new_folders(
     source = dataset_of(moved or load_checkpoint(checkpoint).recipe.dataset)
     if copy_to and source in DATASETS:
         raise UsageError(f"--copy-to {copy_to}: the images of {source} have no files to copy; use --save-images {copy_to}")
-    images = [] if source in DATASETS else [present(Path(source), Path(data_dir) if data_dir else None)]
+    images = [] if source in DATASETS else [present(Path(source), data_dir)]
     for option, folder in given.items():
         check_new_folder(folder)
         for other in [*images, *(each for each in given.values() if each is not folder)]:

@@ -59,7 +59,7 @@ def report(
     found = logits_of(checkpoint, data_dir, device, notify, dataset)
     content = content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")
     wrong = analysis.mistakes(*found.judged)
-    shown = wrong[:SHOWN] or analysis.least_sure(*found.judged)[:SHOWN]
+    shown = wrong[:SHOWN] or analysis.mistakes(*found.judged, right=True)[:SHOWN]
     doubted, _ = by_label(found)
     values = dict(
         run=checkpoint,
@@ -160,7 +160,7 @@ def _write_markdown(
     if doubted := values["doubted"]:
         images = found.data.evaluation.images[[each.position for each in doubted]]
         drawn["labels"] = pictures.misclassified(images, doubted, values["labels"], "label")
-    layers = analysis.layers(checkpoint.recipe, checkpoint.recipe.batch_size, len(checkpoint.classes))
+    layers = analysis.layers(checkpoint.recipe, len(checkpoint.classes))
     text = rendered("report.md", **values, layers=layers, cell=_cell, epoch_line=epoch_line)
     writable(folder)
     for name, figure in drawn.items():

@@ -137,7 +137,7 @@ def train(
     _check(recipe, run_dir, resume, save_every_minutes, asked)
     with distributed.joined(), ExitStack() as held:
         run = _Run(recipe, run_dir, resume, must_match or {}, asked, _watchers(held, progress, on_epoch, watcher))
-        if run.is_finished():
+        if run.read():
             return run.finished_checkpoint()
         run.load_images(held)
         run.claim_folder(held)
@@ -203,7 +203,7 @@ class _Run:
         self.drawn, self.drawing = time.monotonic(), 0.5  # when the curves were drawn last, and the seconds that it took
         self.read_data: Data | None = None  # on rank 0, before the others have the recipe
 
-    def is_finished(self) -> bool:
+    def read(self) -> bool:
         """Reads what is to be trained. True where that is a run that has ended."""
         self.recipe, self.checkpoint, finished = distributed.on_first(self._read)
         return finished

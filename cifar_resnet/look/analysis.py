@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,8 +63,8 @@ def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
     def mirrored(images: Tensor) -> Tensor:
         return images.flip(3)
 
-    def shifted(images: Tensor, by: int) -> Tensor:
-        return functional.pad(images, (1, 1, 1, 1), mode="reflect")[..., 1 - by : 33 - by, 1 - by : 33 - by]
+    def shifted(view: Callable[[Tensor], Tensor], by: int) -> Callable[[Tensor], Tensor]:
+        return lambda images: functional.pad(view(images), (1,) * 4, mode="reflect")[..., 1 - by : 33 - by, 1 - by : 33 - by]
 
     if tta == "none":
         return [(1.0, plain)]
@@ -73,11 +72,7 @@ def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
         return [(1 / 2, plain), (1 / 2, mirrored)]
     if tta != "flip-shift":
         raise UsageError(f"--tta {tta}: it is none, flip or flip-shift")
-    moved = [
-        (1 / 8, partial(lambda view, by, images: shifted(view(images), by), view, by))
-        for view in (plain, mirrored)
-        for by in (1, -1)
-    ]
+    moved = [(1 / 8, shifted(view, by)) for view in (plain, mirrored) for by in (1, -1)]
     return [(1 / 4, plain), (1 / 4, mirrored), *moved]
 
 
@@ -189,9 +184,6 @@ def _listed(believed: Tensor, classes: tuple[str, ...], label: int) -> dict[str,
     return {classes[i]: float(believed[i]) for i in (*believed.topk(LISTED).indices.tolist(), label)}
 
 
-least_sure = partial(mistakes, right=True)
-
-
 def choose(
     wrong: list[Mistake],
     classes: tuple[str, ...],
@@ -246,23 +238,23 @@ def pixels(images: Tensor, recipe: Recipe) -> np.ndarray:
     return ((images.permute(0, 2, 3, 1) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def summary(recipe: Recipe, batch_size: int = 512) -> dict[str, Any]:
-    """What `summary --json` prints: the rows of `layers` for a batch of this size, and their totals.
+def summary(recipe: Recipe) -> dict[str, Any]:
+    """What `summary --json` prints: the rows of `layers` for a batch of the recipe, and their totals.
 
     `receptive_field` is the last layer's, in pixels of the image.
     """
-    rows = layers(recipe, batch_size, 100 if recipe.dataset == "cifar100" else 10)
+    rows = layers(recipe, 100 if recipe.dataset == "cifar100" else 10)
     multiply_adds = sum(row["multiply_adds"] for row in rows)
     totals = {
         "parameters": sum(row["parameters"] for row in rows),
         "multiply_adds": multiply_adds,
-        "multiply_adds_per_image": multiply_adds // batch_size,
+        "multiply_adds_per_image": multiply_adds // recipe.batch_size,
         "receptive_field": rows[-1]["receptive_field"],
     }
-    return {"schema": SUMMARY_SCHEMA, "recipe": recipe.recipe, "batch_size": batch_size, "layers": rows, "totals": totals}
+    return {"schema": SUMMARY_SCHEMA, "recipe": recipe.recipe, "batch_size": recipe.batch_size, "layers": rows, "totals": totals}
 
 
-def layers(recipe: Recipe, batch_size: int = 512, classes: int = 10) -> list[dict[str, Any]]:
+def layers(recipe: Recipe, classes: int) -> list[dict[str, Any]]:
     """The network layer by layer, in the order of the data: shapes of one image, parameters, multiply-adds of the batch.
 
     Parameters and multiply-adds are torchinfo's. A layer of kernel k, stride s and padding p takes receptive field r, jump
@@ -273,7 +265,7 @@ def layers(recipe: Recipe, batch_size: int = 512, classes: int = 10) -> list[dic
 
     with torch.device("meta"):
         model = build_model(recipe, classes)
-        images = torch.zeros(batch_size, 3, 32, 32)
+        images = torch.zeros(recipe.batch_size, 3, 32, 32)
         found = torchinfo.summary(model, input_data=images, verbose=0, device="meta").summary_list
     names, modules = {id(module): name for name, module in model.named_modules()}, dict(model.named_modules())
     rows: list[dict[str, Any]] = []

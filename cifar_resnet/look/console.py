@@ -179,24 +179,22 @@ def evaluations(contents: list[dict[str, Any]]) -> None:
     print_table([">accuracy", ">loss", "checkpoint"], rows, spare=[1], gap=False)
 
 
-def mistakes(chosen: list[Mistake], written: str) -> None:
+def mistakes(chosen: list[Mistake]) -> None:
     """The first of the mistakes chosen."""
     if not chosen:
         say("there is no such mistake to show")
-    else:
-        shown = chosen[:10]
-        rows = [[each.name or str(each.index), each.true, each.predicted, f"{100 * each.confidence:.1f} %"] for each in shown]
-        title = plural(len(chosen), "mistake") if len(shown) == len(chosen) else f"{count_of(len(shown), len(chosen))} mistakes"
-        print_table([">image", "true class", "predicted", ">confidence"], rows, title=title)
-    say(written)
+        return
+    shown = chosen[:10]
+    rows = [[each.name or str(each.index), each.true, each.predicted, f"{100 * each.confidence:.1f} %"] for each in shown]
+    title = plural(len(chosen), "mistake") if len(shown) == len(chosen) else f"{count_of(len(shown), len(chosen))} mistakes"
+    print_table([">image", "true class", "predicted", ">confidence"], rows, title=title)
 
 
-def doubtful_labels(chosen: list[Mistake], written: str) -> None:
+def doubtful_labels(chosen: list[Mistake]) -> None:
     """The first of the labels that may be wrong."""
     for mistake in chosen[:10]:
         say(f"{mistake.caption}, labelled {mistake.true}: perhaps mislabelled: {mistake.predicted}?")
     say(f"{plural(len(chosen), 'label is', 'labels are')} less probable than another class")
-    say(written)
 
 
 def comparison(content: dict[str, Any]) -> None:

@@ -70,9 +70,9 @@ def _titled(svg: bytes) -> bytes:
     return re.sub(rb'<g id="hover: ([^"]*)">', rb"<g><title>\1</title>", svg)
 
 
-def _figure(columns: int = 1, size: Size = (7, 4.2), **options: Any) -> tuple[Figure, np.ndarray]:
+def _figure(size: Size = (7, 4.2), rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(columns, squeeze=False, **options)[:, 0] if options else figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -84,7 +84,7 @@ def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test", 
 
     `target` is an accuracy in percent, drawn as a line.
     """
-    figure, (left, right) = _figure(2, (11, 4.2))
+    figure, (left, right) = _figure((11, 4.2), columns=2)
     _draw_curve(left, "loss", history, recipe, evaluated_on)
     _draw_curve(right, "accuracy", history, recipe, evaluated_on, target)
     left.set_title("Loss")
@@ -97,7 +97,7 @@ def curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str = "test", 
 
 def curve(quantity: str, history: Sequence[dict], recipe: Recipe, evaluated_on: str, size: Size) -> Figure:
     """One of the two curves, "loss" or "accuracy", with its values on hover."""
-    figure, (axis,) = _figure(size=size)
+    figure, (axis,) = _figure(size)
     _draw_curve(axis, quantity, history, recipe, evaluated_on)
     form = "{:.4f}" if quantity == "loss" else "{:.2f} %"
     for row in history:
@@ -142,7 +142,7 @@ def _leave_out_the_first(axis: Axes, history: Sequence[dict], quantity: str) -> 
 
 def learning_rate(recipe: Recipe, steps_per_epoch: int, size: Size = (7, 4.2)) -> Figure:
     """The learning rate at every step of a run, from the function that training uses."""
-    figure, (axis,) = _figure(size=size)
+    figure, (axis,) = _figure(size)
     total = recipe.epochs * steps_per_epoch
     lr = [optim.learning_rate(recipe, step, total)[0] for step in range(total)]
     epochs = (np.arange(total) + 1) / steps_per_epoch
@@ -183,7 +183,7 @@ def lr_finder(
 
     Below it, where there was a sweep, the accuracies that its trainings reached.
     """
-    figure, (axis, *below) = _figure(2, (8, 10), height_ratios=(5, 4)) if sweep else _figure(size=(8, 6))
+    figure, (axis, *below) = _figure((8, 10), rows=2, height_ratios=(5, 4)) if sweep else _figure((8, 6))
     _draw_range_test(axis, history, suggestions, trials)
     for each in (axis, *below):
         each.set_xscale("log" if step_mode == "exp" else "linear")
@@ -274,7 +274,7 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], ti
     shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
     right, many = np.eye(len(counts), dtype=bool), len(counts) > MOST_CLASSES
     side = 8 if many else max(6.6, 1.2 + (0.62 if len(counts) <= ROOMY else 0.4) * len(counts))
-    figure, (axis,) = _figure(size=size or (side + 1.2, side))
+    figure, (axis,) = _figure(size or (side + 1.2, side))
     axis.grid(visible=False)
     most = max(1.0, np.where(right, 0, shares).max())
     wrong = ScalarMappable(Normalize(0, most), "Oranges")
@@ -323,7 +323,7 @@ def class_accuracy(classes: dict[str, dict[str, float]], title: str, size: Size 
     names = sorted(reversed(judged), key=lambda name: -classes[name]["recall"])[-MOST_CLASSES:]
     if len(names) < len(judged):
         title += f"\nthe {len(names)} worst of {len(judged):,} classes"
-    figure, (axis,) = _figure(size=size or (7, 0.9 + 0.32 * len(names)))
+    figure, (axis,) = _figure(size or (7, 0.9 + 0.32 * len(names)))
     recall = [classes[name]["recall"] for name in names]
     bars = axis.barh(range(len(names)), recall, color=BLUE)
     for bar, name in zip(bars, names, strict=True):
@@ -342,7 +342,7 @@ def reliability(
 
     Bins of fewer than 30 images are hatched.
     """
-    figure, (axis, below) = _figure(2, size, sharex=True, height_ratios=(3, 1))
+    figure, (axis, below) = _figure(size, rows=2, sharex=True, height_ratios=(3, 1))
     centres, width = [(row["from"] + row["to"]) / 2 for row in bins], bins[0]["to"] - bins[0]["from"]
     bars = axis.bar(centres, [row["accuracy"] or 0 for row in bins], 0.92 * width, color=BLUE)
     filled = [row for row in bins if row["count"]]
@@ -369,7 +369,7 @@ def reliability(
 
 def comparison(groups: Sequence[dict[str, Any]], evaluated_on: str) -> Figure:
     """Accuracy by epoch of several groups of runs: the mean of each, and the range of its seeds; `groups` as `compare` has them."""
-    figure, (axis,) = _figure(size=(8, 4.8 + 0.2 * len(groups)))
+    figure, (axis,) = _figure((8, 4.8 + 0.2 * len(groups)))
     styles = [(colour, line) for line in ("-", "--", ":") for colour in (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)]
     for group, (colour, line) in zip(groups, itertools.cycle(styles)):
         by_run = np.array([run["test_accuracy"] for run in group["runs"]])

@@ -27,4 +27,4 @@ def duration(seconds: float) -> str:
 
 def time_left(seconds: float) -> str:
     """As `duration`, in whole minutes from a minute on."""
-    return duration(seconds) if seconds < 60 else duration(60 * max(round(seconds / 60), 1))
+    return duration(seconds) if seconds < 60 else duration(60 * round(seconds / 60))

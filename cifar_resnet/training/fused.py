@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import first_line
+
 try:
     import triton
     import triton.language as tl
@@ -365,7 +367,6 @@ def triton_works(device: torch.device, dtype: torch.dtype) -> bool:
             for pool in (False, True):
                 norm_relu(x, nn.BatchNorm2d(16, device=device), pool).sum().backward()
     except Exception as error:  # of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"Triton does not work here, so training takes longer: {reason}", stacklevel=2)
+        warnings.warn(f"Triton does not work here, so training takes longer: {first_line(error)}", stacklevel=2)
         return False
     return True

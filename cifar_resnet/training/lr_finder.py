@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..data.loaders import Batch, Loader
-from ..errors import CifarResnetError, UsageError
+from ..errors import CifarResnetError, NonFiniteLossError, UsageError
 from ..recipe import Recipe
 from .engine import Rates, State, rates_at, start, train_step
 
@@ -115,12 +115,12 @@ def range_test(
             rates = Rates(step, self.optimizer.param_groups[0]["lr"], recipe.momentum)
             loss = float(train_step(state, next(batches), rates))
             if not math.isfinite(loss):  # the library would go on
-                raise _NotFinite
+                raise NonFiniteLossError
             return loss
 
     finder = Finder(state.model, state.optimizer, None, device=device)
     quiet = mock.patch.object(library, "tqdm", lambda steps: steps), contextlib.redirect_stdout(io.StringIO())
-    with quiet[0], quiet[1], contextlib.suppress(_NotFinite):
+    with quiet[0], quiet[1], contextlib.suppress(NonFiniteLossError):
         finder.range_test(
             TrainDataLoaderIter(batches), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, smooth_f=0
         )
@@ -144,10 +144,6 @@ def _advice_for_more_points(lr: np.ndarray, loss: np.ndarray, end_lr: float, num
     more = f"--num-iter {math.ceil(MIN_POINTS * num_iter / (cause - 1))}"
     enough = num_iter * (cause - 1) / cause >= MIN_POINTS  # points below the rate of the cause, if the test ends there
     return f"give --end-lr {lr[cause]:.3g}, or {more}" if enough else f"give {more}"
-
-
-class _NotFinite(Exception):
-    pass
 
 
 def endless(loader: Loader) -> Iterator[Batch]:

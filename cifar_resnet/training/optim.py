@@ -16,6 +16,8 @@ from ..recipe import Recipe
 from . import muon_kernels
 from .model import ResNet
 
+ITERATIONS = 3  # of Newton-Schulz
+
 
 class Muon(torch.optim.Optimizer):
     """Groups with a `muon_momentum` hold kernels, each moved by its orthogonalised Nesterov momentum; the others move by SGD.
@@ -96,7 +98,7 @@ def _as_matrix(kernel: Tensor) -> Tensor:
     return kernel.permute(0, 2, 3, 1).flatten(1)
 
 
-def orthogonalise(matrices: list[Tensor], iterations: int = 3) -> list[Tensor]:
+def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
     """Matrices with the singular vectors of these, each (M, N), and singular values near 1 (between about 0.5 and 1.3).
 
     The quintic Newton-Schulz iteration with Jordan's coefficients, on the side that is shorter; matrices of one shape together.
@@ -107,7 +109,7 @@ def orthogonalise(matrices: list[Tensor], iterations: int = 3) -> list[Tensor]:
         x = torch.stack([matrices[place] for place in places])
         x = x.mT if shape[0] > shape[1] else x
         x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
-        for _ in range(iterations):
+        for _ in range(ITERATIONS):
             gram = x @ x.mT
             factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
             x = torch.baddbmm(x, factor, x, beta=3.4445)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import CifarResnetError, UsageError
+from ..errors import CifarResnetError, UsageError, first_line
 from ..recipe import Recipe
 from .distributed import ranks, started
 
@@ -126,8 +126,7 @@ def compiled(
                     output = forward(images)
                 output.float().sum().backward()
     except Exception as error:  # without a C compiler, or Triton: whatever torch makes of it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CifarResnetError(f"the model cannot be compiled here: {reason}; use --compile off") from None
+        raise CifarResnetError(f"the model cannot be compiled here: {first_line(error)}; use --compile off") from None
     finally:
         model.load_state_dict(before)
         model.zero_grad()
@@ -161,9 +160,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "tf32": torch.backends.cudnn.allow_tf32 if on_cuda else None,
         "platform": platform.platform(),
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device)
-        if on_cuda
-        else _cpu().get("cpu_name") or platform.processor() or platform.machine(),
+        "device_name": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
@@ -179,11 +176,15 @@ def _cpu() -> Mapping[str, Any]:
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
 
 
+def _cpu_name() -> str:
+    return str(_cpu().get("cpu_name") or platform.processor() or platform.machine())
+
+
 def processor() -> dict[str, str]:
     """The CPU, what it can do, and how many threads compute: what the speed of a way to compute depends on."""
     features = sorted(name for name, there in _cpu().items() if there is True)
     return {
-        "cpu": str(_cpu().get("cpu_name") or platform.processor() or platform.machine()),
+        "cpu": _cpu_name(),
         "features": " ".join([torch.backends.cpu.get_cpu_capability(), *features]),
         "threads": str(torch.get_num_threads()),
     }

@@ -167,7 +167,7 @@ def test_the_totals_are_torchinfos(options):
     import torchinfo
 
     recipe = Recipe.build(**options)
-    totals = analysis.summary(recipe, recipe.batch_size)["totals"]
+    totals = analysis.summary(recipe)["totals"]
     images = torch.zeros(recipe.batch_size, 3, 32, 32)
     found = torchinfo.summary(build_model(recipe), input_data=images, verbose=0)
     assert (totals["parameters"], totals["multiply_adds"]) == (found.total_params, found.total_mult_adds)

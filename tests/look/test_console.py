@@ -26,7 +26,7 @@ def shown(monkeypatch):
 
 @pytest.mark.parametrize("width", [40, 80, 100, 140])
 def test_the_summary_has_a_total_row_and_folds_no_name(shown, width):
-    content = analysis.summary(Recipe(), 2)
+    content = analysis.summary(Recipe(batch_size=2))
     lines = shown(width, console.summary, content)
     assert max(map(len, lines)) <= width
     for row in content["layers"]:
@@ -88,7 +88,7 @@ def test_the_list_of_recipes_fits(shown, width):
 def test_one_label_is_in_the_singular(shown):
     for count, words in ((1, "1 label is less probable"), (2, "2 labels are less probable"), (0, "0 labels are less probable")):
         mistake = analysis.Mistake(*[0] * len(analysis.Mistake._fields))
-        assert any(line.startswith(words) for line in shown(80, console.doubtful_labels, [mistake] * count, ""))
+        assert any(line.startswith(words) for line in shown(80, console.doubtful_labels, [mistake] * count))
 
 
 def test_quiet_prints_nothing(tiny_run, tmp_path, cli, monkeypatch, no_figures):
