@@ -1,4 +1,4 @@
-"""Whether a function of the library is given what it takes, as the command line looks at its options: in one line."""
+"""Checks the arguments of a public function by its annotations. A wrong argument is a `UsageError` of one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HINTS: dict[type, str] = {str: "Recipe.build({})", dict: "Recipe.build(**fields)
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which then looks at its arguments first: it raises a UsageError as `check` says."""
+    """The function, with its arguments checked first; see `check`."""
 
     @functools.wraps(function)
     def call(*arguments: P.args, **named: P.kwargs) -> R:
@@ -30,7 +30,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check(function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-    """Whether a function can be called with these arguments, by its annotations. Text is no number here, and a truth value none.
+    """Checks arguments by the annotations of a function. The text "3" is not taken as a number, nor is True.
 
     Raises:
         UsageError: an argument is missing, not known, or of another type.
@@ -66,7 +66,7 @@ def _taken(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, T
 
 
 def _of_instances(hint: Any) -> Any:
-    """The type, in which a model is an instance of that model, and no dictionary of its fields."""
+    """The type, changed so that a pydantic model must be an instance. A dictionary of its fields does not pass."""
     instance_of: Any = InstanceOf
     parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     models = [isinstance(part, type) and issubclass(part, BaseModel) for part in parts]

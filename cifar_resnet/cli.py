@@ -121,7 +121,7 @@ Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _op
 )]
 RunDir = Annotated[Path | None, _option("Folder for what is written.", default="beside the checkpoint")]
 DataDir = Annotated[Path | None, _option(
-    "Folder with CIFAR-10 or CIFAR-100; if missing, downloaded, but not by demo. For images of yours that were moved: the folder above theirs.",
+    "Folder of CIFAR-10 and CIFAR-100. They are downloaded if missing, but not by demo. If your own images were moved: the folder that holds theirs.",
     default="CIFAR_RESNET_DATA_DIR, or the user's cache folder",
 )]
 Moved = Annotated[str | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
@@ -761,8 +761,8 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    """Ends with a message. A wrong usage is every process's of torchrun: the first one says it, and the others wait until it
-    has, as torchrun ends all when one has failed."""
+    """Ends with a message. Under torchrun every process meets a wrong usage. Rank 0 prints it, and the others wait, because torchrun
+    ends all once one has failed."""
     if exit_code == 2 and os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     elif message:

@@ -16,7 +16,7 @@ class Preset(NamedTuple):
     fields: dict[str, Any]
 
 
-# What the five documented systems share; each preset states the rest in full.
+# What the five published recipes share.
 _DOCUMENTED = dict(
     init="default", flip_order="random", sam_share=0.0, nesterov=True, grad_clip=0.0,
     conv_bias=False, fc_bias=True, prep_order="bn-relu", pool_position="before-bn", output="logits", logit_scale=1.0,

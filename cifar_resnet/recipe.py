@@ -1,8 +1,7 @@
 """`Recipe`: every hyperparameter that changes a run's result, as one frozen and validated value.
 
-The field descriptions here are the help texts of the command line, and the defaults here are the
-`default` recipe; the other presets are stated as what they change, whole. Nothing else in the
-package holds a default for any of these.
+A field's description is its help text. A field's default is the value of the `default` recipe. Each
+other preset lists what it sets.
 """
 
 from __future__ import annotations
@@ -306,7 +305,10 @@ class Recipe(BaseModel):
 
 
 def _filled(fields: dict[str, Any], unnumbered: int, source: str) -> dict[str, Any]:
-    """A file's fields without its schema number; those that its schema may lack filled in. `unnumbered` is a file's without one."""
+    """The fields of a file, without its schema number. A field that its schema may lack gets the value that its run had.
+
+    A file without a number is of the schema `unnumbered`.
+    """
     number = fields.get("schema", unnumbered)
     if number not in range(1, SCHEMA + 1) or isinstance(number, bool):
         raise UsageError(f"{source}a recipe of schema {number!r}; this version of cifar-resnet reads 1 to {SCHEMA}")

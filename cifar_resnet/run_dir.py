@@ -120,7 +120,7 @@ def check_new_folder(path: Path) -> None:
 
 
 def default_directory(recipe: Recipe, prefix: str = "") -> Path:
-    """Makes a folder for what has not been given one, `runs/<name>-<n>`, with n above those of that name which are there.
+    """Makes the folder `runs/<name>-<n>`, with n one above the highest that is there.
 
     The name is the recipe's; where that is `default`, and the images are not CIFAR-10, the data set's. Of several processes that
     ask at the same time each gets a folder of its own.
@@ -178,7 +178,7 @@ def find_runs(paths: Sequence[Path | str] | None = None) -> list[Path]:
 
 
 def seeds_of(folder: Path) -> list[Path]:
-    """The folders of the runs of a repetition, by seed; none where the folder is not one's."""
+    """The folders of the runs of a repetition, by seed; none if the folder is no repetition."""
     there = folder.glob("s*") if (folder / REPEAT).exists() else ()
     seeds = sorted(int(each.name[1:]) for each in there if each.name[1:].isdecimal() and (each / RECIPE).exists())
     return [folder / f"s{seed}" for seed in seeds]
@@ -238,7 +238,7 @@ class Checkpoint:
     classes: tuple[str, ...]
     evaluated_on: str
     environment: dict[str, Any]
-    temperature: float  # by which logits are divided before their softmax, to be believed; 1 where none was fitted
+    temperature: float  # logits are divided by it before their softmax; 1 if none was fitted
     whites: dict[str, int]  # of images of more than 8 bits, see `images.read_image`; old checkpoints have none
     fingerprints: dict[str, dict[str, Any]]  # of "train" and "evaluation", see `splits.fingerprint`; old ones have none
     convolutions: dict[str, list[str]] | None  # their ways, see `convolution.use`; old ones and those of a GPU do not say
@@ -398,7 +398,7 @@ def _read_archive(path: Path) -> dict[str, Any]:
 
 
 def _check_content(checkpoint: Checkpoint) -> None:
-    """Shapes, finite weights and a position inside the run; load_state_dict raises for the first."""
+    """Checks every value that is used later. `load_state_dict` raises for wrong shapes."""
     recipe, content = checkpoint.recipe, checkpoint.content
     width = len(content["model"]["prep.0.weight"])
     if width != recipe.width:  # looked at first: a wide network that is not there would fill the memory
@@ -484,11 +484,11 @@ class RunDir:
             yield taken_over
 
     def open(self, must_match: dict[str, Any] | None = None) -> tuple[Recipe, Checkpoint | None]:
-        """The recipe of the run, and its checkpoint where it lived to write one.
+        """The recipe of the run, and its checkpoint, or None where it has none yet.
 
         Args:
-            must_match: values that fields of the recipe must have. Another `dataset` is where the run's images are now, if the
-                checkpoint knows them; whether they are the same is left to the caller.
+            must_match: values that fields of the recipe must have. If the checkpoint has fingerprints, another `dataset` is
+                the new folder of the images, and the caller checks the images.
 
         Raises:
             UsageError: there is no run in the folder, or its recipe has another value.
@@ -540,7 +540,7 @@ class RunDir:
             lock.release()
 
     def _holder(self) -> str:
-        """Who holds the lock, or held it and did not come to give it back; "" where nobody says so."""
+        """What `.lock-holder` says: which process holds the lock, or died with it; "" if there is no such file."""
         try:
             return (self.path / HOLDER).read_text(encoding="utf-8", errors="replace")
         except OSError:

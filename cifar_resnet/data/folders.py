@@ -70,6 +70,7 @@ def image_folder(
     listings = [_listed(part) for part in _parts(folder, split, notify)]
     _check_classes(folder, listings)
     _say_skipped([path.relative_to(folder) for listing in listings for path in listing.skipped], folder, notify)
+    _say_loose([listing.folder for listing in listings], notify)
     tell = _telling(progress, notify, folder, sum(len(each.files) for each in listings))
     train, whites = _read(listings[0], {}, tell)
     if split is None:
@@ -204,6 +205,16 @@ def _say_skipped(skipped: Sequence[Path], folder: Path, notify: Callable[[str], 
         advice = "; HEIC is read with the package pillow-heif: pip install pillow-heif" if heic else ""
         which = "1 file is no image and is" if len(skipped) == 1 else f"{len(skipped):,} files are no images and are"
         notify(f"in {folder} {which} left out: {some(skipped)}{advice}")
+
+
+def _say_loose(folders: Sequence[Path], notify: Callable[[str], None]) -> None:
+    for folder in folders:
+        loose = [path.name for path in sorted(folder.iterdir()) if _is_data(path.name) and path.is_file() and _is_image(path)]
+        if loose:
+            which = "1 image lies" if len(loose) == 1 else f"{len(loose):,} images lie"
+            notify(
+                f"{which} in {folder}, in no folder of a class, and {'is' if len(loose) == 1 else 'are'} not used: {some(loose)}"
+            )
 
 
 def _telling(progress: Progress, notify: Callable[[str], None], folder: Path, total: int) -> Callable[[int], None]:

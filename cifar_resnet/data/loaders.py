@@ -204,8 +204,8 @@ def _close(reference: weakref.ref) -> None:
 
 
 def leave_signals(_worker: int) -> None:
-    """Ctrl-C, a closed terminal, or a signal to the whole group, reaches the workers too: the training process, whose step needs
-    them, ends them. Of a SIGTERM they die half a minute later, so that nobody who waits for them waits for ever."""
+    """Workers ignore Ctrl-C and other signals that reach the whole group: the training process still needs them for its step, and
+    then ends them. After SIGTERM they end 30 seconds later, in case it never does."""
     for name in ENDING:
         if hasattr(signal, name) and name != "SIGTERM":  # a forked worker has the handlers of the training process
             signal.signal(getattr(signal, name), signal.SIG_DFL if name == "SIGALRM" else signal.SIG_IGN)

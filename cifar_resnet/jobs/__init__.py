@@ -1,1 +1,1 @@
-"""One file a command, one public function a file."""
+"""A file for each job, with a function of its name. `common`, `convolutions`, `interrupt` and `space` serve several jobs."""

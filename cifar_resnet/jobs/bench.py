@@ -2,7 +2,7 @@
 
 Every contestant is warmed up; then every round measures each of them once, for seconds, so that what disturbs the machine
 disturbs them all. A ratio is the median over the rounds of the ratio within a round, with its 95 % interval by binomial
-order statistics (scipy.stats.quantile_test), which takes no distribution for granted, but at least six rounds.
+order statistics (scipy.stats.quantile_test). The interval assumes no distribution, and needs six rounds.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def _started(recipe: Recipe, device: torch.device, compile: str, ways: Choice | 
 
 
 def _training(recipe: Recipe, device: torch.device, loader: Loader, compile: str, ways: Choice | None) -> Iterator[torch.Tensor]:
-    """The steps of one epoch after another as of one without end, so that no evaluation comes between."""
+    """Steps without end, epoch after epoch, with no evaluation between."""
     state = _started(recipe, device, compile, ways)
     run_epoch: Callable[[State, Loader], Iterator[torch.Tensor]] = engine.plain_epoch
     if isinstance(loader, TensorLoader) and capturable(state):

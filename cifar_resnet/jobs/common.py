@@ -1,4 +1,4 @@
-"""What several jobs begin with, and end with."""
+"""What several jobs share: reading a run, its images and its logits; writing pictures and pages."""
 
 from __future__ import annotations
 
@@ -182,9 +182,10 @@ def logits_of(
     dataset: Path | str | None = None,
     data: Data | None = None,
 ) -> Prediction:
-    """Dataset, recipe and precision are the checkpoint's, so that the figures are those that `train` reported.
+    """The logits of a checkpoint on its evaluation images, by its own recipe and precision: the figures are those of `train`.
 
-    `dataset` is where the images are now; `data` has them where they are read. Images other than the run's are told of.
+    `dataset` is the folder of the images, if they have moved. `data` is the images, if they are already read. `notify` is called
+    if the images are not those of the run.
     """
     loaded, resolved = opened(checkpoint, device, notify)
     loaded, data = images_of(loaded, data_dir, notify, dataset) if data is None else (loaded, data)

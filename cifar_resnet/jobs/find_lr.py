@@ -57,11 +57,11 @@ def find_lr(
 
     Args:
         convolution: as `train` takes it.
-        trial_steps: steps of each of the short trainings, three to six, that find the recommended maximum; see `usual_steps` if not
-            given; 0 for no such trainings: it is then read off the range test, and lower than what trains best.
-        sweep: epochs of short trainings to hold the test against: one from the recommended minimum to the maximum that the rule gives
-            for as many epochs, one at the steepest point, and seven at maxima a factor of 2 apart around that one, or the recipe's
-            where nothing is recommended. A tenth of the training images, on which none trains, judges them.
+        trial_steps: steps of each of the three to six short trainings that find the recommended maximum; see `usual_steps` if not
+            given. 0: no such trainings. The maximum is then read off the range test, which is lower than the best one.
+        sweep: also trains this many epochs at each of up to nine maxima: seven a factor of 2 apart around the recommended one, or
+            the recipe's if none is recommended; the steepest point; and the recommended one. The recipe's holdout judges these
+            trainings, or else a tenth of the training images, on which they do not train.
         progress: True or False shows a bar or none; by default it is shown in a terminal and in a notebook. A function is called
             with the steps done and those planned.
 

@@ -44,8 +44,8 @@ class _Received(list):
 def signals() -> Iterator[list[int]]:
     """Collects the first signal that would end the process, so that the step in flight can end, and the run be saved.
 
-    A signal that is ignored stays ignored, SIGHUP under nohup for example. So does a handler of the program's own, for all but
-    SIGINT and SIGTERM. Inside another of these it gives that one's.
+    A signal that is ignored stays ignored, SIGHUP under nohup for example. A handler that the program set stays too, unless it is
+    for SIGINT or SIGTERM. An inner call gives the list of the outer one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield []  # only the main thread may set handlers

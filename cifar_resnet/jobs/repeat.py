@@ -96,7 +96,7 @@ def repeat(
 
 @contextmanager
 def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) -> Iterator[tuple[Path, Recipe, int]]:
-    """Folder, recipe and count of a new repetition, which leaves nothing where its first run cannot begin."""
+    """Folder, recipe and count of a new repetition. If its first run cannot begin, nothing of the repetition stays."""
     if count < 2:
         raise UsageError(f"--repeat {count} must be at least 2")
     recipe.replace(seed=recipe.seed + count - 1)  # which is refused where it is too high
@@ -114,7 +114,7 @@ def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) 
 def _standing(
     folder: Path, must_match: dict[str, Any], device: str, data_dir: Path | str | None, warn: Callable[[str], None]
 ) -> tuple[Path, Recipe, int]:
-    """What a repetition that was begun is of."""
+    """Folder, recipe and count of a repetition that was begun."""
     path = folder / REPEAT
     written = read_json(path, "repetition")
     recipe, count = Recipe.load(written.get("recipe"), f"{path}: "), written.get("count")

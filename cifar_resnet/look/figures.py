@@ -1,4 +1,4 @@
-"""Every picture: each a function from data to a Matplotlib Figure, which a notebook shows and a command saves."""
+"""Charts: each function makes a Matplotlib Figure of data, which a notebook shows and a command saves. `pictures` shows images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E7
 DPI = 220
 MOST_CLASSES, ROOMY = 30, 14  # that a picture tells apart; that leave room for two lines in a cell
 FEW = 30  # images of a calibration bin, below which it is marked
-FAINT: dict[str, Any] = dict(facecolor="#cfe3f1", edgecolor=BLUE, hatch="////", linewidth=0)  # their bars
+FAINT: dict[str, Any] = dict(facecolor="#cfe3f1", edgecolor=BLUE, hatch="////", linewidth=0)  # bars of such bins
 Size = tuple[float, float]  # in inches
 
 

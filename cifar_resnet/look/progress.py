@@ -129,8 +129,7 @@ def visible() -> bool:
 
 @contextmanager
 def telling(asked: Told | bool | None, what: str, unit: str, total: int | None = None) -> Iterator[Told]:
-    """What a job calls with its course: the function that was asked for; or the line of `progress`, where that was asked for, or
-    nothing was and somebody sees it."""
+    """What a job calls with its progress: the given function; or a line, if asked for or, by default, if somebody sees it."""
     if callable(asked):
         yield asked
     elif visible() if asked is None else asked:

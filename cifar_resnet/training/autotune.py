@@ -60,7 +60,7 @@ def flop(layer: Conv3x3, shape: torch.Size) -> float:
 
 
 def measure(model: nn.Module, size: int, dtype: torch.dtype) -> list[Timing]:
-    """Times every way of every layer and direction for batches of `size`, in turn. torch's random state is left as it was."""
+    """Times every way of every layer and direction on a part of a batch of `size`, in turn. torch's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         return [timing for layer, shape in layers(model, size) for timing in _measure_layer(layer, shape, dtype)]
 

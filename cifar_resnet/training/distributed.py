@@ -1,4 +1,4 @@
-"""Training shared by the processes that `torchrun` started; in a process of its own every function here is the identity.
+"""Training shared by the processes that `torchrun` started; in a run of one process nothing here communicates.
 
 Rank 0 alone reads and writes the run directory, and speaks; the others are handed what it read.
 """
@@ -31,7 +31,7 @@ def joined() -> Iterator[None]:
     """Joins the other processes for as long as the body runs: gloo for tensors on a CPU, NCCL for those on a GPU.
 
     Raises:
-        CifarResnetError: another process is gone; or what the body raises, which only rank 0 says where all raise it.
+        CifarResnetError: another process is gone, or the body raised. Of what all ranks raise, only rank 0 tells.
     """
     if started() == 1:
         yield

@@ -174,7 +174,7 @@ def start(
 def train_step(state: State, batch: Batch, rates: Rates) -> Tensor:
     """Forward, loss, backward, the second pass of a sharpness-aware step, optimizer, averaging and totals.
 
-    Changes weights, optimizer and totals in place, and nothing else of the state. It reads nothing from the device.
+    Changes weights, optimizer, average, totals and `bad_step` in place, and nothing else of the state. It reads nothing from the device.
 
     Returns:
         The mean loss over the batch at the weights before the step, float32 (), on the device.

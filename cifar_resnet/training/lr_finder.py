@@ -1,7 +1,7 @@
 """The learning-rate range test (Smith 2017, https://arxiv.org/abs/1506.01186), run by torch-lr-finder, and what it suggests.
 
-The test's loss holds the noise of a high learning rate, which the end of a schedule takes away: training stands a higher
-maximum than its bottom shows. So short trainings with a whole schedule each, around the bottom, find the maximum.
+At a high learning rate the loss is noisy, and the end of a schedule removes this noise. So training works at a higher maximum
+than the test shows. Short trainings, each with a whole schedule, find that maximum.
 """
 
 from __future__ import annotations
@@ -93,9 +93,8 @@ def range_test(
 ) -> History:
     """Trains a fresh model of the recipe for `num_iter` steps while the learning rate rises from `start_lr` to `end_lr`.
 
-    The recipe's optimizer, augmentation and precision are used, in plain steps without averaging; for `convolutions` see
-    `convolution.use`. The test ends early where
-    the loss passes five times its lowest, or is not finite.
+    Steps are plain, with the recipe's optimizer, augmentation and precision, and without averaging. The test ends early if the loss
+    passes five times its lowest or is not finite. For `convolutions` see `convolution.use`.
 
     Raises:
         CifarResnetError: fewer than 20 points are left.
@@ -224,14 +223,14 @@ def _trial(
 
 
 def suggest(history: History, trials: Sequence[Trial] = (), longer: float = 1.0) -> Suggestions:
-    """Reads the suggestions off a range test, and the recommended maximum off trials, each twice the last, where there are any.
+    """The suggestions of a range test, and of its trials if there are any; the maximum of each trial is twice the last one's.
 
-    The loss counts as leaving its bottom where the smoothed loss first stands above its lowest value so far by a quarter of
-    its fall so far, and by more than noise; where it falls again after that does not count. `min_lr` is the lowest learning rate
-    at which it has fallen by half of its whole fall. `max_lr` is where the parabola through the best trial and its two neighbours,
-    in the logarithm of the rate, is lowest, times the fifth root of `longer`: the steps of the whole run over those of a trial.
-    Without trials it is the highest rate at which the range test is within 5 % of its whole drop from its lowest. Neither is
-    recommended where the loss never falls, or falls to the end of the range, or the best trial has no worse one on each side.
+    The bottom ends where the smoothed loss first stands above its lowest value so far by a quarter of its fall so far, and by more
+    than noise. `min_lr` is the lowest learning rate at which half of the whole fall is done. With trials, `max_lr` is the lowest
+    point of a parabola through the best trial and its two neighbours, in the logarithm of the rate, times the fifth root of
+    `longer`: the steps of the run over those of a trial. Without trials, `max_lr` is the highest rate at which the loss is within
+    5 % of the whole fall from its lowest. Both are None if the loss never falls, or falls to the end, or if the best trial is the
+    first or the last.
     """
     lr, level = history.lr, smooth(history.loss)
     lagging = exponential(history.loss)

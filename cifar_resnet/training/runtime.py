@@ -25,7 +25,7 @@ from .distributed import ranks, started
 def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
     """ "auto" is CUDA, then MPS, then the CPU; of several processes each takes a CUDA device of its own, or the CPU.
 
-    Float32 means float32 there from now on, but with `tf32`.
+    It also allows TF32 there from now on, or forbids it.
 
     Raises:
         UsageError: the device is not there; or there are several processes, and they do not train.
@@ -84,7 +84,7 @@ def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
 def set_tf32(on: bool) -> None:
     """Whether products and convolutions in float32 may round their factors to TF32, 10 bits, on an NVIDIA GPU.
 
-    torch allows convolutions that unless told otherwise.
+    By default torch allows it in convolutions.
     """
     torch.backends.cuda.matmul.allow_tf32 = on
     torch.backends.cudnn.allow_tf32 = on
@@ -147,7 +147,7 @@ def keep_large_blocks() -> None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a run's result does not depend on, but its speed does, and what its last bits may."""
+    """For `metrics.json`: versions, device and threads, on which the speed and the last bits of a run depend."""
     on_cuda = device.type == "cuda"
     return {
         "cifar_resnet": __version__,

@@ -239,6 +239,19 @@ def test_a_class_may_be_called_train(tmp_path):
     assert f"the classes are the folders of {folder / 'train'}; not used: cats, dogs" in said
 
 
+def test_images_in_no_folder_of_a_class_are_counted_and_named(tmp_path):
+    folder, said = pets(tmp_path / "pets"), []
+    image(folder / "train" / "7.png")
+    image(folder / "train" / "8.png")
+    (folder / "train" / "notes.txt").write_text("no image")
+    image(folder / "test" / "9.png")
+    read(folder, said.append)
+    assert said == [
+        f"2 images lie in {folder / 'train'}, in no folder of a class, and are not used: 7.png, 8.png",
+        f"1 image lies in {folder / 'test'}, in no folder of a class, and is not used: 9.png",
+    ]
+
+
 def test_parts_that_do_not_fit_say_what_would(tmp_path):
     pets(tmp_path / "train-alone", parts=["train"])
     assert "there is no test; --split 0.2 sets a fifth" in refusal(tmp_path / "train-alone")
