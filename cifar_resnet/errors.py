@@ -43,6 +43,16 @@ class NonFiniteLossError(CifarResnetError):
     """The loss, or a weight, stopped being a finite number."""
 
 
+def check_choice(option: str, value: str, *choices: str) -> None:
+    """Checks that an option has one of its values.
+
+    Raises:
+        UsageError: it has not; names these values.
+    """
+    if value not in choices:
+        raise UsageError(f"--{option} {value}: it is {', '.join(choices[:-1])} or {choices[-1]}")
+
+
 def first_line(error: Exception) -> str:
     """Of what an error says; its kind, where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

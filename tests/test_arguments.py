@@ -92,7 +92,7 @@ WRONG_VALUES = [
     (lambda: train(SMALL, save_every_minutes=0), "--save-every-minutes 0"),
     (lambda: train(SMALL, loader="fast"), "--loader fast"),
     (lambda: train(SMALL, compile="yes"), "--compile yes"),
-    (lambda: train(SMALL, format="gif"), "--format gif: it is png, svg, pdf"),
+    (lambda: train(SMALL, format="gif"), "--format gif: it is png, svg or pdf"),
     (lambda: train(SMALL, device="tpu"), "--device tpu"),
     (lambda: train(SMALL, resume="x"), "give neither"),
     (lambda: repeat(SMALL, 1), "--repeat 1 must be at least 2"),

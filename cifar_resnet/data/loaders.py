@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, check_choice
 from ..recipe import Recipe
 from ..signals import ENDING
 from .augment import Choices, TensorAugmentation, alternating_flips, augmented, draw, image_seeds, stream, train_transform
@@ -276,8 +276,7 @@ def check_loader(loader: str, workers: int | None) -> None:
     Raises:
         UsageError: there is no such loader, it has no workers, or there would be fewer than none.
     """
-    if loader not in ("auto", "tensor", "albumentations"):
-        raise UsageError(f"--loader {loader}: it is auto, tensor or albumentations")
+    check_choice("loader", loader, "auto", "tensor", "albumentations")
     if workers is not None and workers < 0:
         raise UsageError(f"--workers {workers} must be at least 0")
     if workers is not None and loader != "albumentations":

@@ -27,19 +27,19 @@ from ..data.augment import train_transform
 from ..data.datasets import with_statistics
 from ..data.loaders import EVALUATION_BATCH, Batch, Loader, TensorLoader, check_loader, leave_signals, make_loader
 from ..data.splits import Split
-from ..errors import CifarResnetError, UsageError
+from ..errors import CifarResnetError, UsageError, check_choice
 from ..look import analysis
 from ..look.progress import telling
 from ..recipe import Recipe
 from ..run_dir import SCHEMA
 from ..training import engine
-from ..training.autotune import Timing, check_convolution_mode, choice
+from ..training.autotune import CONVOLUTION_MODES, Timing, choice
 from ..training.capture import CapturedEpoch, capturable, graph_of
 from ..training.convolution import use
 from ..training.engine import State, rates_at, train_step
 from ..training.model import build_model
 from ..training.optim import make_optimizer, set_rates
-from ..training.runtime import check_compile_mode, compiled, environment, resolve_device, resolve_precision, wait_for
+from ..training.runtime import COMPILE_MODES, compiled, environment, resolve_device, resolve_precision, wait_for
 from .convolutions import Choice, choose, chosen_here, measure_anew
 
 MIN_ROUNDS, TRAIN_IMAGES, TEST_IMAGES, CPU_SIDE = 6, 50_000, 10_000, 4096
@@ -122,8 +122,8 @@ def _check(rounds: int, seconds: float, workers: int | None, compile: str, convo
         raise UsageError(f"--rounds {rounds} must be at least {MIN_ROUNDS}: fewer give no 95 % interval of a median")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"seconds {seconds:g} must be above 0")
-    check_compile_mode(compile)
-    check_convolution_mode(convolution)
+    check_choice("compile", compile, *COMPILE_MODES)
+    check_choice("convolution", convolution, *CONVOLUTION_MODES)
     check_loader("albumentations", workers)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data import datasets, label_errors
 from ..data.loaders import TensorLoader
 from ..data.splits import Data, fingerprint, same_images
-from ..errors import CifarResnetError, UsageError, shell_word
+from ..errors import CifarResnetError, UsageError, check_choice, shell_word
 from ..look import analysis
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe
@@ -100,8 +100,7 @@ def spread(accuracies: Sequence[float]) -> dict[str, Any]:
 
 
 def check_format(format: str) -> None:
-    if format not in FORMATS:
-        raise UsageError(f"--format {format}: it is {', '.join(FORMATS)}")
+    check_choice("format", format, *FORMATS)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked
-from ..errors import CifarResnetError, UsageError
+from ..errors import CifarResnetError, UsageError, check_choice
 from ..recipe import DATASETS
 from ..run_dir import LATEST, Checkpoint, load_checkpoint, write_whole
 from ..training.model import ResNet
@@ -60,8 +60,7 @@ def export(
     Raises:
         CifarResnetError: one line that says what was wrong; a package of an extra that is not installed, too.
     """
-    if format not in ("onnx", "safetensors", "space"):
-        raise UsageError(f"--format {format}: it is onnx, safetensors or space")
+    check_choice("format", format, "onnx", "safetensors", "space")
     if with_preprocessing and format != "onnx":
         holds = "safetensors holds weights, and no computation" if format == "safetensors" else "a space always normalises itself"
         raise UsageError(f"--with-preprocessing goes with --format onnx: {holds}")

@@ -14,13 +14,13 @@ from ..arguments import checked
 from ..data.datasets import load
 from ..data.loaders import Loader, TensorLoader, check_batches, make_loader
 from ..data.splits import Data
-from ..errors import CifarResnetError, NonFiniteLossError, UsageError
+from ..errors import CifarResnetError, NonFiniteLossError, UsageError, check_choice
 from ..look import figures
 from ..look.progress import telling
 from ..recipe import Recipe
 from ..run_dir import SCHEMA, check_writable, writable, write_json
 from ..training import engine
-from ..training.autotune import check_convolution_mode
+from ..training.autotune import CONVOLUTION_MODES
 from ..training.engine import Epoch
 from ..training.lr_finder import MIN_POINTS, FoundLR, Suggestions, range_test, run_trials, suggest, usual_steps
 from ..training.model import build_model
@@ -69,7 +69,7 @@ def find_lr(
         CifarResnetError: one line that says what was wrong.
     """
     settings: dict[str, Any] = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
-    check_convolution_mode(convolution)
+    check_choice("convolution", convolution, *CONVOLUTION_MODES)
     _check(**settings, trial_steps=trial_steps, sweep=sweep, format=format)
     if run_dir is not None:
         check_writable(Path(run_dir))
@@ -100,8 +100,7 @@ def _check(
 ) -> None:
     if not 0 < start_lr < end_lr < math.inf:
         raise UsageError(f"--start-lr {start_lr:g} must be above 0 and below --end-lr {end_lr:g}, which is finite")
-    if step_mode not in ("exp", "linear"):
-        raise UsageError(f"--step-mode {step_mode}: it is exp or linear")
+    check_choice("step-mode", step_mode, "exp", "linear")
     check_format(format)
     if num_iter < MIN_POINTS:
         raise UsageError(f"--num-iter {num_iter} must be at least {MIN_POINTS}")

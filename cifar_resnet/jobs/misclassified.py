@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..data.folders import present
-from ..errors import CifarResnetError, UsageError
+from ..errors import CifarResnetError, UsageError, check_choice
 from ..look import analysis, figures, labels, pictures
 from ..recipe import DATASETS
 from ..run_dir import LATEST, SCHEMA, check_new_folder, csv_of, load_checkpoint, new_folder, writable, write_json, write_whole
@@ -139,8 +139,7 @@ def check(count: int, layer: str, format: str) -> None:
     check_format(format)
     if not 1 <= count <= 100:
         raise UsageError(f"--count {count} must be 1 to 100")
-    if layer not in analysis.LAYERS:
-        raise UsageError(f"--layer {layer}: it is {', '.join(analysis.LAYERS)}")
+    check_choice("layer", layer, *analysis.LAYERS)
 
 
 def check_new_folders(

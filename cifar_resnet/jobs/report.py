@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..arguments import checked
 from ..data.loaders import batch_sizes
-from ..errors import UsageError, printable
+from ..errors import check_choice, printable
 from ..look import analysis, figures, pictures
 from ..look.progress import epoch_line
 from ..look.words import count_of, duration, plural
@@ -53,8 +53,7 @@ def report(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    if format not in ("html", "markdown"):
-        raise UsageError(f"--format {format}: it is html or markdown")
+    check_choice("format", format, "html", "markdown")
     checkpoint = load_checkpoint(run)
     found = logits_of(checkpoint, data_dir, device, notify, dataset)
     content = content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")

@@ -18,16 +18,16 @@ from ..arguments import checked
 from ..data.datasets import load, with_statistics
 from ..data.loaders import Loader, TensorLoader, batch_sizes, check_batches, check_loader, make_loader
 from ..data.splits import Data, same_images
-from ..errors import CifarResnetError, RunDirectoryError, UsageError, first_line
+from ..errors import CifarResnetError, RunDirectoryError, UsageError, check_choice, first_line
 from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe
 from ..run_dir import Checkpoint, RunDir, SavePolicy, check_free, default_directory, find_run, load_checkpoint
 from ..training import calibration, convolution, distributed, engine
-from ..training.autotune import check_convolution_mode
+from ..training.autotune import CONVOLUTION_MODES
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step
-from ..training.runtime import check_compile_mode, compiled, environment, resolve_device, resolve_precision
+from ..training.runtime import COMPILE_MODES, compiled, environment, resolve_device, resolve_precision
 from .common import check_format, check_images, prepare, save_figure
 from .convolutions import choose
 from .interrupt import Interrupted, signals
@@ -167,8 +167,8 @@ def _check(
         raise UsageError("a resumed run takes recipe and folder from itself; give neither")
     if target is not None and not 0 <= target <= 100:
         raise UsageError(f"--target {target:g} must be 0 to 100")
-    check_compile_mode(asked["compile"])
-    check_convolution_mode(asked["convolution"])
+    check_choice("compile", asked["compile"], *COMPILE_MODES)
+    check_choice("convolution", asked["convolution"], *CONVOLUTION_MODES)
     check_format(asked["format"])
 
 
@@ -194,11 +194,11 @@ class _Run:
 
     def __init__(
         self, recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, must_match: dict[str, Any],
-        asked: dict[str, Any], watcher: object | None,
+        asked: dict[str, Any], watcher: Watchers,
     ) -> None:  # fmt: skip
         self.asked_recipe, self.run_dir, self.must_match, self.asked = recipe, run_dir, must_match, asked
         self.resume = RunDir(find_run(resume)) if resume is not None else None
-        self.watcher = Watchers(*([watcher] if watcher is not None and distributed.rank() == 0 else []))
+        self.watcher = watcher if distributed.rank() == 0 else Watchers()
         self.began, self.seconds = time.perf_counter(), dict[str, float]()
         self.drawn, self.drawing = time.monotonic(), 0.5  # when the curves were drawn last, and the seconds that it took
         self.read_data: Data | None = None  # on rank 0, before the others have the recipe

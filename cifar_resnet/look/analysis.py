@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..data.loaders import TensorLoader
 from ..data.splits import Split
-from ..errors import UsageError, printable
+from ..errors import UsageError, check_choice, printable
 from ..recipe import Recipe
 from ..training.engine import predict_logits, scores
 from ..training.model import ResNet, build_model
@@ -66,12 +66,11 @@ def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
     def shifted(view: Callable[[Tensor], Tensor], by: int) -> Callable[[Tensor], Tensor]:
         return lambda images: functional.pad(view(images), (1,) * 4, mode="reflect")[..., 1 - by : 33 - by, 1 - by : 33 - by]
 
+    check_choice("tta", tta, "none", "flip", "flip-shift")
     if tta == "none":
         return [(1.0, plain)]
     if tta == "flip":
         return [(1 / 2, plain), (1 / 2, mirrored)]
-    if tta != "flip-shift":
-        raise UsageError(f"--tta {tta}: it is none, flip or flip-shift")
     moved = [(1 / 8, shifted(view, by)) for view in (plain, mirrored) for by in (1, -1)]
     return [(1 / 4, plain), (1 / 4, mirrored), *moved]
 
@@ -198,6 +197,7 @@ def choose(
     Raises:
         UsageError: there is no such class or order.
     """
+    check_choice("sort", sort, "confidence", "label", "class", "random")
     for option, name in (("--true", true), ("--predicted", predicted)):
         if name is not None and name not in classes:
             raise UsageError(f"{option} {name}: no such class; there are {', '.join(classes)}")
@@ -206,8 +206,6 @@ def choose(
         return sorted(chosen, key=lambda each: (classes.index(each.true), classes.index(each.predicted)))
     if sort == "random":
         return [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))]
-    if sort not in ("confidence", "label"):
-        raise UsageError(f"--sort {sort}: it is confidence, label, class or random")
     return chosen
 
 

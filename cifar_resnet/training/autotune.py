@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
 from .convolution import CONVOLUTIONS, WEIGHT_GRADIENTS, Conv3x3, Ways, input_gradient, layer_name, possible
 
+CONVOLUTION_MODES = ("auto", "torch")  # of the option --convolution
 MIN_FLOP = 1e9  # of a layer, in one direction and step: with less, choosing takes longer than it saves
 MIN_POSITIONS = 4096  # pixels of a timed batch: with fewer, what a call does once would weigh too much
 CALL_SECONDS, ROUNDS, HOPELESS, TIE = 0.015, 3, 1.5, 1.05
@@ -27,11 +27,6 @@ class Timing(NamedTuple):
     seconds: dict[str, float]  # by way, for the model's batch, from a part of it
     flop: float  # of the direct convolution of that batch
     chosen: str
-
-
-def check_convolution_mode(mode: str) -> None:
-    if mode not in ("auto", "torch"):
-        raise UsageError(f"--convolution {mode}: it is auto or torch")
 
 
 def layers(model: nn.Module, size: int) -> list[tuple[Conv3x3, torch.Size]]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..data.loaders import Batch, Loader
-from ..errors import CifarResnetError, NonFiniteLossError, UsageError
+from ..errors import CifarResnetError, NonFiniteLossError, check_choice
 from ..recipe import Recipe
 from .engine import Rates, State, rates_at, start, train_step
 
@@ -63,8 +63,7 @@ class Suggestions(NamedTuple):
     def by(self, rule: str) -> float | None:
         """The learning rate of a rule: "steepest", "valley", "minimum" (a tenth of it) or "recommended"."""
         rules = {"steepest": self.steepest, "valley": self.valley, "minimum": self.minimum_tenth, "recommended": self.max_lr}
-        if rule not in rules:
-            raise UsageError(f"--suggest {rule}: it is {', '.join(rules)}")
+        check_choice("suggest", rule, *rules)
         return rules[rule]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import CifarResnetError, UsageError, first_line
+from ..errors import CifarResnetError, UsageError, check_choice, first_line
 from ..recipe import Recipe
 from .distributed import ranks, started
 
@@ -96,11 +96,6 @@ def wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def check_compile_mode(mode: str) -> None:
-    if mode not in ("auto", "on", "off"):
-        raise UsageError(f"--compile {mode}: it is auto, on or off")
-
-
 def compiled(
     mode: str, recipe: Recipe, model: nn.Module, device: torch.device, sizes: Iterable[int]
 ) -> Callable[[Tensor], Tensor]:
@@ -113,7 +108,7 @@ def compiled(
         UsageError: the mode is not auto, on or off.
         CifarResnetError: the mode is "on", and torch cannot compile here.
     """
-    check_compile_mode(mode)
+    check_choice("compile", mode, *COMPILE_MODES)
     if mode != "on":
         return model
     before = copy.deepcopy(model.state_dict())
@@ -166,6 +161,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+COMPILE_MODES = ("auto", "on", "off")  # of the option --compile
 BFLOAT16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # the last is Arm's
 
 

@@ -3,7 +3,6 @@ import time
 import pytest
 import torch
 
-from cifar_resnet.errors import UsageError
 from cifar_resnet.recipe import Recipe
 from cifar_resnet.training import autotune, convolution
 from cifar_resnet.training.autotune import Timing
@@ -86,8 +85,3 @@ def test_layers_for_which_all_is_torchs_need_no_entry():
     timings = [timing("a", way, "torch") for way in ("forward", "input_gradient", "weight_gradient")]
     timings += [timing("b", "forward", "torch"), timing("b", "input_gradient", "torch"), timing("b", "weight_gradient", "shifts")]
     assert autotune.choice(timings) == {"b": ["torch", "torch", "shifts"]}
-
-
-def test_a_mode_that_there_is_not_is_refused():
-    with pytest.raises(UsageError, match="--convolution winograd: it is auto or torch"):
-        autotune.check_convolution_mode("winograd")
