@@ -121,7 +121,7 @@ Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _op
 )]
 RunDir = Annotated[Path | None, _option("Folder for what is written.", default="beside the checkpoint")]
 DataDir = Annotated[Path | None, _option(
-    "Folder of CIFAR-10 and CIFAR-100. They are downloaded if missing, but not by demo. If your own images were moved: the folder that holds theirs.",
+    "Folder of CIFAR-10 and CIFAR-100. They are downloaded if missing, but not by demo. If your own images were moved: the folder above their new folder.",
     default="CIFAR_RESNET_DATA_DIR, or the user's cache folder",
 )]
 Moved = Annotated[str | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]

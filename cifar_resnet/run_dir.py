@@ -40,7 +40,7 @@ PICTURES = (".png", ".svg", ".pdf")
 MADE_OF_CHECKPOINT = {
     *("evaluation.json", "labels.json", "misclassified.json", "model.onnx", "model.safetensors", "report.html"),
     *(name + suffix for suffix in PICTURES for name in ("class_accuracy", "confusion_matrix", "reliability")),
-    *(name + suffix for suffix in PICTURES for name in ("gradcam", "labels", "misclassified")),
+    *(name + suffix for suffix in PICTURES for name in ("gradcam", "misclassified")),
 }
 ROW = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second")
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
@@ -52,7 +52,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
     Raises:
         RunDirectoryError: it cannot be written; the old file is as it was.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise RunDirectoryError(f"{path} could not be written: it is a folder")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -1,1 +1,1 @@
-"""A file for each job, with a function of its name. `common`, `convolutions`, `interrupt` and `space` serve several jobs."""
+"""A file for each job, with a function of its name. `common`, `convolutions`, `interrupt` and `space` are parts of others."""

@@ -38,11 +38,12 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
     loaded = [_finished(run) for run in find_runs(runs)]
     _check_evaluated_alike(loaded)
     together: dict[tuple[Recipe, str], list[Checkpoint]] = {}
+    known = {checkpoint.recipe.dataset: _images(checkpoint) for checkpoint in loaded if checkpoint.fingerprints}
     for checkpoint in loaded:
-        together.setdefault(_trained_as(checkpoint), []).append(checkpoint)
+        together.setdefault(_trained_as(checkpoint, known), []).append(checkpoint)
     for members in together.values():
         _check_seeds(members)
-    evaluated_on, groups = loaded[0].evaluated_on, _groups(list(together.values()))
+    evaluated_on, groups = loaded[0].evaluated_on, _groups(together)
     if path is not None:
         save_figure(figures.comparison(groups, evaluated_on), Path(path))
     return {"schema": SCHEMA, "evaluated_on": evaluated_on, "groups": groups}
@@ -63,17 +64,21 @@ def _finished(path: Path | str) -> Checkpoint:
     return checkpoint
 
 
-def _trained_as(run: Checkpoint) -> tuple[Recipe, str]:
-    """What runs of one group have in common: the recipe but for its seed, and the images. A folder may have been moved between them."""
+def _trained_as(run: Checkpoint, known: dict[str, str]) -> tuple[Recipe, str]:
+    """What runs of one group have in common: the recipe but for its seed, and the images. A folder may have been moved between them.
+
+    A checkpoint of an old version does not know its images: they are what others found in the folder.
+    """
     recipe = run.recipe.canonical().replace(seed=0)
-    if recipe.dataset in DATASETS or not run.fingerprints:
+    if recipe.dataset in DATASETS:
         return recipe, ""
-    return recipe.model_copy(update={"dataset": ""}), _images(run)
+    images = _images(run) or known.get(recipe.dataset, recipe.dataset)
+    return recipe.model_copy(update={"dataset": ""}), images
 
 
 def _images(run: Checkpoint) -> str:
-    """The digests of a run's images, shortened; checkpoints of old versions have none."""
-    return " and ".join(run.fingerprints[part]["sha256"][:12] for part in run.fingerprints) or "not known"
+    """The digests of a run's images, shortened: of their files, where they have some. "" for a checkpoint of an old version."""
+    return " and ".join(each.get("files", each["sha256"])[:12] for each in run.fingerprints.values())
 
 
 def _check_evaluated_alike(runs: list[Checkpoint]) -> None:
@@ -96,16 +101,16 @@ def _check_seeds(members: list[Checkpoint]) -> None:
             raise UsageError(f"{first.path} and {run.path} are of one recipe and one seed, so no two samples; leave one out")
 
 
-def _groups(together: list[list[Checkpoint]]) -> list[dict[str, Any]]:
-    """What `compare` gives as `groups`, of the runs of each."""
-    recipes = [members[0].recipe.canonical().replace(seed=0) for members in together]
+def _groups(together: dict[tuple[Recipe, str], list[Checkpoint]]) -> list[dict[str, Any]]:
+    """What `compare` gives as `groups`, of the runs by what they have in common."""
+    recipes, images_differ = [recipe for recipe, _ in together], len({recipe for recipe, _ in together}) < len(together)
     fields = [name for name in Recipe.model_fields if name != "recipe" and len({getattr(each, name) for each in recipes}) > 1]
     names = [recipe.recipe for recipe in recipes]
     groups = []
-    for recipe, members in zip(recipes, together, strict=True):
-        differs = {name: getattr(recipe, name) for name in fields}
-        if recipes.count(recipe) > 1:  # so the images of the folder are others
-            differs["images"] = _images(members[0])
+    for (recipe, images), members in together.items():
+        differs = {name: getattr(members[0].recipe if name == "dataset" else recipe, name) for name in fields}
+        if images_differ:
+            differs["images"] = images or recipe.dataset
         label = recipe.recipe
         if names.count(label) > 1:
             label += ": " + ", ".join(f"{name} {value}" for name, value in differs.items())

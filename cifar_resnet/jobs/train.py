@@ -117,7 +117,7 @@ def train(
         run_dir: an empty or new folder; a new one in `runs` if not given, see `default_directory`.
         resume: the folder of a run to go on with, or "latest"; a run that is finished is returned as it is.
         must_match: recipe fields that the resumed run must have.
-        loader: "auto", "tensor" or "albumentations", whose processes are `workers`.
+        loader: "auto", "tensor" or "albumentations", whose processes are `workers`. "auto" is tensor, or what a resumed run had.
         save_every_minutes: how long inside an epoch until a checkpoint is saved.
         compile: "auto", "on" or "off"; see `runtime.compiled`. Several processes train without.
         convolution: "auto" or "torch"; see `convolutions.choose`. A resumed run goes on as it began, but for "torch".
@@ -174,7 +174,19 @@ def _check(
 
 def to_go_on(options: dict[str, Any]) -> dict[str, Any]:
     """Of the options of `train` those that a command must name, for a run to go on with them."""
-    names, usual = ("data_dir", "device", "compile", "tf32", "target", "format"), inspect.signature(train).parameters
+    usual = inspect.signature(train).parameters
+    names = (
+        "data_dir",
+        "device",
+        "loader",
+        "workers",
+        "save_every_minutes",
+        "compile",
+        "convolution",
+        "tf32",
+        "target",
+        "format",
+    )
     return {name: options[name] for name in names if options.get(name, usual[name].default) != usual[name].default}
 
 
@@ -225,7 +237,7 @@ class _Run:
         least = 2 if self.resume is None else 1  # a run that was begun with steps of one image goes on
         check_batches(planned, len(self.read_data.train), distributed.ranks(), least)
         steps = planned.epochs * len(batch_sizes(planned, len(self.read_data.train)))
-        if planned.ema_decay and planned.ema_every > steps:
+        if self.resume is None and planned.ema_decay and planned.ema_every > steps:
             raise UsageError(
                 f"--ema-every {planned.ema_every} is more than the {steps} steps of the run: there would be no average"
             )
@@ -250,15 +262,14 @@ class _Run:
         self._stage("data")
 
     def _loader_options(self) -> tuple[str, int | None]:
-        """Loader and workers. A run goes on with the loader that it began with, as the other one would augment otherwise."""
+        """Loader and workers. A run goes on with the loader that it began with, as the other one augments differently."""
         asked, workers = self.asked["loader"], self.asked["workers"]
-        before = (self.checkpoint.environment if self.checkpoint else {}).get("loader", asked)
+        kept = self.checkpoint.environment if self.checkpoint else {}
+        before = kept.get("loader", asked)
         if asked == "auto":
-            return before, workers
+            return before, kept.get("workers") if workers is None else workers
         if before != asked:
-            self.watcher.warn(
-                f"--loader {asked}: the run began with {before}, and its images are augmented otherwise from here on"
-            )
+            self.watcher.warn(f"--loader {asked}: the run had {before}, and its images are augmented differently from here on")
         return asked, workers
 
     def claim_folder(self, held: ExitStack) -> None:

@@ -325,7 +325,7 @@ class TrainingTable:
         self.now, now = step, time.monotonic()
         self.pace.step(step.epoch, step.step, now)
         due = self.live is None and now - self.printed >= SILENCE
-        if self.glance and (self.live or due):
+        if self.glance:
             self.glance.take(state.totals, (step.epoch, step.step))
         if self.live:
             self.live.update(self.lines)

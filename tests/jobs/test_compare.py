@@ -65,7 +65,7 @@ def test_runs_that_differ_in_what_changes_nothing_are_one_group(tmp_path, no_fig
     assert [(group["n"], group["differs"]) for group in content["groups"]] == [(2, {"pad": 4}), (1, {"pad": 2})]
 
 
-def test_runs_are_of_one_group_by_their_images_and_not_by_the_name_of_a_folder(own_images, tmp_path, no_figures):
+def test_runs_are_of_one_group_by_their_images_and_not_by_the_name_of_a_folder(own_images, tmp_path, no_figures, cli):
     """The folder is moved after the first run, and has other images in its place before the third."""
     recipe = Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, width=4, mean=(0.5,) * 3, std=(0.3,) * 3)
     runs = [tmp_path / name for name in "abc"]
@@ -75,6 +75,10 @@ def test_runs_are_of_one_group_by_their_images_and_not_by_the_name_of_a_folder(o
     shutil.copytree(tmp_path / "now", own_images)
     next((own_images / "train").glob("*/*.png")).unlink()
     train(recipe.replace(seed=2), runs[2])
+    train(recipe.replace(pad=2), tmp_path / "d")
+    code, out, _ = cli("compare", *runs, tmp_path / "d", "--output", tmp_path / "c.png")
+    assert code == 0
+    assert "images" in out
     groups = compare(runs)["groups"]
     assert [[run["path"].split("/")[-2] for run in group["runs"]] for group in groups] == [["a", "b"], ["c"]]
     assert groups[0]["differs"]["images"] != groups[1]["differs"]["images"]
