@@ -217,7 +217,7 @@ def _conclusions(recipe: Recipe, measured: dict[str, list[float]]) -> dict[str, 
 
 def training_flop(recipe: Recipe) -> int:
     """FLOP of an image, forward and backward: two a multiply-add of direct convolutions, and backward twice as many as forward."""
-    return 6 * sum(layer["multiply_adds"] for layer in analysis.layers(recipe.replace(batch_size=1), 10))
+    return 6 * sum(layer["multiply_adds"] for layer in analysis.layers(recipe.replace(batch_size=1)))
 
 
 def ratio(above: list[float], below: list[float], factor: float = 1.0) -> dict[str, float]:

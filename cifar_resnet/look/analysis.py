@@ -252,7 +252,7 @@ def summary(recipe: Recipe) -> dict[str, Any]:
     return {"schema": SUMMARY_SCHEMA, "recipe": recipe.recipe, "batch_size": recipe.batch_size, "layers": rows, "totals": totals}
 
 
-def layers(recipe: Recipe, classes: int) -> list[dict[str, Any]]:
+def layers(recipe: Recipe, classes: int = 10) -> list[dict[str, Any]]:
     """The network layer by layer, in the order of the data: shapes of one image, parameters, multiply-adds of the batch.
 
     Parameters and multiply-adds are torchinfo's. A layer of kernel k, stride s and padding p takes receptive field r, jump

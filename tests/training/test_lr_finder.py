@@ -247,7 +247,7 @@ def test_a_test_with_too_few_points_says_what_gives_more(monkeypatch, settings, 
 def test_a_rule_names_its_learning_rate():
     found = suggest(made())
     assert [found.by(rule) for rule in ("steepest", "valley", "minimum", "recommended")] == list(found[:4])
-    with pytest.raises(UsageError, match="--suggest best: it is steepest, valley, minimum, recommended"):
+    with pytest.raises(UsageError, match="--suggest best: it is steepest, valley, minimum or recommended"):
         found.by("best")
 
 
