@@ -127,7 +127,7 @@ DataDir = Annotated[Path | None, _option(
 Moved = Annotated[str | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
 Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: cuda if there is one, else mps, else cpu.")]
 Loader = Annotated[Literal["auto", "tensor", "albumentations"], _option(
-    "How images are augmented. tensor: a batch at a time, on the device. albumentations: one by one, in worker processes. auto: tensor.",
+    "How images are augmented. tensor: a batch at a time, on the device. albumentations: one by one, in worker processes. auto: tensor, or the loader of a resumed run.",
     metavar=NAME,
 )]
 Workers = Annotated[int | None, _option(

@@ -40,7 +40,7 @@ def samples(
     """
     if not 1 <= views <= 20:
         raise UsageError(f"--views {views} must be 1 to 20")
-    recipe, device, data = prepare((recipe or Recipe()).replace(batch_size=1), "cpu", data_dir, notify)
+    recipe, device, data = prepare(recipe or Recipe(), "cpu", data_dir, notify)
     rng = np.random.default_rng(recipe.seed)
     classes = data.classes[: figures.MOST_CLASSES]
     positions = [rng.choice(np.flatnonzero(data.train.labels == label)) for label in range(len(classes))]

@@ -174,20 +174,8 @@ def _check(
 
 def to_go_on(options: dict[str, Any]) -> dict[str, Any]:
     """Of the options of `train` those that a command must name, for a run to go on with them."""
-    usual = inspect.signature(train).parameters
-    names = (
-        "data_dir",
-        "device",
-        "loader",
-        "workers",
-        "save_every_minutes",
-        "compile",
-        "convolution",
-        "tf32",
-        "target",
-        "format",
-    )
-    return {name: options[name] for name in names if options.get(name, usual[name].default) != usual[name].default}
+    usual, of_python = inspect.signature(train).parameters, ("progress", "on_epoch")
+    return {name: value for name, value in options.items() if name not in of_python and value != usual[name].default}
 
 
 class _Run:
