@@ -41,6 +41,10 @@ app = typer.Typer(
 
 STEPS, AFTER, BEFORE = "The four steps", "After a run", "Before a run"
 WHERE, RANGE, CHOICE, DRAWING, MEASURE = "Where and how", "Range test", "Which mistakes", "Drawing", "What to measure"
+MEANT = {  # by what Typer says of an option: what its user looks for
+    r"option:? '?(--quiet|-q)\b": "it goes before the command",
+    r"value for '--output': .* 'softmax'": "the folder of a run is --run-dir",
+}
 NAME = "<name>"  # in place of choices, which would leave a narrow terminal no room: the help names them
 
 # What --help shows of a command that takes a recipe's fields, in this order.
@@ -750,8 +754,8 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type
             message = error.format_message().replace("Value error, ", "")
-            before = "; it goes before the command" if re.search(r"option:? '?(--quiet|-q)\b", message) else ""
-            _fail(message + before, getattr(error, "exit_code", 2))
+            hint = next((f"; {hint}" for pattern, hint in MEANT.items() if re.search(pattern, message)), "")
+            _fail(message + hint, getattr(error, "exit_code", 2))
         if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
             _fail("out of memory; try a smaller --batch-size", 1)
         raise

@@ -68,9 +68,10 @@ def write_whole(path: Path, content: bytes | str) -> None:
             finally:
                 os.close(folder)
     except OSError as error:
+        raise RunDirectoryError(f"{path} could not be written: {error.strerror}") from None
+    finally:  # also after Ctrl-C
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        raise RunDirectoryError(f"{path} could not be written: {error.strerror}") from None
 
 
 def _replace(part: Path, path: Path) -> None:

@@ -138,6 +138,19 @@ def test_a_write_that_fails_anywhere_leaves_one_whole_file(tmp_path, failing, co
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", "the old one")
+
+    def interrupted(file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_dir.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "file", "the new one")
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "the old one"
+
+
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one-a-write", "all"])
 def test_a_run_whose_disk_fails_once_goes_on_to_the_same_end(unfinished, tiny_run, tmp_path, no_figures, every):
     """Each time a run goes on from `unfinished` and saves at every step, and one call of one of its writes fails.

@@ -40,28 +40,32 @@ class _Received(list):
             signal.signal(getattr(signal, name), handler if name in IMPATIENT else signal.SIG_IGN)
 
 
+_outer: _Received | None = None  # of the outermost `signals` of the main thread
+
+
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """Collects the first signal that would end the process, so that the step in flight can end, and the run be saved.
 
     A signal that is ignored stays ignored, SIGHUP under nohup for example. A handler that the program set stays too, unless it is
-    for SIGINT or SIGTERM. An inner call gives the list of the outer one.
+    for SIGINT or SIGTERM. An inner call gives the list of the outer one, with what was received before the inner call.
     """
+    global _outer
     if threading.current_thread() is not threading.main_thread():
         yield []  # only the main thread may set handlers
         return
-    before = {name: signal.getsignal(getattr(signal, name)) for name in ENDING if hasattr(signal, name)}
-    outer = next((handler for handler in before.values() if isinstance(handler, _Received)), None)
-    if outer is not None:
-        yield outer
+    if _outer is not None:
+        yield _outer
         return
+    before = {name: signal.getsignal(getattr(signal, name)) for name in ENDING if hasattr(signal, name)}
     own = {name: handler for name, handler in before.items() if _is_ours(name, handler)}
-    received = _Received(own)
+    _outer = _Received(own)
     try:
         for name in own:
-            signal.signal(getattr(signal, name), received)
-        yield received
+            signal.signal(getattr(signal, name), _outer)
+        yield _outer
     finally:
+        _outer = None
         for name, handler in own.items():
             signal.signal(getattr(signal, name), handler)
 

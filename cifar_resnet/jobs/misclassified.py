@@ -211,6 +211,7 @@ def _origin(found: Prediction) -> dict[str, Any]:
         "evaluated_on": found.data.evaluated_on,
         "images": len(found.labels),
         "precision": found.checkpoint.recipe.precision,
+        "temperature": found.checkpoint.temperature,
     }
 
 
@@ -220,12 +221,7 @@ def _content(found: Prediction, wrong: list[analysis.Mistake], unsure: list[anal
     def plain(images: list[analysis.Mistake]) -> list[dict[str, Any]]:
         return [{key: value for key, value in each._asdict().items() if key != "position"} for each in images]
 
-    return {
-        **_origin(found),
-        "temperature": found.checkpoint.temperature,
-        "mistakes": plain(wrong),
-        "least_sure": plain(unsure),
-    }
+    return {**_origin(found), "mistakes": plain(wrong), "least_sure": plain(unsure)}
 
 
 def title(

@@ -115,6 +115,18 @@ def test_a_signal_after_the_last_step_of_a_seed_stops_the_repetition(recipe, tmp
     assert len(repeat(resume=many)["accuracies"]) == 2
 
 
+def test_a_signal_before_the_first_step_of_a_seed_stops_that_seed(recipe, tmp_path):
+    class Early(Watcher):
+        def begin(self, *_):
+            signal.raise_signal(signal.SIGTERM)
+
+    many = tmp_path / "many"
+    with pytest.raises(Interrupted, match=f"stopped by SIGTERM; .* --resume {many}$"):
+        repeat(recipe, 2, many, watch=in_turn(Watcher(), Early()))
+    assert (content(many / "s1")["epoch"], content(many / "s1")["step"]) == (0, 1)
+    assert len(repeat(resume=many)["accuracies"]) == 2
+
+
 def test_a_repetition_goes_on_where_its_images_have_moved_to(own_images, tmp_path, cli, refused):
     """One run has ended, one has begun, one has not; from then on the repetition finds the images there."""
     fields, many, now = dict(epochs=1, batch_size=16, width=4), tmp_path / "many", tmp_path / "now"

@@ -107,6 +107,7 @@ def test_scores_go_by_the_temperature_of_the_folds_and_not_by_the_run_s(run, mon
     content = rank(run)
     ((logits, labels, fitted),) = seen
     assert fitted != pytest.approx(load_checkpoint(run).temperature, rel=0.01)
+    assert content["temperature"] == fitted
     expected = (logits.double() / fitted).softmax(1)[range(48), labels]
     scores = {row["index"]: row["score"] for row in content["labels"]}
     assert [scores[index] for index in range(48)] == pytest.approx(expected.tolist())
