@@ -50,7 +50,7 @@ NAME = "<name>"  # in place of choices, which would leave a narrow terminal no r
 # What --help shows of a command that takes a recipe's fields, in this order.
 USUAL = (
     "recipe", "dataset", "epochs", "batch_size", "max_lr", "seed", "rounds", "reference", "profile", "policy", "sweep",
-    "views", "device", "run_dir", "output", "json_output", "json_file", "resume", "repeat", "help_all",
+    "views", "device", "data_dir", "run_dir", "output", "json_output", "json_file", "resume", "repeat", "help_all",
 )  # fmt: skip
 
 
@@ -124,9 +124,13 @@ Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _op
     "longest fall. minimum: a tenth of the learning rate at the lowest loss.", RANGE, metavar=NAME
 )]
 RunDir = Annotated[Path | None, _option("Folder for what is written.", default="beside the checkpoint")]
+DATA_DIR = "CIFAR_RESNET_DATA_DIR, or the user's cache folder"
 DataDir = Annotated[Path | None, _option(
-    "Folder of CIFAR-10 and CIFAR-100. They are downloaded if missing, but not by demo. If your own images were moved: the folder above their new folder.",
-    default="CIFAR_RESNET_DATA_DIR, or the user's cache folder",
+    "Folder of CIFAR-10 and CIFAR-100. They are downloaded into it if they are missing.", default=DATA_DIR
+)]
+DemoDataDir = Annotated[Path | None, _option(
+    "Folder of CIFAR-10 and CIFAR-100. If your own images were moved: the folder that holds theirs, which has kept its name.",
+    default=DATA_DIR,
 )]
 Moved = Annotated[str | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
 Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: cuda if there is one, else mps, else cpu.")]
@@ -164,7 +168,7 @@ Sweep = Annotated[int | None, _option(
     "Also train this many epochs at each of up to nine peak learning rates, and evaluate each training on held-out images.", RANGE
 )]
 FinderDir = Annotated[Path | None, _option(
-    "Folder for lr_finder.json and its picture.", default="runs/find-lr-<recipe>-<n>"
+    "Folder for lr_finder.json and its picture.", default="runs/find-lr-<name>-<n>"
 )]
 
 MaxLR = Annotated[str | None, _option(
@@ -172,10 +176,10 @@ MaxLR = Annotated[str | None, _option(
     "Optimizer", metavar="<float>", default=str(Recipe.model_fields["max_lr"].default),
 )]
 NewRunDir = Annotated[Path | None, _option(
-    "Empty or new folder for what the run writes.", default="runs/<recipe>-<n>"
+    "Empty or new folder for what the run writes.", default="runs/<name>-<n>, by the name of recipe or data set"
 )]
-Resume = Annotated[Path | None, _option("Go on with the run in this folder; latest is the newest run in runs/.", show_default=False)]
-Repeat = Annotated[int | None, _option("Train this many seeds in a row, two or more, each in a folder of its own.", show_default=False)]
+Resume = Annotated[Path | None, _option("Go on with the run or repetition in this folder; latest is the newest run in runs/.", show_default=False)]
+Repeat = Annotated[int | None, _option("Train this many seeds in a row, two or more, from --seed upward, each in a folder of its own.", show_default=False)]
 SaveEveryMinutes = Annotated[float, _option("Minutes between two checkpoints inside an epoch.")]
 TF32 = Annotated[bool, _option(
     "Let float32 matrix products and convolutions use TF32 on NVIDIA GPUs.", WHERE, "--tf32"
@@ -185,20 +189,19 @@ Track = Annotated[Literal["tensorboard"] | None, _option(
 )]
 Target = Annotated[float | None, _option("Accuracy in percent, drawn as a line into the accuracy curve.", min=0, max=100)]
 
-Count = Annotated[int, _option("Images in the two pictures.", CHOICE)]
+Count = Annotated[int, _option("Mistakes in the two pictures, 1 to 100.", CHOICE)]
 Sort = Annotated[Literal["confidence", "label", "class", "random"], _option(
-    "Order. confidence: surest first. label: doubtful labels first. class. random.",
-    CHOICE, metavar=NAME,
+    "Order of the mistakes. confidence: surest first. label: least probable label first. class: by class. random.", CHOICE, metavar=NAME,
 )]
 Folds = Annotated[int | None, _option(
-    "With --sort label: rank the training labels by this many networks, each trained without the images that it judges.", CHOICE,
+    "With --sort label: judge the training labels, by this many networks, each trained without the images that it judges.", CHOICE,
     default="none",
 )]
 FoldEpochs = Annotated[int | None, _option("With --folds: epochs of each network.", CHOICE, "--epochs", default="the run's")]
 TrueClass = Annotated[str | None, _option("Only this true class.", CHOICE, metavar="CLASS", default="all")]
 PredictedClass = Annotated[str | None, _option("Only this predicted class.", CHOICE, metavar="CLASS", default="all")]
 CopyTo = Annotated[Path | None, _option(
-    "New folder: copy all chosen files to true/predicted/file.", CHOICE, default="none"
+    "New folder: copy all chosen files to true/predicted/file. Only for your own images.", CHOICE, default="none"
 )]
 SaveImages = Annotated[Path | None, _option(
     "New folder: write all chosen images to true/predicted/ as PNG, 32x32.", CHOICE, default="none"
@@ -211,7 +214,7 @@ Runs = Annotated[list[Path], _argument("Folders of finished runs or of repetitio
 Page = Annotated[Path | None, _option(
     "File for the HTML page, or folder for the Markdown.", default="report.html or report beside the checkpoint"
 )]
-ReportFormat = Annotated[Literal["html", "markdown"], _option("markdown: a folder with README.md and pictures, to paste.")]
+ReportFormat = Annotated[Literal["html", "markdown"], _option("html: one file with its pictures inside. markdown: a folder with README.md and pictures.")]
 RunAndImages = Annotated[list[Path], _argument(
     "The folder of a run, or its checkpoint file. Then image files, or folders of them. Without a run: the newest one in runs/.",
     "RUN, IMAGE",
@@ -238,9 +241,9 @@ StepSize = Annotated[int, _option("Steps of the triangular policy from one bound
 Cycles = Annotated[int, _option("How often the triangular policy goes up and down.", DRAWING)]
 Rounds = Annotated[int, _option("Number of repetitions of each measurement, at least 6.", MEASURE)]
 Reference = Annotated[bool, _option("Also measure a plain float32 training loop with a DataLoader.", MEASURE, "--reference")]
-Profile = Annotated[bool, _option("Show which operators, on CUDA which kernels, take the time of training.", MEASURE, "--profile")]
-JsonFile = Annotated[Path | None, _option("File for all that was measured.", MEASURE, "--json", default="none")]
-RecipeName = Annotated[str | None, _argument("Recipe whose fields are printed, in the form of recipe.json.")]
+Profile = Annotated[bool, _option("Show how the time of training divides among operators, on CUDA among kernels.", MEASURE, "--profile")]
+JsonFile = Annotated[Path | None, _option("Write all that was measured to this file.", MEASURE, "--json", default="none")]
+RecipeName = Annotated[str | None, _argument("Recipe whose fields are printed, in the form of recipe.json.", "NAME")]
 HelpAll = Annotated[bool | None, typer.Option(
     "--help-all", help="Show every option, by subject, and exit.", callback=_show_all, is_eager=True
 )]
@@ -290,6 +293,8 @@ def _field_option(name: str) -> Any:
     shown, choices = {}, get_args(kind) if get_origin(kind) is Literal else ()
     if choices:
         default, shown = f"{default}; or: {', '.join(each for each in choices if each != field.default)}", {"metavar": NAME}
+    elif get_origin(kind) is tuple:
+        shown = {"metavar": "R G B"}
     flag = name.replace("_", "-")
     flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
     return Annotated[kind | None, _option(str(field.description), _panel(name), flags, default=default, **shown)]
@@ -304,7 +309,7 @@ def _panel(name: str) -> str:
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what --json asks for.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what --json asks for. Goes before the command.")] = False,
 ) -> None:
     if version:
         typer.echo(f"cifar-resnet {__version__}")
@@ -333,7 +338,7 @@ def find_lr(
 ) -> None:  # fmt: skip
     """Recommend a learning rate: by a range test, then by short trainings.
 
-    The range test trains a new model while the learning rate rises. Each short training tries a peak near the rate of the lowest loss.
+    The range test trains a new model while the learning rate rises. Three to six short trainings then try peaks around the rate of its lowest loss.
     """
     from .jobs.common import command_line
     from .jobs.find_lr import with_found_lr
@@ -559,7 +564,7 @@ def misclassified(
 
 @app.command(rich_help_panel=AFTER)
 def compare(runs: Runs, output: Picture = Path("comparison.png"), json_output: Json = False) -> None:
-    """Compare finished runs in one table and one picture. Runs that differ only in the seed share a column: mean, standard deviation."""
+    """Compare finished runs in one table and one picture. Runs that differ only in the seed share a column, with mean and standard deviation."""
     from .jobs.compare import compare
 
     content = compare(runs, output)
@@ -590,7 +595,7 @@ def predict(
 ) -> None:
     """Predict the classes of images. The model sees the centred square of each image, scaled to 32x32.
 
-    A given file that is no image is named and skipped; the exit code is then 1. In a folder, such a file does not change the exit code.
+    A given file that is no image is named and skipped, and the exit code is then 1. Such a file in a given folder is skipped too, without changing the exit code.
     """
     from .jobs.predict import predict
 
@@ -622,7 +627,7 @@ def _run_and_images(given: list[Path]) -> tuple[Path, list[Path]]:
 
 @app.command(rich_help_panel=AFTER)
 def demo(
-    checkpoint: Checkpoint = None, host: Host = "127.0.0.1", port: Port = 7860, open: Open = False, data_dir: DataDir = None,
+    checkpoint: Checkpoint = None, host: Host = "127.0.0.1", port: Port = 7860, open: Open = False, data_dir: DemoDataDir = None,
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Show a run in the browser: try it on your own images, look through its mistakes. Ctrl-C ends the demo.
@@ -637,9 +642,9 @@ def demo(
 @app.command(rich_help_panel=AFTER)
 def export(
     checkpoint: Checkpoint = None, output: Exported = None, format: ExportFormat = "onnx",
-    with_preprocessing: WithPreprocessing = False, data_dir: DataDir = None, device: Device = "auto",
+    with_preprocessing: WithPreprocessing = False, data_dir: DemoDataDir = None, device: Device = "auto",
 ) -> None:  # fmt: skip
-    """Export the model as an ONNX graph, its weights as safetensors, or a space: a page that shows the model to others."""
+    """Export the model as an ONNX graph, its weights as safetensors, or the page of demo as a folder to publish: a space."""
     from .jobs.export import export
 
     how: dict[str, Any] = dict(with_preprocessing=with_preprocessing, data_dir=data_dir, device=device, notify=console.say)
@@ -710,7 +715,7 @@ def bench(
     device: Device = "auto", workers: Workers = None, compile: Compile = "auto",
     convolution: Convolution = "auto",
 ) -> None:  # fmt: skip
-    """Measure this machine: images a second in training and evaluation, speed against a large matrix product, and how long a run takes.
+    """Measure this machine: images a second in training and evaluation, speed relative to a large matrix product, and how long a run takes.
 
     bench needs no data. On two CPU cores it takes two to ten minutes: ten without bfloat16 and with --reference. Run nothing else meanwhile.
     """

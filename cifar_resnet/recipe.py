@@ -46,14 +46,15 @@ class Recipe(BaseModel):
     recipe: str = _field(
         "default",
         "Recipe",
-        "Preset: the defaults of the other options. --dataset digits and cifar100 choose their own. `cifar-resnet recipes` lists all.",
+        "Preset: the defaults of the other options. `cifar-resnet recipes` lists all.",
         min_length=1,
     )
 
     dataset: str = _field(
         "cifar10",
         "Data",
-        "cifar10, cifar100, digits (scikit-learn's, no download), or a folder of your own images: train/CLASS/* and test/CLASS/*.",
+        "cifar10, cifar100, digits (scikit-learn's, no download), or a folder of your own images: train/CLASS/* and test/CLASS/*. "
+        "digits and cifar100 choose the preset of their name.",
         min_length=1,
     )
     split: float | None = _field(
@@ -83,7 +84,7 @@ class Recipe(BaseModel):
     output: Literal["logits", "softmax", "log-softmax"] = _field("logits", "Model", "What the model returns in training.")
     logit_scale: float = _field(0.125, "Model", "Constant that the logits are multiplied by.", gt=0)
     init: Literal["default", "dirac"] = _field(
-        "dirac", "Model", "Initial weights: default is torch's own; with dirac all kernels but the first pass their inputs on."
+        "dirac", "Model", "Initial weights. default: torch's own. dirac: every kernel but the first starts as the identity."
     )
 
     optimizer: Literal["sgd", "muon", "adam", "adamw"] = _field(
@@ -99,7 +100,7 @@ class Recipe(BaseModel):
         0.2, "Optimizer", "Muon's kernels train at this factor times the learning rate of the rest.", gt=0
     )
     muon_momentum: float = _field(0.6, "Optimizer", "Nesterov momentum of Muon's kernels.", ge=0, lt=1)
-    weight_decay: float = _field(5e-4, "Optimizer", "Weight decay: L2 for SGD and Adam, decoupled for AdamW.", ge=0)
+    weight_decay: float = _field(5e-4, "Optimizer", "Weight decay: L2 for SGD and Adam, decoupled for AdamW. Muon's kernels have none.", ge=0)
     grad_clip: float = _field(0.0, "Optimizer", "Clip every element of a gradient to this absolute value; 0: no clipping.", ge=0)
     loss: Literal["cross-entropy", "nll"] = _field("cross-entropy", "Optimizer", "Loss on the model's output.")
     label_smoothing: float = _field(0.1, "Optimizer", "Label smoothing of the cross entropy.", ge=0, lt=1)

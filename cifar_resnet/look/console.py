@@ -213,9 +213,11 @@ def comparison(content: dict[str, Any]) -> None:
 def _compared(group: dict[str, Any], evaluated_on: str) -> dict[str, Cell]:
     """What `comparison` shows of a group, by row."""
     spread = f" ± {group['std']:.2f}" if group["std"] is not None else ""
-    folders = [str(Path(run["path"]).parent) for run in group["runs"]]
+    folders = [Path(run["path"]).parent for run in group["runs"]]
+    if all(folder == folders[0].parent / f"s{run['seed']}" for folder, run in zip(folders, group["runs"], strict=True)):
+        folders = [folders[0].parent]  # of a repetition
     return {
-        "runs": "\n".join(folders),
+        "runs": Text("\n".join(errors.printable(str(folder)) for folder in folders)),
         "recipe": group["label"].split(":")[0],
         "seeds": ", ".join(str(run["seed"]) for run in group["runs"]),
         f"{evaluated_on} accuracy": Text(f"{group['mean']:.2f}{spread} %", "bold"),

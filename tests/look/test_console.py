@@ -75,6 +75,18 @@ def test_runs_are_compared_in_columns_that_fit(shown, width):
     assert any(line.split()[:4] == ["training", "1", "h", "14"] for line in lines)
 
 
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_repetition_is_compared_by_its_folder_and_other_runs_by_theirs(shown, width):
+    def group(mean, *runs):
+        runs = [{"path": f"{folder}/checkpoint.pt", "seed": seed} for seed, folder in enumerate(runs)]
+        numbers = dict(mean=mean, std=0.1, test_loss=0.2, train_loss=0.9, seconds=60)
+        return {"label": "default: width 8", "n": len(runs), **numbers, "differs": {"width": 8}, "runs": runs}
+
+    groups = [group(90, "runs/repeat-1/s0", "runs/repeat-1/s1"), group(80, "runs/a-1", "runs/b\n-7")]
+    lines = shown(width, console.comparison, {"evaluated_on": "test", "groups": groups})
+    assert [line.split() for line in lines[:3]] == [["runs", "runs/repeat-1", "runs/a-1"], ["runs/b\\n-7"], ["recipe", "default", "default"]]
+
+
 @pytest.mark.parametrize("width", [40, 80, 100, 140])
 def test_the_list_of_recipes_fits(shown, width):
     lines = shown(width, console.recipes)
