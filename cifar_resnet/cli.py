@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import __version__
-from .errors import CifarResnetError, UsageError
+from .errors import CifarResnetError, UsageError, printable
 from .look import console, progress
 from .look.words import plural
 from .recipe import Recipe
@@ -50,7 +50,7 @@ NAME = "<name>"  # in place of choices, which would leave a narrow terminal no r
 # What --help shows of a command that takes a recipe's fields, in this order.
 USUAL = (
     "recipe", "dataset", "epochs", "batch_size", "max_lr", "seed", "rounds", "reference", "profile", "policy", "sweep",
-    "views", "device", "data_dir", "run_dir", "output", "json_output", "json_file", "resume", "repeat", "help_all",
+    "views", "device", "run_dir", "output", "json_output", "json_file", "resume", "repeat", "help_all",
 )  # fmt: skip
 
 
@@ -176,7 +176,7 @@ MaxLR = Annotated[str | None, _option(
     "Optimizer", metavar="<float>", default=str(Recipe.model_fields["max_lr"].default),
 )]
 NewRunDir = Annotated[Path | None, _option(
-    "Empty or new folder for what the run writes.", default="runs/<name>-<n>, by the name of recipe or data set"
+    "Empty or new folder for what the run writes.", default="runs/<name>-<n>"
 )]
 Resume = Annotated[Path | None, _option("Go on with the run or repetition in this folder; latest is the newest run in runs/.", show_default=False)]
 Repeat = Annotated[int | None, _option("Train this many seeds in a row, two or more, from --seed upward, each in a folder of its own.", show_default=False)]
@@ -201,7 +201,7 @@ FoldEpochs = Annotated[int | None, _option("With --folds: epochs of each network
 TrueClass = Annotated[str | None, _option("Only this true class.", CHOICE, metavar="CLASS", default="all")]
 PredictedClass = Annotated[str | None, _option("Only this predicted class.", CHOICE, metavar="CLASS", default="all")]
 CopyTo = Annotated[Path | None, _option(
-    "New folder: copy all chosen files to true/predicted/file. Only for your own images.", CHOICE, default="none"
+    "New folder: copy all chosen files to true/predicted/file.", CHOICE, default="none"
 )]
 SaveImages = Annotated[Path | None, _option(
     "New folder: write all chosen images to true/predicted/ as PNG, 32x32.", CHOICE, default="none"
@@ -309,7 +309,9 @@ def _panel(name: str) -> str:
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what --json asks for. Goes before the command.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what --json asks for. Goes before the command.")
+    ] = False,
 ) -> None:
     if version:
         typer.echo(f"cifar-resnet {__version__}")
@@ -464,7 +466,7 @@ def _say_newest(chosen: bool, run: Path) -> None:
 
 def _aside(message: str) -> None:
     """A line on standard error."""
-    print(f"cifar-resnet: {message}", file=sys.stderr)
+    print(f"cifar-resnet: {printable(message)}", file=sys.stderr)
 
 
 def _runs(given: list[Path] | None) -> list[Path]:
@@ -500,6 +502,11 @@ def evaluate(
     runs, done, notify = _runs(checkpoints), [], _aside if json_output else console.say
     if run_dir and len(runs) > 1:
         raise UsageError(f"--run-dir takes the files of one run, not of {len(runs)}; without it they go beside each checkpoint")
+    folders = [os.path.realpath(run.parent if run.is_file() else run) for run in runs]
+    if twice := {folder for folder in folders if folders.count(folder) > 1}:
+        raise UsageError(
+            f"two of these runs would write the same files, in {twice.pop()}; evaluate one at a time, with --run-dir"
+        )
     how: dict[str, Any] = dict(tta=tta, dataset=dataset, data_dir=data_dir, device=device, format=format)
     if not json_output:
         how["found"] = console.evaluation
@@ -520,7 +527,7 @@ def evaluate(
         done.append(content)
     if json_output:
         print(json.dumps(done if len(runs) > 1 else done[0], indent=2))
-    elif len(runs) > 1:
+    elif len(runs) > 1 and done:
         console.evaluations(done)
     if len(done) < len(runs):
         raise typer.Exit(1)
@@ -724,6 +731,8 @@ def bench(
 
     if json_file:
         writable(json_file.parent)
+        if json_file.is_dir():
+            raise UsageError(f"--json {json_file} is a folder; give a file")
     where: dict[str, Any] = dict(device=device, workers=workers, compile=compile, convolution=convolution)
     with progress.progress("measuring", "rounds", rounds) as told:
         content = bench(recipe, rounds=rounds, reference=reference, profile=profile, **where, progress=told)
@@ -747,7 +756,7 @@ def main() -> None:
     """Runs the command line; every failure is one line on standard error, with its exit code."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     console.replace_unencodable()
-    warnings.formatwarning = lambda message, *_: f"cifar-resnet: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"cifar-resnet: {printable(str(message))}\n"
     try:
         code = app(standalone_mode=False)
     except CifarResnetError as error:
@@ -775,7 +784,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     if exit_code == 2 and os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     elif message:
-        line = f"cifar-resnet: {' '.join(message.split())}"
+        line = f"cifar-resnet: {printable(' '.join(map(str.strip, message.splitlines())))}"
         with suppress(OSError):  # a terminal that was closed
             print(console.wrapped(line, shutil.get_terminal_size().columns) if sys.stderr.isatty() else line, file=sys.stderr)
     with suppress(OSError):

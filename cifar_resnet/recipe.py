@@ -100,7 +100,9 @@ class Recipe(BaseModel):
         0.2, "Optimizer", "Muon's kernels train at this factor times the learning rate of the rest.", gt=0
     )
     muon_momentum: float = _field(0.6, "Optimizer", "Nesterov momentum of Muon's kernels.", ge=0, lt=1)
-    weight_decay: float = _field(5e-4, "Optimizer", "Weight decay: L2 for SGD and Adam, decoupled for AdamW. Muon's kernels have none.", ge=0)
+    weight_decay: float = _field(
+        5e-4, "Optimizer", "Weight decay: L2 for SGD and Adam, decoupled for AdamW. Muon's kernels have none.", ge=0
+    )
     grad_clip: float = _field(0.0, "Optimizer", "Clip every element of a gradient to this absolute value; 0: no clipping.", ge=0)
     loss: Literal["cross-entropy", "nll"] = _field("cross-entropy", "Optimizer", "Loss on the model's output.")
     label_smoothing: float = _field(0.1, "Optimizer", "Label smoothing of the cross entropy.", ge=0, lt=1)
@@ -207,8 +209,8 @@ class Recipe(BaseModel):
     def build(cls, recipe: str | None = None, file: Path | str | None = None, **options: Any) -> Recipe:
         """Preset < recipe file < options; an option of None is one not given.
 
-        Without a preset's name the dataset chooses it: the one of its name, else `default`. Where only --epochs is given the
-        peak moves in proportion.
+        Without a preset's name the dataset chooses it: the one of its name, else `default`. Epochs that come without a peak
+        move the peak in proportion.
         """
         options = {name: value for name, value in options.items() if value is not None}
         from_file = _filled(read_json(file, "recipe file"), SCHEMA, f"{file}: ") if file else {}
@@ -217,12 +219,14 @@ class Recipe(BaseModel):
         if recipe is None:
             dataset = options.get("dataset", from_file.get("dataset"))
             recipe = from_file.get("recipe") or (dataset if dataset in DATASETS and dataset in PRESETS else "default")
-        fields = {**preset(recipe).fields, "recipe": recipe, **from_file}
-        if "epochs" in options and "peak_epoch" not in options:
-            before = cls.parse(fields)
-            with suppress(TypeError, ValueError, OverflowError):  # of what is no number, which is refused below
-                options["peak_epoch"] = before.peak_epoch * max(int(options["epochs"]), 1) / before.epochs
-        return cls.parse({**fields, **options})
+        fields = {**preset(recipe).fields, "recipe": recipe}
+        for given in (from_file, options):
+            if "epochs" in given and "peak_epoch" not in given:
+                before = cls.parse(fields)
+                with suppress(TypeError, ValueError, OverflowError):  # of what is no number, which is refused below
+                    fields["peak_epoch"] = before.peak_epoch * max(int(given["epochs"]), 1) / before.epochs
+            fields |= given
+        return cls.parse(fields)
 
     @classmethod
     def load(cls, fields: Any, source: str = "") -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -50,7 +51,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """Under a temporary name, flushed to the disk, then renamed: a kill leaves the old file or the new one.
 
     Raises:
-        RunDirectoryError: it cannot be written; the old file is as it was.
+        RunDirectoryError: it cannot be written, and the old file is as it was; or the new file is there, and its folder could not be
+            flushed.
     """
     if os.path.isdir(path):
         raise RunDirectoryError(f"{path} could not be written: it is a folder")
@@ -65,6 +67,9 @@ def write_whole(path: Path, content: bytes | str) -> None:
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that flush no folders
+                    raise
             finally:
                 os.close(folder)
     except OSError as error:
@@ -488,8 +493,8 @@ class RunDir:
         """The recipe of the run, and its checkpoint, or None where it has none yet.
 
         Args:
-            must_match: values that fields of the recipe must have. If the checkpoint has fingerprints, another `dataset` is
-                the new folder of the images, and the caller checks the images.
+            must_match: values that fields of the recipe must have. Another `dataset` is the new folder of the images. If there is a
+                checkpoint, it must have fingerprints, by which the caller checks the images; else the old folder must be gone.
 
         Raises:
             UsageError: there is no run in the folder, or its recipe has another value.
@@ -503,9 +508,9 @@ class RunDir:
         else:
             raise UsageError(f"--resume {self.path}: holds neither {CHECKPOINT} nor recipe.json, so no run to go on with")
         must_match = dict(must_match or {})
-        if moved(recipe, must_match) and checkpoint and checkpoint.fingerprints:
+        if moved(recipe, must_match) and (checkpoint.fingerprints if checkpoint else not os.path.exists(recipe.dataset)):
             recipe = recipe.replace(dataset=str(must_match.pop("dataset")))
-            checkpoint = replace(checkpoint, recipe=recipe)
+            checkpoint = checkpoint and replace(checkpoint, recipe=recipe)
         check_match(recipe, must_match, self.path)
         return recipe, checkpoint
 
@@ -616,9 +621,8 @@ def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> Non
         if name not in Recipe.model_fields:
             raise UsageError(f"{name} is no field of a recipe")
         planned = getattr(recipe, name)
+        value = tuple(value) if isinstance(value, list) else value
         same = value == planned or (name, value) == ("precision", "auto")
-        if isinstance(value, list | tuple):
-            same = list(value) == list(planned)
         if name == "dataset":
             same = os.path.realpath(value) == os.path.realpath(planned)
         if not same:

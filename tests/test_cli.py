@@ -99,6 +99,11 @@ def test_help_begins_with_what_one_uses(helped):
     assert len([line for line in lines if line.startswith("  cifar-resnet train ")]) == 3
 
 
+def test_a_message_has_one_line_and_shows_what_a_terminal_would_obey(refused, tmp_path):
+    assert f"there is no checkpoint {tmp_path}/my  run/checkpoint.pt" in refused(1, "evaluate", tmp_path / "my  run" / "checkpoint.pt")
+    assert "/\\x1b[31mred" in refused(1, "evaluate", tmp_path / "\x1b[31mred")
+
+
 def test_the_usage_of_predict_says_that_the_run_can_be_left_out(helped):
     assert "predict [OPTIONS] [RUN] IMAGE..." in words(helped("predict"))
 

@@ -150,6 +150,22 @@ def test_the_peak_moves_with_the_epochs_unless_it_is_given():
     assert Recipe.build(epochs=12, peak_epoch=4).peak_epoch == 4
 
 
+@pytest.mark.parametrize(
+    ("written", "options", "peak"),
+    [
+        (dict(epochs=6), {}, 1.25),
+        (dict(epochs=4, peak_epoch=3), {}, 3),
+        (dict(epochs=6), dict(epochs=12), 2.5),
+        (dict(epochs=6, peak_epoch=3), dict(epochs=12), 6),
+        (dict(peak_epoch=6), dict(epochs=12), 3),
+        (dict(epochs=6), dict(peak_epoch=4), 4),
+    ],
+)
+def test_the_epochs_of_a_file_move_the_peak_too(written, options, peak, tmp_path):
+    (tmp_path / "part.json").write_text(json.dumps(written))
+    assert Recipe.build("default", tmp_path / "part.json", **options).peak_epoch == pytest.approx(peak)
+
+
 def test_flips_alternate_only_where_half_the_images_flip(tmp_path):
     assert Recipe.build().alternates
     assert not Recipe.build(flip_probability=0.2).alternates

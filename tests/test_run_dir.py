@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import zipfile
@@ -149,6 +150,17 @@ def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
         write_whole(tmp_path / "file", "the new one")
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "the old one"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows opens no folders")
+def test_a_file_system_that_flushes_no_folders_is_written_to(tmp_path, monkeypatch):
+    def fsync(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(run_dir.os, "fsync", fsync)
+    write_whole(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one-a-write", "all"])

@@ -84,6 +84,12 @@ def image_folder(
     return train, test, listings[0].classes, whites
 
 
+def class_names(folder: Path, split: float | None) -> tuple[str, ...]:
+    """The classes of such a folder, whose images are not looked at."""
+    parts = _parts(present(folder, None), split, lambda message: None)
+    return tuple(path.name for path in _folders(parts[0]))
+
+
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Folders below, and their files' names, without hidden ones. A folder that links lead to twice comes once."""
 

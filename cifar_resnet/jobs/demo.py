@@ -77,7 +77,7 @@ def _check_free(host: str, port: int) -> None:
     if not 1 <= port <= 65535:
         raise UsageError(f"--port {port} must be 1 to 65535")
     try:
-        socket.create_server((host, port)).close()
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise CifarResnetError(f"--host {host} --port {port}: {error.strerror}; choose another --port or --host") from None
 

@@ -17,7 +17,18 @@ from ..data.folders import present
 from ..errors import CifarResnetError, UsageError, check_choice
 from ..look import analysis, figures, labels, pictures
 from ..recipe import DATASETS
-from ..run_dir import LATEST, SCHEMA, check_new_folder, csv_of, load_checkpoint, new_folder, writable, write_json, write_whole
+from ..run_dir import (
+    LATEST,
+    SCHEMA,
+    Checkpoint,
+    check_new_folder,
+    csv_of,
+    load_checkpoint,
+    new_folder,
+    writable,
+    write_json,
+    write_whole,
+)
 from .common import Prediction, check_format, dataset_of, grad_cams, logits_of, mean_logits, save_figure, standing
 
 
@@ -49,12 +60,10 @@ def misclassified(
         run_dir: where the files go; beside the checkpoint if not given.
         count: how many of the mistakes the two pictures show.
         layer: whose output Grad-CAM weighs; see `analysis.grad_cam`.
-        sort: "confidence" (surest first), "class", "random", or "label": the least believed label first, in the mean of the image
-            and, where training flips, its mirror image; see `labels.label_scores`. Then `labels.json` and `labels.csv` are written,
-            with every image.
+        sort: "confidence" (surest first), "class", "random", or "label": the least probable label first, in the mean of the image
+            and, where training flips, its mirror image. "label" also writes every image into `labels.json` and `labels.csv`.
         true, predicted: only mistakes on images of this class; only images that were taken for this class.
-        copy_to: a new folder, into which the files of all mistakes chosen are copied, as `true/predicted/file`.
-        save_images: a new folder for all mistakes chosen as PNG files of 32x32 pixels, in the same layout.
+        copy_to, save_images: new folders for all mistakes chosen: their files, or PNG files of 32x32 pixels, as `true/predicted/file`.
         format: of the pictures: "png", "svg" or "pdf".
         dataset: the folder that the images are in now, if they have moved.
         written: called with each file and each new folder, when it is written.
@@ -63,8 +72,10 @@ def misclassified(
         CifarResnetError: one line that says what was wrong.
     """
     check(count, layer, format)
-    check_new_folders(checkpoint, copy_to, save_images, dataset, data_dir)
-    found = logits_of(checkpoint, data_dir, device, notify, dataset)
+    loaded = load_checkpoint(checkpoint)
+    analysis.choose([], loaded.classes, sort, true, predicted)  # which raises for what there is not
+    check_new_folders(loaded, copy_to, save_images, dataset, data_dir)
+    found = logits_of(loaded, data_dir, device, notify, dataset)
     wrong = analysis.mistakes(*found.judged)
     listed, ranked = by_label(found) if sort == "label" else (wrong, [])
     chosen = analysis.choose(listed, found.data.classes, sort, true, predicted)
@@ -116,12 +127,18 @@ def write_labels(
     about: dict[str, Any],
     written: Callable[[Path], None],
 ) -> None:
-    """Labels that are `ranked` as JSON, which says what they are `about`, and as CSV."""
+    """Labels that are `ranked` as JSON, which says what they are `about`, and as CSV.
+
+    A CSV file that is there and has other lines stays, as a user may have corrected it; the new file's name then has a number.
+    """
     write_json(folder / f"{stem}.json", {**_origin(found), **about, "labels": ranked})
     written(folder / f"{stem}.json")
     as_text = [{**row, "name": (row["name"] or "").encode(errors="backslashreplace").decode()} for row in ranked]
-    write_whole(folder / f"{stem}.csv", csv_of(as_text))
-    written(folder / f"{stem}.csv")
+    content = csv_of(as_text).encode()
+    names = (folder / f"{stem}{'' if number == 1 else f'-{number}'}.csv" for number in itertools.count(1))
+    path = next(each for each in names if not each.exists() or each.read_bytes() == content)
+    write_whole(path, content)
+    written(path)
 
 
 def write_images(
@@ -143,7 +160,7 @@ def check(count: int, layer: str, format: str) -> None:
 
 
 def check_new_folders(
-    checkpoint: Path | str, copy_to: Path | str | None, save_images: Path | str | None, moved: Path | str | None,
+    loaded: Checkpoint, copy_to: Path | str | None, save_images: Path | str | None, moved: Path | str | None,
     data_dir: Path | str | None,
 ) -> None:  # fmt: skip
     """Whether they are new, none is in the other, and none is among the images, which are in `moved` if they have moved.
@@ -155,7 +172,7 @@ def check_new_folders(
     given = {option: Path(folder) for option, folder in (("--copy-to", copy_to), ("--save-images", save_images)) if folder}
     if not given:
         return
-    source = dataset_of(moved or load_checkpoint(checkpoint).recipe.dataset)
+    source = dataset_of(moved or loaded.recipe.dataset)
     if copy_to and source in DATASETS:
         raise UsageError(f"--copy-to {copy_to}: the images of {source} have no files to copy; use --save-images {copy_to}")
     images = [] if source in DATASETS else [present(Path(source), data_dir)]

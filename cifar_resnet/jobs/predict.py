@@ -112,4 +112,4 @@ def _predictions(
         if read:
             yield from ({"image": image, "classes": found} for image, found in zip(read, probable(pixels), strict=True))
     if others:
-        notify(f"{len(others):,} of the files in folders {'is' if len(others) == 1 else 'are'} no image: {some(others)}")
+        notify(f"{len(others):,} of the files in folders could not be read as images: {some(others)}")

@@ -71,11 +71,13 @@ def repeat(
         raise UsageError("--repeat does not go with torchrun: train one seed after the other")
     device, said = options.get("device", "auto"), list[str]()
     if resume is None:
-        begun: Any = _begin(recipe or Recipe(), count or 1, run_dir, device)
+        if count is None:
+            raise UsageError("repeat: give count, the number of seeds")
+        begun: Any = _begin(recipe or Recipe(), count, run_dir, device)
     else:
         standing = _standing(find_run(resume, repetition=True), must_match or {}, device, options.get("data_dir"), said.append)
         begun = nullcontext(standing)
-    done, captured = [], dict[Recipe, CapturedEpoch]()
+    done, captured = [], dict[Any, CapturedEpoch]()
     with begun as (folder, recipe, count), signals() as received:
         for seed in range(recipe.seed, recipe.seed + count):
             one = folder / f"s{seed}"
@@ -121,11 +123,13 @@ def _standing(
     if not isinstance(count, int) or count < 2:
         raise UsageError(f"{path} has the count {count!r}, not a number of runs")
     with_checkpoint = [run for run in seeds_of(folder) if (run / CHECKPOINT).exists()]
-    if moved(recipe, must_match) and with_checkpoint:
-        _, checkpoint = RunDir(with_checkpoint[0]).open({"dataset": must_match["dataset"]})
-        assert checkpoint is not None
-        check_images(checkpoint, load(checkpoint.recipe, data_dir, warn), warn)
-        recipe = recipe.replace(dataset=checkpoint.recipe.dataset)
+    if moved(recipe, must_match) and (with_checkpoint or not Path(recipe.dataset).exists()):
+        now = recipe.replace(dataset=str(must_match["dataset"]))
+        if with_checkpoint:
+            _, checkpoint = RunDir(with_checkpoint[0]).open({"dataset": now.dataset})
+            assert checkpoint is not None
+            check_images(checkpoint, load(now, data_dir, warn), warn)
+        recipe = now
     check_match(recipe, must_match, folder)
     if recipe.precision == "auto":  # begun by a version that left it to each run: the first one's holds
         files = [folder / f"s{seed}" / RECIPE for seed in range(recipe.seed, recipe.seed + count)]

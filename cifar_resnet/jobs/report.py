@@ -21,7 +21,7 @@ from ..errors import check_choice, printable
 from ..look import analysis, figures, pictures
 from ..look.progress import epoch_line
 from ..look.words import count_of, duration, plural
-from ..run_dir import LATEST, load_checkpoint, writable, write_whole
+from ..run_dir import LATEST, check_writable, load_checkpoint, writable, write_whole
 from .common import Prediction, command_words, content_of, data_url, grad_cams, logits_of, rendered, save_figure
 from .misclassified import by_label
 
@@ -55,6 +55,8 @@ def report(
     """
     check_choice("format", format, "html", "markdown")
     checkpoint = load_checkpoint(run)
+    path = Path(path) if path else checkpoint.path.parent / ("report.html" if format == "html" else "report")
+    check_writable(path.parent)
     found = logits_of(checkpoint, data_dir, device, notify, dataset)
     content = content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")
     wrong = analysis.mistakes(*found.judged)
@@ -72,10 +74,10 @@ def report(
         duration=duration,
     )
     if format == "markdown":
-        return _write_markdown(found, content, shown, values, Path(path) if path else checkpoint.path.parent / "report")
-    path = Path(path) if path else checkpoint.path.parent / "report.html"
+        return _write_markdown(found, content, shown, values, path)
     drawn = dict(charts=_charts(found, content), cards=_cards(found, shown))
     page = rendered("report.html", **values, wrong=len(wrong), image=partial(_image, found), **drawn)
+    writable(path.parent)
     write_whole(path, page.encode(errors="backslashreplace"))
     return path
 

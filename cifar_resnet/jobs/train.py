@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial, partialmethod
 from pathlib import Path
@@ -105,7 +105,7 @@ def train(
     progress: bool | None = None,
     on_epoch: Callable[[dict[str, float]], object] | None = None,
     watcher: object | None = None,
-    captured: dict[Recipe, CapturedEpoch] | None = None,
+    captured: dict[Any, CapturedEpoch] | None = None,
 ) -> Checkpoint:
     """Trains a recipe to its end, or a run on from its checkpoint, and keeps it in a run directory.
 
@@ -127,14 +127,14 @@ def train(
         progress: whether a table of the epochs is shown; by default in a terminal and in a notebook.
         on_epoch: called after every epoch with its metrics, as `metrics.json` has them.
         watcher: is told of the run's course: an object with any of the methods of `Watcher`.
-        captured: steps that earlier calls captured on a GPU, by recipe with seed 0; this call uses and adds to it.
+        captured: steps that earlier calls captured on a GPU, by what they depend on; this call uses and adds to it.
 
     Raises:
         CifarResnetError: one line that says what was wrong. A run that had begun can be resumed.
     """
-    how = dict(compile=compile, convolution=convolution, tf32=tf32, target=target, format=format)
-    asked = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, **how)
-    _check(recipe, run_dir, resume, save_every_minutes, asked)
+    where: dict[str, Any] = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution)
+    asked = dict(where, save_every_minutes=save_every_minutes, compile=compile, tf32=tf32, target=target, format=format)
+    _check(recipe, run_dir, resume, asked)
     with distributed.joined(), ExitStack() as held:
         run = _Run(recipe, run_dir, resume, must_match or {}, asked, _watchers(held, progress, on_epoch, watcher))
         if run.read():
@@ -158,11 +158,11 @@ def _watchers(
 
 
 def _check(
-    recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, save_every_minutes: float, asked: dict[str, Any]
-) -> None:
+    recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, asked: dict[str, Any]
+) -> None:  # fmt: skip
     target = asked["target"]
-    if not save_every_minutes > 0:
-        raise UsageError(f"--save-every-minutes {save_every_minutes:g} must be above 0")
+    if not asked["save_every_minutes"] > 0:
+        raise UsageError(f"--save-every-minutes {asked['save_every_minutes']:g} must be above 0")
     if resume is not None and (recipe is not None or run_dir is not None):
         raise UsageError("a resumed run takes recipe and folder from itself; give neither")
     if target is not None and not 0 <= target <= 100:
@@ -306,12 +306,12 @@ class _Run:
             for model in {self.state.model, self.state.tested}:
                 convolution.use(model, choice)
 
-    def make_steps(self, captured: dict[Recipe, CapturedEpoch]) -> None:
+    def make_steps(self, captured: dict[Any, CapturedEpoch]) -> None:
         """Compiles and captures where that is asked for, or is sooner done."""
         self.run_epoch = engine.plain_epoch
         if distributed.ranks() == 1:
             loader = self.loader if isinstance(self.loader, TensorLoader) else None
-            earlier = captured.get(self.recipe.replace(seed=0))
+            earlier = captured.get(self._steps_depend_on())
             if loader and earlier:
                 self.state = earlier.adopt(self.state, loader)
             else:
@@ -323,7 +323,7 @@ class _Run:
                 self.watcher.warn("a graph cannot hold steps whose momentum changes, as this recipe's does; it trains without")
         self._stage("compile")
 
-    def _capture(self, steps: CapturedEpoch, captured: dict[Recipe, CapturedEpoch]) -> None:
+    def _capture(self, steps: CapturedEpoch, captured: dict[Any, CapturedEpoch]) -> None:
         try:
             steps.capture()
         except RuntimeError as error:  # an old driver, or an operation that cannot be captured
@@ -334,7 +334,11 @@ class _Run:
                 cause = cause.__context__
             self.watcher.warn(f"the step cannot be captured as a graph: {first_line(error)}; it trains without")
             return
-        self.run_epoch = captured[self.recipe.replace(seed=0)] = steps
+        self.run_epoch = captured[self._steps_depend_on()] = steps
+
+    def _steps_depend_on(self) -> Hashable:
+        """All that captured steps hold: recipe, device, images, and how matrices are multiplied."""
+        return self.recipe.replace(seed=0), self.device, self.asked["tf32"], self.data.fingerprints["train"]["sha256"]
 
     def begin(self) -> None:
         self.environment = {

@@ -66,13 +66,13 @@ def training_labels(
         CifarResnetError: one line that says what was wrong.
     """
     check(count, "layer2", format)
-    check_new_folders(run, copy_to, save_images, dataset, data_dir)
     loaded, place = opened(run, device, notify)
+    analysis.choose([], loaded.classes, "label", true, predicted)  # which raises for a class that is none
+    check_new_folders(loaded, copy_to, save_images, dataset, data_dir)
     loaded, data = images_of(loaded, data_dir, notify, dataset)
     if changed := loaded.difference("train", data.fingerprints["train"]):
         notify(f"the training images are not those of the run: {changed}")
     recipe, parts = _shortened(loaded.recipe, epochs), _parts(data, folds, loaded.recipe.seed)
-    analysis.choose([], data.classes, "label", true, predicted)  # which raises for a class that is none
     folder = writable(Path(run_dir) if run_dir else loaded.path.parent)
     with telling(progress, "training on folds", "steps") as told:
         logits = _held_out_logits(recipe, data, parts, place, loaded.convolutions, folder / FOLDS, notify, told)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..data.folders import class_names
 from ..data.loaders import TensorLoader
 from ..data.splits import Split
 from ..errors import UsageError, check_choice, printable
-from ..recipe import Recipe
+from ..recipe import DATASETS, Recipe
 from ..training.engine import predict_logits, scores
 from ..training.model import ResNet, build_model
 
@@ -241,7 +243,11 @@ def summary(recipe: Recipe) -> dict[str, Any]:
 
     `receptive_field` is the last layer's, in pixels of the image.
     """
-    rows = layers(recipe, 100 if recipe.dataset == "cifar100" else 10)
+    if recipe.dataset in DATASETS:
+        classes = 100 if recipe.dataset == "cifar100" else 10
+    else:
+        classes = len(class_names(Path(recipe.dataset), recipe.split))
+    rows = layers(recipe, classes)
     multiply_adds = sum(row["multiply_adds"] for row in rows)
     totals = {
         "parameters": sum(row["parameters"] for row in rows),

@@ -135,7 +135,7 @@ def repetition(content: dict[str, Any]) -> None:
 def predictions(found: list[dict[str, Any]]) -> None:
     """One row an image: its most probable classes, the first one first."""
     count = max((len(row["classes"]) for row in found), default=0)
-    ranks = [("first", "second", "third")[i] if i < 3 else f"{i + 1}th" for i in range(count)]
+    ranks = [("first", "second", "third")[i] if i < 3 else f"{i + 1}." for i in range(count)]
     rows = [
         [row["image"], *chain.from_iterable((each["class"], f"{100 * each['probability']:.1f} %") for each in row["classes"])]
         for row in found
@@ -214,7 +214,9 @@ def _compared(group: dict[str, Any], evaluated_on: str) -> dict[str, Cell]:
     """What `comparison` shows of a group, by row."""
     spread = f" ± {group['std']:.2f}" if group["std"] is not None else ""
     folders = [Path(run["path"]).parent for run in group["runs"]]
-    if all(folder == folders[0].parent / f"s{run['seed']}" for folder, run in zip(folders, group["runs"], strict=True)):
+    if len(folders) > 1 and all(
+        folder == folders[0].parent / f"s{run['seed']}" for folder, run in zip(folders, group["runs"], strict=True)
+    ):
         folders = [folders[0].parent]  # of a repetition
     return {
         "runs": Text("\n".join(errors.printable(str(folder)) for folder in folders)),

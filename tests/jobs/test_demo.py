@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -289,6 +290,9 @@ def test_what_cannot_be_served_is_one_line(refused, tiny_run, tmp_path, monkeypa
     with socket.create_server(("127.0.0.1", 0)) as taken:
         line = refused(1, "demo", tiny_run, "--port", taken.getsockname()[1])
         assert f"--port {taken.getsockname()[1]}: Address already in use" in line
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:  # where there is IPv6
+        line = refused(1, "demo", tiny_run, "--host", "::1", "--port", taken.getsockname()[1])
+        assert "Address already in use" in line
     assert "--port 70000 must be 1 to 65535" in refused(2, "demo", tiny_run, "--port", 70000)
     assert "no.such.host.invalid" in refused(1, "demo", tiny_run, "--host", "no.such.host.invalid")
     assert "there is no checkpoint" in refused(1, "demo", tmp_path)

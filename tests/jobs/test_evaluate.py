@@ -216,6 +216,19 @@ def test_each_of_several_runs_is_evaluated_and_one_that_fails_is_named(two_runs,
     assert [line.split()[-1] for line in out.splitlines()[-2:]] == [f"runs/digits-{number}/checkpoint.pt" for number in (1, 2)]
 
 
+def test_two_checkpoints_of_one_folder_would_write_the_same_files(two_runs, refused):
+    shutil.copy("runs/digits-1/checkpoint.pt", "runs/digits-1/old.pt")
+    line = refused(2, "evaluate", "runs/digits-2", "runs/digits-1", "runs/digits-1/old.pt")
+    assert f"two of these runs would write the same files, in {Path('runs/digits-1').resolve()}; evaluate one at a time" in line
+    assert not list(Path("runs").glob("*/evaluation.json"))
+
+
+def test_several_runs_that_all_fail_are_named_and_no_table_is_printed(refused, cli, tmp_path):
+    code, out, err = cli("evaluate", tmp_path / "a", tmp_path / "b")
+    assert (code, err.count("there is no checkpoint")) == (1, 2)
+    assert "accuracy" not in out
+
+
 def test_evaluate_takes_a_repetition_as_its_runs(two_runs, cli, no_figures):
     Path("runs/many").mkdir()
     Path("runs/many/repeat.json").write_text("{}")

@@ -109,6 +109,21 @@ def test_labels_that_may_be_wrong_come_first(own_images, tmp_path, cli, no_figur
     assert files_in(tmp_path / "odd") == ["bright/dark/=odd, one.png"]
 
 
+def test_labels_that_a_user_corrected_stay(tiny_run, tmp_path, no_figures):
+    def rank():
+        written = []
+        misclassified(tiny_run, tmp_path, sort="label", written=written.append)
+        return {path.name for path in written if path.suffix == ".csv"}
+
+    assert rank() == rank() == {"labels.csv"}
+    made = (tmp_path / "labels.csv").read_bytes()
+    corrected = made.replace(made.split()[1], b"0,,1,2,0.5", 1)
+    (tmp_path / "labels.csv").write_bytes(corrected)
+    assert rank() == rank() == {"labels-2.csv"}
+    assert (tmp_path / "labels.csv").read_bytes() == corrected != made == (tmp_path / "labels-2.csv").read_bytes()
+    assert not (tmp_path / "labels-3.csv").exists()
+
+
 def test_where_there_is_no_mistake_the_least_sure_images_are_shown(tiny_run, tmp_path, cli, no_figures, monkeypatch):
     """A run without any, made by taking the predictions for the labels."""
     from cifar_resnet.jobs import misclassified as job
@@ -140,8 +155,12 @@ def test_where_there_is_no_mistake_the_least_sure_images_are_shown(tiny_run, tmp
 
 
 def test_what_cannot_be_chosen_is_refused(refused, tiny_run, tmp_path):
-    line = refused(2, "misclassified", tiny_run, "--true", "cow", "--run-dir", tmp_path / "none")
-    assert "--true cow: no such class; there are 0, 1, 2" in line
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cifar_resnet.jobs.misclassified.logits_of", None)  # it is known before the network looks at the images
+        line = refused(2, "misclassified", tiny_run, "--true", "cow", "--run-dir", tmp_path / "none")
+        assert "--true cow: no such class; there are 0, 1, 2" in line
+        with pytest.raises(UsageError, match="--sort size"):
+            misclassified(tiny_run, tmp_path / "none", sort="size")
     for options, word in (
         (dict(count=0), "--count 0"),
         (dict(layer="layer9"), "--layer layer9"),

@@ -58,7 +58,7 @@ def test_what_is_no_image_is_named_and_skipped(digit_images, tiny_run, cli, tmp_
     code, out, err = cli("predict", tiny_run, ".", tmp_path / "missing.png")
     assert (code, err.count("\n")) == (1, 2)
     assert f"cifar-resnet: skipped {tmp_path}/missing.png: No such file" in err
-    assert "cifar-resnet: 2 of the files in folders are no image: aa.txt, bb.png\n" in err
+    assert "cifar-resnet: 2 of the files in folders could not be read as images: aa.txt, bb.png\n" in err
     assert "39.png" in out
     code, out, err = cli("predict", tiny_run, "aa.txt", "bb.png", "00.png")
     assert (code, err.count("cifar-resnet: skipped")) == (1, 2)
@@ -73,7 +73,7 @@ def test_what_lies_in_a_folder_and_is_no_image_is_skipped_and_counted_once(digit
     (folder / ".venv" / "logo.png").write_bytes((folder / "00.png").read_bytes())
     code, out, err = cli("predict", tiny_run, "images", "--json")
     assert (code, len(json.loads(out))) == (0, 40)
-    assert err == "cifar-resnet: 2 of the files in folders are no image: images/notes.txt, images/more/readme.md\n"
+    assert err == "cifar-resnet: 2 of the files in folders could not be read as images: images/notes.txt, images/more/readme.md\n"
 
 
 # What predict takes from Python

@@ -149,6 +149,27 @@ def test_a_repetition_goes_on_where_its_images_have_moved_to(own_images, tmp_pat
         assert_same_run(content(many / seed), content(tmp_path / "whole" / seed))
 
 
+def test_a_repetition_that_has_trained_nothing_begins_where_its_images_have_moved_to(own_images, tmp_path):
+    class Early(Watcher):
+        def begin(self, *_):
+            raise KeyboardInterrupt
+
+    recipe, many = Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, width=4), tmp_path / "many"
+    with pytest.raises(KeyboardInterrupt):
+        repeat(recipe, 2, many, watch=lambda: nullcontext(Early()))
+    own_images.rename(tmp_path / "now")
+    assert len(repeat(resume=many, must_match={"dataset": str(tmp_path / "now")})["accuracies"]) == 2
+
+
+def test_what_contradicts_a_repetition_is_one_line(recipe, tmp_path, refused):
+    """A field that is a list, which the repetition leaves to the data set."""
+    repeat(recipe, 2, tmp_path / "many")
+    line = refused(2, "train", "--resume", tmp_path / "many", "--mean", 0.5, 0.5, 0.5)
+    assert "--mean (0.5, 0.5, 0.5) contradicts the run" in line
+    with pytest.raises(UsageError, match="give count"):
+        repeat(recipe)
+
+
 @pytest.fixture
 def native(monkeypatch):
     """Sets whether the CPU multiplies in bfloat16, which decides what precision `auto` is."""

@@ -159,13 +159,13 @@ def test_every_optimizer_goes_on_where_it_stood(tmp_path, no_figures, fields):
 def test_the_command_to_go_on_with_names_the_options_that_were_given(tmp_path, cli, monkeypatch, no_figures):
     pytest.importorskip("tensorboard", reason="the extra track is not installed")
     monkeypatch.setattr(progress.TrainingTable, "step", lambda self, step, state: signal.raise_signal(signal.SIGINT))
-    options = ("--format", "svg", "--target", 90, "--data-dir", tmp_path / "a folder", "--device", "cpu", "--track", "tensorboard")
+    options = ("--format", "svg", "--target", 90, "--save-every-minutes", 2, "--data-dir", tmp_path / "a folder", "--device", "cpu", "--track", "tensorboard")
     code, _, err = cli("train", *DIGITS, "--run-dir", tmp_path / "run", *options, "--loader", "albumentations", "--workers", 0)
     assert code == 130
     words = shlex.split(err.partition("go on with: cifar-resnet ")[2])
     assert words[:3] == ["train", "--resume", str(tmp_path / "run")]
     given = dict(zip(words[3::2], words[4::2], strict=True))
-    expected = {"--format": "svg", "--target": "90.0", "--data-dir": str(tmp_path / "a folder"), "--device": "cpu", "--track": "tensorboard"}
+    expected = {"--format": "svg", "--target": "90.0", "--save-every-minutes": "2.0", "--data-dir": str(tmp_path / "a folder"), "--device": "cpu", "--track": "tensorboard"}
     assert given == {**expected, "--loader": "albumentations", "--workers": "0"}
 
 
@@ -536,6 +536,13 @@ def test_a_run_of_images_without_files_does_not_go_on_with_other_pixels(unfinish
         train(resume=tmp_path / "run")
 
 
+def test_a_run_without_a_checkpoint_begins_where_its_images_have_moved_to(own_images, own_run, tmp_path, no_figures):
+    (own_run / "checkpoint.pt").unlink()
+    own_images.rename(tmp_path / "renamed")
+    train(resume=own_run, must_match={"dataset": str(tmp_path / "renamed")})
+    assert load_checkpoint(own_run).recipe.dataset == str(tmp_path / "renamed")
+
+
 def test_a_run_goes_on_where_its_images_have_moved_to(own_run, own_images, tmp_path, cli, no_figures):
     """The same to the bit as where they were; and finds them there from then on."""
     shutil.copytree(own_run, tmp_path / "moved")
@@ -870,9 +877,10 @@ def test_a_short_run_on_real_images_learns(cli, tmp_path):
 @pytest.mark.parametrize(("name", "says"), [("eva6-s9", True), ("default", False)])
 def test_a_gpu_says_where_a_recipe_cannot_be_captured_for_its_momentum(name, says):
     said, device = [], torch.device("cuda")
-    run = _Run(Recipe.build(name), None, None, {}, {"compile": "off"}, SimpleNamespace(warn=said.append))
+    run = _Run(Recipe.build(name), None, None, {}, {"compile": "off", "tf32": False}, SimpleNamespace(warn=said.append))
     run.recipe, run.device, run.loader = run.asked_recipe, device, SimpleNamespace(sizes=[512])
     run.state = SimpleNamespace(device=device, model="the model", forward=None)
+    run.data = SimpleNamespace(fingerprints={"train": {"sha256": "of the images"}})
     run.make_steps({})
     assert ["momentum changes" in line for line in said] == [True] * says
     assert run.state.forward == "the model"

@@ -160,6 +160,15 @@ def test_the_summary_has_the_layers_and_their_totals(cli):
     assert layers[-1]["layer"] == "fc"
 
 
+def test_the_summary_of_a_run_on_ones_own_images_counts_their_classes(tmp_path, cli):
+    for name in ("a", "b", "c"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+    (tmp_path / "recipe.json").write_text(Recipe.build(dataset=str(tmp_path / "images"), split=0.5, width=4, batch_size=16).to_json())
+    code, out, _ = cli("summary", "--recipe-file", tmp_path / "recipe.json", "--json")
+    assert code == 0
+    assert json.loads(out)["layers"][-1]["output"] == [3]
+
+
 @pytest.mark.parametrize(
     "options", [dict(recipe="eva6-s9", batch_size=3), dict(width=4, batch_size=7), dict(recipe="page", batch_size=1)]
 )

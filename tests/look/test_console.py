@@ -82,9 +82,9 @@ def test_a_repetition_is_compared_by_its_folder_and_other_runs_by_theirs(shown, 
         numbers = dict(mean=mean, std=0.1, test_loss=0.2, train_loss=0.9, seconds=60)
         return {"label": "default: width 8", "n": len(runs), **numbers, "differs": {"width": 8}, "runs": runs}
 
-    groups = [group(90, "runs/repeat-1/s0", "runs/repeat-1/s1"), group(80, "runs/a-1", "runs/b\n-7")]
+    groups = [group(90, "runs/repeat-1/s0", "runs/repeat-1/s1"), group(80, "runs/a-1", "runs/b\n-7"), group(70, "runs/repeat-2/s0")]
     lines = shown(width, console.comparison, {"evaluated_on": "test", "groups": groups})
-    assert [line.split() for line in lines[:3]] == [["runs", "runs/repeat-1", "runs/a-1"], ["runs/b\\n-7"], ["recipe", "default", "default"]]
+    assert [line.split() for line in lines[:2]] == [["runs", "runs/repeat-1", "runs/a-1", "runs/repeat-2/s0"], ["runs/b\\n-7"]]
 
 
 @pytest.mark.parametrize("width", [40, 80, 100, 140])
