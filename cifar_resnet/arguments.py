@@ -7,11 +7,23 @@ import inspect
 import operator
 from collections.abc import Callable
 from types import GenericAlias, UnionType
-from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, InstanceOf, TypeAdapter, ValidationError
 
-from .errors import UsageError
+from .errors import UsageError, check_choice
+
+# Options with a few values, in Python as on the command line.
+Compile = Literal["auto", "on", "off"]
+Convolution = Literal["auto", "torch"]
+ExportFormat = Literal["onnx", "safetensors", "space"]
+Format = Literal["png", "svg", "pdf"]
+GradCamLayer = Literal["prep", "layer1", "layer2", "layer3"]
+LoaderKind = Literal["auto", "tensor", "albumentations"]
+ReportFormat = Literal["html", "markdown"]
+Sort = Literal["confidence", "label", "class", "random"]
+StepMode = Literal["exp", "linear"]
+Tta = Literal["none", "flip", "flip-shift"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,11 +58,14 @@ def check(function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
                 plain = value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
                 types[name].validate_python((plain,))
         except ValidationError:
+            hint: Any = get_type_hints(inspect.unwrap(function))[name]
+            if get_origin(hint) is Literal and isinstance(value, str):
+                check_choice(name.replace("_", "-"), value, *get_args(hint))
             annotation = str(signature.parameters[name].annotation)
-            hint = HINTS.get(type(value), "").format(_short(value)) if annotation.startswith("Recipe") else ""
+            meant = HINTS.get(type(value), "").format(_short(value)) if annotation.startswith("Recipe") else ""
             raise UsageError(
                 f"{function.__name__}: {name} {_short(value)} is of the type {type(value).__name__}; it takes {annotation}"
-                f"{hint and f', such as {hint}'}"
+                f"{meant and f', such as {meant}'}"
             ) from None
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 import typer
 from typer.core import TyperCommand
 
-from . import __version__
+from . import __version__, arguments
 from .errors import CifarResnetError, UsageError, printable
 from .look import console, progress
 from .look.words import plural
@@ -134,22 +134,22 @@ DemoDataDir = Annotated[Path | None, _option(
 )]
 Moved = Annotated[str | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
 Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: cuda if there is one, else mps, else cpu.")]
-Loader = Annotated[Literal["auto", "tensor", "albumentations"], _option(
+Loader = Annotated[arguments.LoaderKind, _option(
     "How images are augmented. tensor: a batch at a time, on the device. albumentations: one by one, in worker processes. auto: tensor, or the loader of a resumed run.",
     metavar=NAME,
 )]
 Workers = Annotated[int | None, _option(
     "Worker processes of the albumentations loader.", default="1 on a CPU, 4 beside a GPU"
 )]
-Compile = Annotated[Literal["auto", "on", "off"], _option(
+Compile = Annotated[arguments.Compile, _option(
     "Whether torch.compile compiles the model before the first step: on, off, or auto, which is off.", metavar=NAME
 )]
-Convolution = Annotated[Literal["auto", "torch"], _option(
+Convolution = Annotated[arguments.Convolution, _option(
     "How a CPU computes convolutions. auto: each in the way that was fastest on this machine. torch: by PyTorch alone.",
     metavar=NAME,
 )]
-Format = Annotated[Literal["png", "svg", "pdf"], _option("Format of the pictures: png, svg or pdf.", metavar=NAME)]
-Tta = Annotated[Literal["none", "flip", "flip-shift"], _option(
+Format = Annotated[arguments.Format, _option("Format of the pictures: png, svg or pdf.", metavar=NAME)]
+Tta = Annotated[arguments.Tta, _option(
     "Test-time augmentation: average the logits of several views. none: the image alone. flip: also its mirror image. flip-shift: also "
     "both, shifted by a pixel down and right, and up and left.", metavar=NAME
 )]
@@ -159,7 +159,7 @@ Picture = Annotated[Path, _option("Where the picture goes: a .png, .svg or .pdf.
 StartLR = Annotated[float, _option("Learning rate of the first step.", RANGE)]
 EndLR = Annotated[float, _option("Learning rate of the last step.", RANGE)]
 NumIter = Annotated[int, _option("Steps of the range test.", RANGE)]
-StepMode = Annotated[Literal["exp", "linear"], _option("How the LR rises: exp or linear.", RANGE, metavar=NAME)]
+StepMode = Annotated[arguments.StepMode, _option("How the LR rises: exp or linear.", RANGE, metavar=NAME)]
 TrialSteps = Annotated[int | None, _option(
     "Steps of each of the three to six short trainings; 0: no short trainings.", RANGE,
     default="the steps of 25,600 images; at most half of the run; at least 50",
@@ -190,7 +190,7 @@ Track = Annotated[Literal["tensorboard"] | None, _option(
 Target = Annotated[float | None, _option("Accuracy in percent, drawn as a line into the accuracy curve.", min=0, max=100)]
 
 Count = Annotated[int, _option("Mistakes in the two pictures, 1 to 100.", CHOICE)]
-Sort = Annotated[Literal["confidence", "label", "class", "random"], _option(
+Sort = Annotated[arguments.Sort, _option(
     "Order of the mistakes. confidence: surest first. label: least probable label first. class: by class. random.", CHOICE, metavar=NAME,
 )]
 Folds = Annotated[int | None, _option(
@@ -206,7 +206,7 @@ CopyTo = Annotated[Path | None, _option(
 SaveImages = Annotated[Path | None, _option(
     "New folder: write all chosen images to true/predicted/ as PNG, 32x32.", CHOICE, default="none"
 )]
-Layer = Annotated[Literal["prep", "layer1", "layer2", "layer3"], _option(
+Layer = Annotated[arguments.GradCamLayer, _option(
     "Layer for Grad-CAM: prep (32x32), layer1 (16x16), layer2 (8x8) or layer3 (4x4).", CHOICE, metavar=NAME
 )]
 
@@ -214,14 +214,14 @@ Runs = Annotated[list[Path], _argument("Folders of finished runs or of repetitio
 Page = Annotated[Path | None, _option(
     "File for the HTML page, or folder for the Markdown.", default="report.html or report beside the checkpoint"
 )]
-ReportFormat = Annotated[Literal["html", "markdown"], _option("html: one file with its pictures inside. markdown: a folder with README.md and pictures.")]
+ReportFormat = Annotated[arguments.ReportFormat, _option("html: one file with its pictures inside. markdown: a folder with README.md and pictures.")]
 RunAndImages = Annotated[list[Path], _argument(
     "The folder of a run, or its checkpoint file. Then image files, or folders of them. Without a run: the newest one in runs/.",
     "RUN, IMAGE",
 )]
 Top = Annotated[int, _option("Classes shown for each image.")]
 Exported = Annotated[Path | None, _option("New file, or new folder of a space.", default="model.<format> or space, beside the checkpoint")]
-ExportFormat = Annotated[Literal["onnx", "safetensors", "space"], _option(
+ExportFormat = Annotated[arguments.ExportFormat, _option(
     "space is the page of demo as a folder to publish. It needs the extra demo; onnx and safetensors need the extra export."
 )]
 WithPreprocessing = Annotated[bool, _option(

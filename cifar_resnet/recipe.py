@@ -243,19 +243,17 @@ class Recipe(BaseModel):
             UsageError: one line that names each wrong field as its option, with its value.
         """
         if not isinstance(fields, dict):
-            return cls.parse(fields, source)
+            raise UsageError(f"{source}a recipe is an object with its fields, not {fields!r:.60}")
         known = PRESETS.get(str(fields.get("recipe"))) if "schema" in fields else None
         return cls.parse({**(known.fields if known else {}), **_filled(fields, 1, source)}, source)
 
     @classmethod
-    def parse(cls, fields: Any, source: str = "") -> Recipe:
+    def parse(cls, fields: dict[str, Any], source: str = "") -> Recipe:
         """A Recipe from plain values, as JSON holds them.
 
         Raises:
             UsageError: one line that names each wrong field as its option, with its value.
         """
-        if not isinstance(fields, dict):
-            raise UsageError(f"{source}a recipe is an object with its fields, not {fields!r:.60}")
         try:
             return cls(**fields)
         except UsageError as error:

@@ -37,11 +37,14 @@ from .training.optim import make_optimizer
 CHECKPOINT, RECIPE, REPEAT, LOCK, HOLDER = "checkpoint.pt", "recipe.json", "repeat.json", ".lock", ".lock-holder"
 RUNS, LATEST = Path("runs"), "latest"
 PICTURES = (".png", ".svg", ".pdf")
-# Files that commands make of a checkpoint, and write beside it. labels.csv is for a user to correct.
+# Files that commands make of a checkpoint, and write beside it. labels.csv is not among them: a user may have corrected it.
 MADE_OF_CHECKPOINT = {
     *("evaluation.json", "labels.json", "misclassified.json", "model.onnx", "model.safetensors", "report.html"),
-    *(name + suffix for suffix in PICTURES for name in ("class_accuracy", "confusion_matrix", "reliability")),
-    *(name + suffix for suffix in PICTURES for name in ("gradcam", "misclassified")),
+    *(
+        f"{name}{suffix}"
+        for name in ("class_accuracy", "confusion_matrix", "reliability", "gradcam", "misclassified")
+        for suffix in PICTURES
+    ),
 }
 ROW = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second")
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
@@ -345,8 +348,6 @@ def load_checkpoint(path: Path | str = LATEST) -> Checkpoint:
     path = path / CHECKPOINT if path.is_dir() else path
     content = _read_archive(path)
     try:
-        if content["kind"] != KIND:
-            raise CheckpointError(f"{path} is not a checkpoint of cifar-resnet")
         if content["schema"] != SCHEMA:
             raise CheckpointError(f"{path} has schema {content['schema']}; this version of cifar-resnet reads {SCHEMA}")
         recipe = Recipe.load(content["recipe"], source=f"{path}: its recipe is not valid: ")
@@ -398,7 +399,7 @@ def _read_archive(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever a hostile file makes the unpickler raise
         refused = "code" if "weights_only" in str(error) or "Unsupported" in str(error) else "something"
         raise CheckpointError(f"{path} holds {refused} that a checkpoint must not; it was not loaded") from None
-    if not isinstance(content, dict) or "kind" not in content:
+    if not isinstance(content, dict) or content.get("kind") != KIND:
         raise CheckpointError(f"{path} is not a checkpoint of cifar-resnet")
     return content
 
@@ -621,8 +622,7 @@ def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> Non
         if name not in Recipe.model_fields:
             raise UsageError(f"{name} is no field of a recipe")
         planned = getattr(recipe, name)
-        value = tuple(value) if isinstance(value, list) else value
-        same = value == planned or (name, value) == ("precision", "auto")
+        same = (tuple(value) if isinstance(value, list) else value) == planned or (name, value) == ("precision", "auto")
         if name == "dataset":
             same = os.path.realpath(value) == os.path.realpath(planned)
         if not same:

@@ -10,7 +10,7 @@ import torch
 
 from cifar_resnet import Recipe
 from cifar_resnet.data.datasets import with_statistics
-from cifar_resnet.data.loaders import TensorLoader
+from cifar_resnet.data.loaders import Share, TensorLoader
 from cifar_resnet.data.splits import Split
 from cifar_resnet.training import distributed, engine
 
@@ -29,14 +29,14 @@ def run_of(**changes):
     """A recipe for 40 images in steps of 15, 15 and 10, which 2 and 3 processes share unevenly; this rank's part of them."""
     fields = dict(width=4, batch_size=15, batches="fixed", epochs=1, peak_epoch=0.5, max_lr=0.05, precision="float32")
     recipe = with_statistics(Recipe.build(**fields, **changes))
-    return recipe, Doubled(TensorLoader(random_split(40), recipe, CPU, distributed.share()))
+    return recipe, Doubled(TensorLoader(random_split(40), recipe, CPU, Share(distributed.rank(), distributed.ranks())))
 
 
 def epoch():
     """How an epoch with averaging, Muon and a last step that is sharpness-aware ends, on every rank; evaluated on 31 images."""
     recipe, loader = run_of(ema_decay=0.9, ema_every=1, sam_share=0.4, sam_radius=0.1)
     evaluated, scored, scores = random_split(31), [], engine.scores
-    mine = evaluated.take(distributed.share().of(31))
+    mine = evaluated.take(Share(distributed.rank(), distributed.ranks()).of(31))
     evaluation = Doubled(TensorLoader(mine, recipe, CPU))
     engine.scores = lambda logits, labels: scored.append(labels) or scores(logits, labels)
     state = doubled(engine.start(recipe, CPU))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,17 +104,11 @@ def _reflect(position: Tensor) -> Tensor:
     return torch.where(position > 31, 62 - position, position)
 
 
-def albumentations() -> ModuleType:
-    """The library, kept from asking the network for a newer one, as its import does."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    import albumentations
-
-    return albumentations
-
-
 def train_transform(recipe: Recipe) -> Any:
     """Pad, random crop 32, flip, cutout, normalise, to tensor. Takes image=uint8 (32, 32, 3), gives float32 (3, 32, 32)."""
-    A = albumentations()
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network for a newer version
+    import albumentations as A
+
     steps = []
     if recipe.pad:
         side = 32 + 2 * recipe.pad

@@ -39,10 +39,6 @@ class Published(NamedTuple):
     meta: dict[str, str]
     names: str  # the key of the classes in `meta`
 
-    @property
-    def files(self) -> dict[str, str]:
-        return {**self.train, **self.test, **self.meta}
-
 
 PUBLISHED = {
     "cifar10": Published(
@@ -164,7 +160,7 @@ def _holding(published: Published, folder: Path) -> Path | None:
     """Where files of the archive lie: in its folder, in one of that name in it, or in `folder` itself."""
     target = folder / published.folder
     for place in (target, folder, target / published.folder):
-        found = [os.path.isfile(place / name) for name in published.files]
+        found = [os.path.isfile(place / name) for name in (*published.train, *published.test, *published.meta)]
         if all(found) or (any(found) and place.name == target.name):
             return place
     return target if target.exists() else None

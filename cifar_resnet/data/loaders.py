@@ -69,7 +69,7 @@ def batch_sizes(recipe: Recipe, count: int) -> list[int]:
 
 
 def check_batches(recipe: Recipe, count: int, ranks: int = 1, least: int = 2) -> None:
-    """Whether each rank gets `least` images at every step. By one image alone BatchNorm has nothing to normalise with.
+    """Whether each rank gets `least` images at every step. The statistics of one image alone are no statistics of the data.
 
     Raises:
         UsageError: says so, or that a batch has more than all images; names a batch size that would do, where there is one.
@@ -173,7 +173,7 @@ class AlbumentationsLoader(Loader):
     def __init__(self, split: Split, recipe: Recipe, device: torch.device, workers: int, share: Share = WHOLE) -> None:
         super().__init__(recipe, len(split), device, share)
         self.options = {"loader": "albumentations", "workers": workers}
-        self.order = _Order()
+        self.order = list[tuple]()  # (epoch, step, indices, slice of them to load) of each batch
         self.loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
             _Augmented(split, recipe, shared=workers > 0),
             sampler=self.order,
@@ -187,7 +187,7 @@ class AlbumentationsLoader(Loader):
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         rows = np.split(epoch_order(self.recipe, epoch, self.count), self.starts[1:])
-        self.order.keys = [(epoch, k, rows[k], self.share.of(self.sizes[k])) for k in range(first_step, self.steps)]
+        self.order[:] = [(epoch, k, rows[k], self.share.of(self.sizes[k])) for k in range(first_step, self.steps)]
         for (images, labels), size in zip(self.loader, self.sizes[first_step:], strict=True):
             images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             yield Batch(images, labels.to(self.device, non_blocking=True), self.weight(size))
@@ -218,18 +218,6 @@ def give_way(worker: int) -> None:
     leave_signals(worker)
     if sys.platform != "win32":
         os.nice(19)
-
-
-class _Order(torch.utils.data.Sampler):
-    """Hands the workers (epoch, step, indices, slice of them to load), a batch each."""
-
-    keys: list[tuple] = []
-
-    def __iter__(self) -> Iterator[tuple]:
-        return iter(self.keys)
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
 
 class _Augmented(torch.utils.data.Dataset):

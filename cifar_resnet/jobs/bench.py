@@ -22,24 +22,24 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, default_collate
 
-from ..arguments import checked
+from ..arguments import Compile, Convolution, checked
 from ..data.augment import train_transform
 from ..data.datasets import with_statistics
 from ..data.loaders import EVALUATION_BATCH, Batch, Loader, TensorLoader, check_loader, leave_signals, make_loader
 from ..data.splits import Split
-from ..errors import CifarResnetError, UsageError, check_choice
+from ..errors import CifarResnetError, UsageError
 from ..look import analysis
 from ..look.progress import telling
 from ..recipe import Recipe
 from ..run_dir import SCHEMA
 from ..training import engine
-from ..training.autotune import CONVOLUTION_MODES, Timing, choice
+from ..training.autotune import Timing, choice
 from ..training.capture import CapturedEpoch, capturable, graph_of
 from ..training.convolution import use
 from ..training.engine import State, rates_at, train_step
 from ..training.model import build_model
 from ..training.optim import make_optimizer, set_rates
-from ..training.runtime import COMPILE_MODES, compiled, environment, resolve_device, resolve_precision, wait_for
+from ..training.runtime import compiled, environment, resolve_device, resolve_precision, wait_for
 from .convolutions import Choice, choose, chosen_here, measure_anew
 
 MIN_ROUNDS, TRAIN_IMAGES, TEST_IMAGES, CPU_SIDE = 6, 50_000, 10_000, 4096
@@ -64,8 +64,8 @@ def bench(
     profile: bool = False,
     device: str = "auto",
     workers: int | None = None,
-    compile: str = "auto",
-    convolution: str = "auto",
+    compile: Compile = "auto",
+    convolution: Convolution = "auto",
     seconds: float = 2.0,
     progress: Callable[[int], None] | bool | None = None,
 ) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def bench(
     Raises:
         UsageError: the rounds are too few for an interval.
     """
-    _check(rounds, seconds, workers, compile, convolution)
+    _check(rounds, seconds, workers)
     place = resolve_device(device)
     recipe = resolve_precision(with_statistics(recipe or Recipe()), place)
     timings, ways = _ways(recipe, place, compile, convolution)
@@ -117,13 +117,11 @@ def bench(
     }
 
 
-def _check(rounds: int, seconds: float, workers: int | None, compile: str, convolution: str) -> None:
+def _check(rounds: int, seconds: float, workers: int | None) -> None:
     if rounds < MIN_ROUNDS:
         raise UsageError(f"--rounds {rounds} must be at least {MIN_ROUNDS}: fewer give no 95 % interval of a median")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"seconds {seconds:g} must be above 0")
-    check_choice("compile", compile, *COMPILE_MODES)
-    check_choice("convolution", convolution, *CONVOLUTION_MODES)
     check_loader("albumentations", workers)
 
 

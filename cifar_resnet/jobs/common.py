@@ -19,19 +19,17 @@ from torch import Tensor
 from ..data import datasets, label_errors
 from ..data.loaders import TensorLoader
 from ..data.splits import Data, fingerprint, same_images
-from ..errors import CifarResnetError, UsageError, check_choice, shell_word
+from ..errors import CifarResnetError, UsageError, shell_word
 from ..look import analysis
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe
-from ..run_dir import SCHEMA, Checkpoint, load_checkpoint, write_whole
+from ..run_dir import PICTURES, SCHEMA, Checkpoint, load_checkpoint, write_whole
 from ..training.engine import predict_logits, scores
 from ..training.model import ResNet
 from ..training.runtime import environment, resolve_device, resolve_precision, set_tf32, without_emulation
 
 if TYPE_CHECKING:  # Matplotlib comes with the first picture
     from matplotlib.figure import Figure
-
-FORMATS = ("png", "svg", "pdf")  # of pictures
 
 
 class Prediction(NamedTuple):
@@ -99,10 +97,6 @@ def spread(accuracies: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "interval": interval}
 
 
-def check_format(format: str) -> None:
-    check_choice("format", format, *FORMATS)
-
-
 def save_figure(figure: Figure, path: Path) -> Path:
     """Writes the figure whole, in the format of its suffix, and gives the path.
 
@@ -112,7 +106,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
     """
     from ..look import figures
 
-    if path.suffix[1:] not in FORMATS:
+    if path.suffix not in PICTURES:
         raise UsageError(f"{path} must end in .png, .svg or .pdf")
     write_whole(path, figures.render(figure, path.suffix[1:]))
     return path

@@ -117,10 +117,9 @@ def _groups(together: dict[tuple[Recipe, str], list[Checkpoint]]) -> list[dict[s
         last = [run.history[-1]["test_accuracy"] for run in members]
         means = {name: statistics.fmean(run.history[-1][name] for run in members) for name in ("test_loss", "train_loss")}
         means["seconds"] = statistics.fmean(sum(row["seconds"] for row in run.history) for run in members)
-        curves = [[row["test_accuracy"] for row in run.history] for run in members]
         runs = [
-            dict(path=str(run.path), seed=run.recipe.seed, test_accuracy=curve)
-            for run, curve in zip(members, curves, strict=True)
+            dict(path=str(run.path), seed=run.recipe.seed, test_accuracy=[row["test_accuracy"] for row in run.history])
+            for run in members
         ]
         groups.append(dict(label=label, n=len(last), **spread(last), **means, differs=differs, runs=runs))
     return groups

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from ..look import analysis, figures
 from ..recipe import Recipe
 from ..run_dir import LATEST, Checkpoint
 from .common import Prediction, command_line, content_of, data_url, images_of, logits_of, opened, rendered
+from .interrupt import signals
 from .misclassified import by_label
 
 if TYPE_CHECKING:
@@ -83,15 +84,10 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _wait_for_the_end() -> None:
-    """Until SIGINT or SIGTERM."""
-    ended = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        ended.wait()  # only the main thread may set handlers
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    while not ended.wait(0.5):  # on Windows a signal does not end a wait without a limit
-        pass
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    """Until Ctrl-C, or another signal that would end the process; in a thread beside the main one, for good."""
+    with signals() as received:
+        while not received:
+            time.sleep(0.5)
 
 
 def content_of_page(
@@ -192,11 +188,10 @@ class _Shown:
     def run(self) -> str:
         """The last tab, as HTML."""
         loaded, missing, content = self.checkpoint, "", None
-        pictures = {}
-        if loaded.history:
-            for quantity in ("loss", "accuracy"):
-                drawn = figures.curve(quantity, loaded.history, loaded.recipe, loaded.evaluated_on, (6, 3.8))
-                pictures[f"{quantity.capitalize()} by epoch"] = drawn
+        pictures = {
+            f"{each.capitalize()} by epoch": figures.curve(each, loaded.history, loaded.recipe, loaded.evaluated_on, (6, 3.8))
+            for each in ("loss", "accuracy") if loaded.history
+        }  # fmt: skip
         try:
             content = content_of(self.judged[0])
             pictures["Confusion matrix"] = figures.evaluation(content)["confusion_matrix"]

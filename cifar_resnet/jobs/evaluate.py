@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..arguments import checked
-from ..look import analysis, figures
+from ..arguments import Format, Tta, checked
+from ..look import figures
 from ..run_dir import LATEST, writable, write_json
-from .common import check_format, content_of, logits_of, save_figure
+from .common import content_of, logits_of, save_figure
 
 
 @checked
@@ -20,8 +20,8 @@ def evaluate(
     dataset: Path | str | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
-    tta: str = "none",
-    format: str = "png",
+    tta: Tta = "none",
+    format: Format = "png",
     notify: Callable[[str], None] = lambda message: None,
     found: Callable[[dict[str, Any]], object] = lambda content: None,
 ) -> dict[str, Any]:
@@ -38,8 +38,6 @@ def evaluate(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    check_format(format)
-    analysis.views(tta)
     prediction = logits_of(checkpoint, data_dir, device, notify, dataset)
     content = content_of(prediction, tta)
     folder = writable(Path(run_dir) if run_dir else prediction.checkpoint.path.parent)

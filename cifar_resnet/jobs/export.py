@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import checked
-from ..errors import CifarResnetError, UsageError, check_choice
+from ..arguments import ExportFormat, checked
+from ..errors import CifarResnetError, UsageError
 from ..recipe import DATASETS
 from ..run_dir import LATEST, Checkpoint, load_checkpoint, write_whole
 from ..training.model import ResNet
@@ -38,7 +38,7 @@ def export(
     checkpoint: Path | str = LATEST,
     path: Path | str | None = None,
     *,
-    format: str = "onnx",
+    format: ExportFormat = "onnx",
     with_preprocessing: bool = False,
     data_dir: Path | str | None = None,
     device: str = "auto",
@@ -60,7 +60,6 @@ def export(
     Raises:
         CifarResnetError: one line that says what was wrong; a package of an extra that is not installed, too.
     """
-    check_choice("format", format, "onnx", "safetensors", "space")
     if with_preprocessing and format != "onnx":
         holds = "safetensors holds weights, and no computation" if format == "safetensors" else "a space always normalises itself"
         raise UsageError(f"--with-preprocessing goes with --format onnx: {holds}")

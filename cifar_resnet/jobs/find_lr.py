@@ -10,22 +10,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..arguments import checked
+from ..arguments import Convolution, Format, LoaderKind, StepMode, checked
 from ..data.datasets import load
 from ..data.loaders import Loader, TensorLoader, check_batches, make_loader
 from ..data.splits import Data
-from ..errors import CifarResnetError, NonFiniteLossError, UsageError, check_choice
+from ..errors import CifarResnetError, NonFiniteLossError, UsageError
 from ..look import figures
 from ..look.progress import telling
 from ..recipe import Recipe
 from ..run_dir import SCHEMA, check_writable, writable, write_json
 from ..training import engine
-from ..training.autotune import CONVOLUTION_MODES
 from ..training.engine import Epoch
 from ..training.lr_finder import MIN_POINTS, FoundLR, Suggestions, range_test, run_trials, suggest, usual_steps
 from ..training.model import build_model
 from ..training.runtime import environment
-from .common import check_format, prepare, save_figure
+from .common import prepare, save_figure
 from .convolutions import Choice, choose
 
 SWEPT = 9  # short trainings of a sweep at most
@@ -40,16 +39,16 @@ def find_lr(
     *,
     data_dir: Path | str | None = None,
     device: str = "auto",
-    loader: str = "auto",
+    loader: LoaderKind = "auto",
     workers: int | None = None,
-    convolution: str = "auto",
+    convolution: Convolution = "auto",
     start_lr: float = 1e-4,
     end_lr: float = 10.0,
     num_iter: int = 100,
-    step_mode: str = "exp",
+    step_mode: StepMode = "exp",
     trial_steps: int | None = None,
     sweep: int | None = None,
-    format: str = "png",
+    format: Format = "png",
     progress: Progress | bool | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> FoundLR:
@@ -69,8 +68,7 @@ def find_lr(
         CifarResnetError: one line that says what was wrong.
     """
     settings: dict[str, Any] = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
-    check_choice("convolution", convolution, *CONVOLUTION_MODES)
-    _check(**settings, trial_steps=trial_steps, sweep=sweep, format=format)
+    _check(start_lr, end_lr, num_iter, trial_steps, sweep)
     if run_dir is not None:
         check_writable(Path(run_dir))
     recipe, place, data = prepare(recipe, device, data_dir, notify)
@@ -95,13 +93,9 @@ def find_lr(
     return found
 
 
-def _check(
-    start_lr: float, end_lr: float, num_iter: int, step_mode: str, trial_steps: int | None, sweep: int | None, format: str
-) -> None:
+def _check(start_lr: float, end_lr: float, num_iter: int, trial_steps: int | None, sweep: int | None) -> None:
     if not 0 < start_lr < end_lr < math.inf:
         raise UsageError(f"--start-lr {start_lr:g} must be above 0 and below --end-lr {end_lr:g}, which is finite")
-    check_choice("step-mode", step_mode, "exp", "linear")
-    check_format(format)
     if num_iter < MIN_POINTS:
         raise UsageError(f"--num-iter {num_iter} must be at least {MIN_POINTS}")
     if trial_steps and trial_steps < MIN_POINTS:

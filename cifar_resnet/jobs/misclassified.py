@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Format, GradCamLayer, Sort, checked
 from ..data.folders import present
-from ..errors import CifarResnetError, UsageError, check_choice
+from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures, labels, pictures
 from ..recipe import DATASETS
 from ..run_dir import (
@@ -29,7 +29,7 @@ from ..run_dir import (
     write_json,
     write_whole,
 )
-from .common import Prediction, check_format, dataset_of, grad_cams, logits_of, mean_logits, save_figure, standing
+from .common import Prediction, dataset_of, grad_cams, logits_of, mean_logits, save_figure, standing
 
 
 @checked
@@ -38,8 +38,8 @@ def misclassified(
     run_dir: Path | str | None = None,
     *,
     count: int = 25,
-    layer: str = "layer2",
-    sort: str = "confidence",
+    layer: GradCamLayer = "layer2",
+    sort: Sort = "confidence",
     true: str | None = None,
     predicted: str | None = None,
     copy_to: Path | str | None = None,
@@ -47,7 +47,7 @@ def misclassified(
     dataset: Path | str | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
-    format: str = "png",
+    format: Format = "png",
     notify: Callable[[str], None] = lambda message: None,
     written: Callable[[Path], None] = lambda path: None,
 ) -> list[analysis.Mistake]:
@@ -71,7 +71,7 @@ def misclassified(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    check(count, layer, format)
+    check_count(count)
     loaded = load_checkpoint(checkpoint)
     analysis.choose([], loaded.classes, sort, true, predicted)  # which raises for what there is not
     check_new_folders(loaded, copy_to, save_images, dataset, data_dir)
@@ -152,11 +152,9 @@ def write_images(
             written(Path(place))
 
 
-def check(count: int, layer: str, format: str) -> None:
-    check_format(format)
+def check_count(count: int) -> None:
     if not 1 <= count <= 100:
         raise UsageError(f"--count {count} must be 1 to 100")
-    check_choice("layer", layer, *analysis.LAYERS)
 
 
 def check_new_folders(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..arguments import checked
+from ..arguments import Tta, checked
 from ..data.folders import image_files, some
 from ..data.images import pictures_in, read_image
 from ..data.loaders import TensorLoader
@@ -38,7 +38,7 @@ def predict(
     images: Picture | Sequence[Picture],
     *,
     top: int = 3,
-    tta: str = "none",
+    tta: Tta = "none",
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
     skipped: Callable[[str], object] = warnings.warn,
@@ -62,7 +62,6 @@ def predict(
     """
     if top < 1:
         raise UsageError(f"--top {top} must be at least 1")
-    analysis.views(tta)
     loaded, resolved = opened(checkpoint, device)
     say_unfinished(loaded, notify)
     asked, others = list[_Asked](), list[Path]()

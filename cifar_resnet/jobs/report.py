@@ -15,9 +15,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..arguments import checked
+from ..arguments import ReportFormat, checked
 from ..data.loaders import batch_sizes
-from ..errors import check_choice, printable
+from ..errors import printable
 from ..look import analysis, figures, pictures
 from ..look.progress import epoch_line
 from ..look.words import count_of, duration, plural
@@ -34,7 +34,7 @@ def report(
     run: Path | str = LATEST,
     path: Path | str | None = None,
     *,
-    format: str = "html",
+    format: ReportFormat = "html",
     dataset: Path | str | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
@@ -53,7 +53,6 @@ def report(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    check_choice("format", format, "html", "markdown")
     checkpoint = load_checkpoint(run)
     path = Path(path) if path else checkpoint.path.parent / ("report.html" if format == "html" else "report")
     check_writable(path.parent)

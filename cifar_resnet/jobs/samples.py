@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..arguments import checked
+from ..arguments import LoaderKind, checked
 from ..data.loaders import epoch_order, make_loader
 from ..errors import UsageError
 from ..look import analysis, figures, pictures
@@ -23,7 +23,7 @@ def samples(
     *,
     views: int = 8,
     data_dir: Path | str | None = None,
-    loader: str = "auto",
+    loader: LoaderKind = "auto",
     workers: int | None = None,
     notify: Callable[[str], None] = lambda message: None,
 ) -> Figure:

@@ -14,21 +14,20 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Compile, Convolution, Format, LoaderKind, checked
 from ..data.datasets import load, with_statistics
-from ..data.loaders import Loader, TensorLoader, batch_sizes, check_batches, check_loader, make_loader
+from ..data.loaders import Loader, Share, TensorLoader, batch_sizes, check_batches, check_loader, make_loader
 from ..data.splits import Data, same_images
-from ..errors import CifarResnetError, RunDirectoryError, UsageError, check_choice, first_line
+from ..errors import CifarResnetError, RunDirectoryError, UsageError, first_line
 from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe
 from ..run_dir import Checkpoint, RunDir, SavePolicy, check_free, default_directory, find_run, load_checkpoint
 from ..training import calibration, convolution, distributed, engine
-from ..training.autotune import CONVOLUTION_MODES
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step
-from ..training.runtime import COMPILE_MODES, compiled, environment, resolve_device, resolve_precision
-from .common import check_format, check_images, prepare, save_figure
+from ..training.runtime import compiled, environment, resolve_device, resolve_precision
+from .common import check_images, prepare, save_figure
 from .convolutions import choose
 from .interrupt import Interrupted, signals
 
@@ -94,14 +93,14 @@ def train(
     must_match: dict[str, Any] | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
-    loader: str = "auto",
+    loader: LoaderKind = "auto",
     workers: int | None = None,
     save_every_minutes: float = 5.0,
-    compile: str = "auto",
-    convolution: str = "auto",
+    compile: Compile = "auto",
+    convolution: Convolution = "auto",
     tf32: bool = False,
     target: float | None = None,
-    format: str = "png",
+    format: Format = "png",
     progress: bool | None = None,
     on_epoch: Callable[[dict[str, float]], object] | None = None,
     watcher: object | None = None,
@@ -167,9 +166,6 @@ def _check(
         raise UsageError("a resumed run takes recipe and folder from itself; give neither")
     if target is not None and not 0 <= target <= 100:
         raise UsageError(f"--target {target:g} must be 0 to 100")
-    check_choice("compile", asked["compile"], *COMPILE_MODES)
-    check_choice("convolution", asked["convolution"], *CONVOLUTION_MODES)
-    check_format(asked["format"])
 
 
 def to_go_on(options: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +236,7 @@ class _Run:
         return self.checkpoint
 
     def load_images(self, held: ExitStack) -> None:
-        share = distributed.share()
+        share = Share(distributed.rank(), distributed.ranks())
         self.data = self.read_data or load(self.recipe, self.asked["data_dir"], self.watcher.warn)
         self.device = resolve_device(self.asked["device"], self.asked["tf32"])
         self.loader = make_loader(self.data.train, self.recipe, self.device, *self._loader_options(), share)
@@ -255,7 +251,7 @@ class _Run:
         kept = self.checkpoint.environment if self.checkpoint else {}
         before = kept.get("loader", asked)
         if asked == "auto":
-            return before, kept.get("workers") if workers is None else workers
+            return before, kept.get("workers")
         if before != asked:
             self.watcher.warn(f"--loader {asked}: the run had {before}, and its images are augmented differently from here on")
         return asked, workers

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import Format, checked
 from ..data.loaders import TensorLoader
 from ..data.splits import Data
 from ..errors import CifarResnetError, UsageError
@@ -23,7 +23,7 @@ from ..recipe import Recipe
 from ..run_dir import LATEST, Checkpoint, writable, write_whole
 from ..training import calibration, engine
 from .common import Prediction, images_of, opened, save_figure
-from .misclassified import by_label, check, check_new_folders, title, write_images, write_labels
+from .misclassified import by_label, check_count, check_new_folders, title, write_images, write_labels
 
 FOLDS = "training_folds.pt"  # the logits of the folds that are done, until all are
 
@@ -43,7 +43,7 @@ def training_labels(
     dataset: Path | str | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
-    format: str = "png",
+    format: Format = "png",
     progress: Callable[[int, int], None] | bool | None = None,
     notify: Callable[[str], None] = lambda message: None,
     written: Callable[[Path], None] = lambda path: None,
@@ -65,7 +65,7 @@ def training_labels(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    check(count, "layer2", format)
+    check_count(count)
     loaded, place = opened(run, device, notify)
     analysis.choose([], loaded.classes, "label", true, predicted)  # which raises for a class that is none
     check_new_folders(loaded, copy_to, save_images, dataset, data_dir)

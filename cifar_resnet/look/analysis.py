@@ -15,12 +15,11 @@ from torch.nn import functional
 from ..data.folders import class_names
 from ..data.loaders import TensorLoader
 from ..data.splits import Split
-from ..errors import UsageError, check_choice, printable
+from ..errors import UsageError, printable
 from ..recipe import DATASETS, Recipe
 from ..training.engine import predict_logits, scores
 from ..training.model import ResNet, build_model
 
-LAYERS = ("prep", "layer1", "layer2", "layer3")
 BINS = 15  # of the reliability diagram
 MANY, LISTED = 30, 10  # classes above which a mistake has the probabilities of so many alone
 SUMMARY_SCHEMA = 1  # of `summary`
@@ -68,7 +67,6 @@ def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
     def shifted(view: Callable[[Tensor], Tensor], by: int) -> Callable[[Tensor], Tensor]:
         return lambda images: functional.pad(view(images), (1,) * 4, mode="reflect")[..., 1 - by : 33 - by, 1 - by : 33 - by]
 
-    check_choice("tta", tta, "none", "flip", "flip-shift")
     if tta == "none":
         return [(1.0, plain)]
     if tta == "flip":
@@ -194,12 +192,11 @@ def choose(
 ) -> list[Mistake]:
     """The mistakes of these two classes, in the order "confidence" (surest first), "class" or "random" (the same each time).
 
-    For "label" they are given in its order, and stay in it.
+    With "label" the list already has that order.
 
     Raises:
-        UsageError: there is no such class or order.
+        UsageError: there is no such class.
     """
-    check_choice("sort", sort, "confidence", "label", "class", "random")
     for option, name in (("--true", true), ("--predicted", predicted)):
         if name is not None and name not in classes:
             raise UsageError(f"{option} {name}: no such class; there are {', '.join(classes)}")

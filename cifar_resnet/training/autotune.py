@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .convolution import CONVOLUTIONS, WEIGHT_GRADIENTS, Conv3x3, Ways, input_gradient, layer_name, possible
 
-CONVOLUTION_MODES = ("auto", "torch")  # of the option --convolution
 MIN_FLOP = 1e9  # of a layer, in one direction and step: with less, choosing takes longer than it saves
 MIN_POSITIONS = 4096  # pixels of a timed batch: with fewer, what a call does once would weigh too much
 CALL_SECONDS, ROUNDS, HOPELESS, TIE = 0.015, 3, 1.5, 1.05

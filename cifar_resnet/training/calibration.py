@@ -36,11 +36,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
 
 
-def _mixed(images: Tensor) -> Tensor:
-    """Three quarters of each image of a batch, and a quarter of the one before it."""
-    return 0.75 * images + 0.25 * images.roll(1, 0)
-
-
 def find_temperature(recipe: Recipe, model: ResNet, data: Data, device: torch.device, accuracy: float) -> float | None:
     """Fits the temperature of a trained model on 2,000 images: of the holdout or, without one, of the training images.
 
@@ -53,7 +48,7 @@ def find_temperature(recipe: Recipe, model: ResNet, data: Data, device: torch.de
     split = data.evaluation if held_out else data.train
     chosen = stratified(split.labels, min(IMAGES, len(split)), SEED)
     loader = TensorLoader(split.take(np.random.default_rng(SEED).permutation(chosen)), recipe, device)
-    views = () if held_out else (_mixed,)
+    views = () if held_out else (lambda images: 0.75 * images + 0.25 * images.roll(1, 0),)  # a quarter of the image before
     logits, labels = predict_logits(recipe, model, loader.plain(), device, *views)
     if not held_out and scores(logits, labels)["test_accuracy"] > accuracy + GAP:
         return None

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.loaders import Share
 from ..errors import CifarResnetError, DataError, UsageError
 
 
@@ -63,11 +62,6 @@ def rank() -> int:
 
 def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def share() -> Share:
-    """This rank's part of every batch."""
-    return Share(rank(), ranks())
 
 
 def parallel(model: nn.Module) -> nn.Module:

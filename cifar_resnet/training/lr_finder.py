@@ -149,11 +149,6 @@ def endless(loader: Loader) -> Iterator[Batch]:
     return (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
 
 
-def without_remainder(loader: Loader, recipe: Recipe) -> Iterator[Batch]:
-    """The batches of one epoch after another, without those that hold what was left of an epoch."""
-    return (batch for batch in endless(loader) if recipe.batches == "even" or len(batch.labels) == recipe.batch_size)
-
-
 def usual_steps(recipe: Recipe, loader: Loader) -> int:
     """How long a trial is: 25,600 images, but half of the run at most, and 50 steps at least."""
     return max(50, min(TRIAL_IMAGES // recipe.batch_size, recipe.epochs * loader.steps // 2))
@@ -214,7 +209,9 @@ def _trial(
     trial = recipe.replace(**schedule, ema_decay=0.0, sam_share=0.0)
     state, losses = start(trial), []
     state.model.train()
-    for step, batch in zip(range(steps), without_remainder(loader, recipe), strict=False):
+    even = recipe.batches == "even"
+    batches = (batch for batch in endless(loader) if even or len(batch.labels) == recipe.batch_size)  # none of a remainder
+    for step, batch in zip(range(steps), batches, strict=False):
         losses.append(train_step(state, batch, rates_at(trial, step, steps)))
         progress(step + 1)
     loss = float(torch.stack(losses[-max(steps // 5, 1) :]).mean())
@@ -228,8 +225,8 @@ def suggest(history: History, trials: Sequence[Trial] = (), longer: float = 1.0)
     than noise. `min_lr` is the lowest learning rate at which half of the whole fall is done. With trials, `max_lr` is the lowest
     point of a parabola through the best trial and its two neighbours, in the logarithm of the rate, times the fifth root of
     `longer`: the steps of the run over those of a trial. Without trials, `max_lr` is the highest rate at which the loss is within
-    5 % of the whole fall from its lowest. Both are None if the loss never falls, or falls to the end, or if the best trial is the
-    first or the last.
+    5 % of the whole fall from its lowest. Both are None if the loss never falls, or falls to the end, if no trial gets below the
+    first loss, or if the best trial is the first or the last.
     """
     lr, level = history.lr, smooth(history.loss)
     lagging = exponential(history.loss)
@@ -288,10 +285,7 @@ def _best(history: History, trials: Sequence[Trial], longer: float) -> float | N
 
 def exponential(loss: np.ndarray, weight: float = 0.05) -> np.ndarray:
     """torch-lr-finder's smoothing: each value moves the last one by `weight`. It lags behind the loss."""
-    smoothed = loss.astype(float).copy()
-    for i in range(1, len(smoothed)):
-        smoothed[i] = weight * smoothed[i] + (1 - weight) * smoothed[i - 1]
-    return smoothed
+    return np.array(list(itertools.accumulate(loss.tolist(), lambda last, new: weight * new + (1 - weight) * last)))
 
 
 def smooth(loss: np.ndarray) -> np.ndarray:

@@ -76,7 +76,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
         wanted = torch._foreach_add(gradients, buffers, alpha=momentum)
-        directions = orthogonalise([_as_matrix(each).to(self.dtype) for each in wanted])
+        # (outputs, inputs, 3, 3) as (outputs, 9 * inputs): a view of channels-last memory. The order of columns does not matter.
+        directions = orthogonalise([each.permute(0, 2, 3, 1).flatten(1).to(self.dtype) for each in wanted])
         for move, direction in zip(wanted, directions, strict=True):
             move.copy_(direction.unflatten(1, (*move.shape[2:], -1)).permute(0, 3, 1, 2))
         torch._foreach_mul_(wanted, factor)
@@ -88,14 +89,6 @@ def _sgd(params: list[Tensor], gradients: list[Any], buffers: list[Any], group: 
     """torch's own, of a group's options."""
     rates = {name: group[name] for name in ("lr", "momentum", "nesterov", "weight_decay", "fused")}
     sgd(params, gradients, buffers, dampening=0.0, maximize=False, **rates)
-
-
-def _as_matrix(kernel: Tensor) -> Tensor:
-    """A kernel (outputs, inputs, 3, 3) as (outputs, 9 * inputs), in the order in which channels-last memory has it: a view there.
-
-    The order of the columns does not matter to the orthogonalisation.
-    """
-    return kernel.permute(0, 2, 3, 1).flatten(1)
 
 
 def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:

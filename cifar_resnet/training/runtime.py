@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import CifarResnetError, UsageError, check_choice, first_line
+from ..errors import CifarResnetError, UsageError, first_line
 from ..recipe import Recipe
 from .distributed import ranks, started
 
@@ -105,10 +105,8 @@ def compiled(
     done by our own kernels in a captured graph (docs/log/gpu.md, entry 32).
 
     Raises:
-        UsageError: the mode is not auto, on or off.
         CifarResnetError: the mode is "on", and torch cannot compile here.
     """
-    check_choice("compile", mode, *COMPILE_MODES)
     if mode != "on":
         return model
     before = copy.deepcopy(model.state_dict())
@@ -161,7 +159,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-COMPILE_MODES = ("auto", "on", "off")  # of the option --compile
 BFLOAT16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # the last is Arm's
 
 
