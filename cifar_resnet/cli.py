@@ -110,10 +110,10 @@ def _argument(help: str, metavar: str | None = None) -> Any:
 
 # What commands take beside the fields of a recipe: first what several of them share, then by command.
 # fmt: off
-Checkpoint = Annotated[list[Path] | None, _argument(
+RunArgument = Annotated[list[Path] | None, _argument(
     "Folder of a run, or its checkpoint file. Without one, or with latest: the newest in runs/.", "RUN"
 )]
-Checkpoints = Annotated[list[Path] | None, _argument(
+RunArguments = Annotated[list[Path] | None, _argument(
     "Folders of runs or of repetitions, or checkpoint files. Without one, or with latest: the newest run in runs/.", "RUN"
 )]
 RecipeFile = Annotated[Path | None, _option(
@@ -326,7 +326,7 @@ def _say_written(*paths: Path) -> None:
     console.say("\n".join(["written:", *(f"  {path}" for path in paths)]))
 
 
-# What a range test and its trials find or never reach, and so do not take.
+# Fields that find-lr does not take: it finds them, or its short trainings do without.
 NOT_SWEPT = ("holdout", "test_limit", "max_lr", "div_factor", "sam_share", "sam_radius", "ema_decay", "ema_every")
 
 
@@ -490,7 +490,7 @@ def _one_run(given: list[Path] | None, command: str) -> Path:
 
 @app.command(rich_help_panel=STEPS)
 def evaluate(
-    checkpoints: Checkpoints = None, tta: Tta = "none", json_output: Json = False, run_dir: RunDir = None,
+    checkpoints: RunArguments = None, tta: Tta = "none", json_output: Json = False, run_dir: RunDir = None,
     dataset: Moved = None, data_dir: DataDir = None, device: Device = "auto", format: Format = "png",
 ) -> None:  # fmt: skip
     """Evaluate checkpoints: loss, accuracy, calibration, a table by class, the confusion matrix.
@@ -535,7 +535,7 @@ def evaluate(
 
 @app.command(rich_help_panel=STEPS)
 def misclassified(
-    checkpoint: Checkpoint = None, count: Count = 25, sort: Sort = "confidence", true: TrueClass = None,
+    checkpoint: RunArgument = None, count: Count = 25, sort: Sort = "confidence", true: TrueClass = None,
     predicted: PredictedClass = None, layer: Layer = "layer2", folds: Folds = None, epochs: FoldEpochs = None,
     copy_to: CopyTo = None, save_images: SaveImages = None, run_dir: RunDir = None, dataset: Moved = None,
     data_dir: DataDir = None, device: Device = "auto", format: Format = "png",
@@ -551,10 +551,11 @@ def misclassified(
     from .jobs.training_labels import training_labels
 
     run = _one_run(checkpoint, "misclassified")
-    how: dict[str, Any] = dict(count=count, true=true, predicted=predicted, copy_to=copy_to, save_images=save_images)
-    how |= dict(dataset=dataset, data_dir=data_dir, device=device, format=format)
     written = list[Path]()
-    how |= dict(notify=console.say, written=written.append)
+    how: dict[str, Any] = dict(
+        count=count, true=true, predicted=predicted, copy_to=copy_to, save_images=save_images, dataset=dataset, data_dir=data_dir,
+        device=device, format=format, notify=console.say, written=written.append,
+    )  # fmt: skip
     if folds is not None:
         with progress.progress("training on folds", "steps") as told:
             chosen = training_labels(run, run_dir, folds=folds, epochs=epochs, progress=told, **how)
@@ -584,7 +585,7 @@ def compare(runs: Runs, output: Picture = Path("comparison.png"), json_output: J
 
 @app.command(rich_help_panel=AFTER)
 def report(
-    checkpoint: Checkpoint = None, format: ReportFormat = "html", output: Page = None, dataset: Moved = None,
+    checkpoint: RunArgument = None, format: ReportFormat = "html", output: Page = None, dataset: Moved = None,
     data_dir: DataDir = None, device: Device = "auto",
 ) -> None:  # fmt: skip
     """Write a run as one HTML page, or as Markdown: figures, pictures, mistakes, recipe, and the command that repeats it."""
@@ -634,7 +635,7 @@ def _run_and_images(given: list[Path]) -> tuple[Path, list[Path]]:
 
 @app.command(rich_help_panel=AFTER)
 def demo(
-    checkpoint: Checkpoint = None, host: Host = "127.0.0.1", port: Port = 7860, open: Open = False, data_dir: DemoDataDir = None,
+    checkpoint: RunArgument = None, host: Host = "127.0.0.1", port: Port = 7860, open: Open = False, data_dir: DemoDataDir = None,
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Show a run in the browser: try it on your own images, look through its mistakes. Ctrl-C ends the demo.
@@ -648,7 +649,7 @@ def demo(
 
 @app.command(rich_help_panel=AFTER)
 def export(
-    checkpoint: Checkpoint = None, output: Exported = None, format: ExportFormat = "onnx",
+    checkpoint: RunArgument = None, output: Exported = None, format: ExportFormat = "onnx",
     with_preprocessing: WithPreprocessing = False, data_dir: DemoDataDir = None, device: Device = "auto",
 ) -> None:  # fmt: skip
     """Export the model as an ONNX graph, its weights as safetensors, or the page of demo as a folder to publish: a space."""
@@ -690,14 +691,17 @@ def summary(recipe: Recipe, json_output: Json = False) -> None:
         console.summary(content)
 
 
+TRIANGULAR = 0.001, 490, 3  # lower bound, steps from one bound to the other, cycles
+
+
 @_command(BEFORE, "schedule", "schedule --recipe page --epochs 12", "schedule --policy triangular --max-lr 0.1")
 @with_fields(lambda name, panel: panel in ("Recipe", "Schedule") or name == "max_lr")
 def schedule(
-    recipe: Recipe, policy: Policy = "one-cycle", min_lr: MinLR = 0.001, step_size: StepSize = 490, cycles: Cycles = 3,
+    recipe: Recipe, policy: Policy = "one-cycle", min_lr: MinLR = TRIANGULAR[0], step_size: StepSize = TRIANGULAR[1], cycles: Cycles = TRIANGULAR[2],
     output: Picture = Path("schedule.png"),
 ) -> None:  # fmt: skip
     """Draw the learning rate of a run before it starts, for the 50,000 images of CIFAR-10."""
-    if policy != "triangular" and (min_lr, step_size, cycles) != (0.001, 490, 3):
+    if policy != "triangular" and (min_lr, step_size, cycles) != TRIANGULAR:
         raise UsageError("--min-lr, --step-size and --cycles go with --policy triangular")
     if step_size < 1 or cycles < 1:
         raise UsageError(f"--step-size {step_size} and --cycles {cycles} must be at least 1")

@@ -59,7 +59,7 @@ def first_line(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with every character that is none to look at as an escape: "\\x1b", "\\n", "\\udce9".
+    """The text, with every invisible character written as an escape: "\\x1b", "\\n", "\\udce9".
 
     Such are control characters, line breaks, marks that turn the direction of text, and bytes of a file name that are no UTF-8.
     """

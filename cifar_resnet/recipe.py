@@ -163,7 +163,7 @@ class Recipe(BaseModel):
 
     @field_validator("grad_clip", mode="before")
     @classmethod
-    def _null_is_none(cls, value: Any) -> Any:
+    def _null_is_no_clipping(cls, value: Any) -> Any:
         return 0.0 if value is None else value  # as runs wrote it for a while
 
     @field_validator("recipe")

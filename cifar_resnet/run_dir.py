@@ -182,7 +182,7 @@ def find_run(path: Path | str | None = None, *, repetition: bool = False) -> Pat
 
 
 def find_runs(paths: Sequence[Path | str] | None = None) -> list[Path]:
-    """What `find_run` gives for each, the newest run where there is none; for a repetition the folders of its runs."""
+    """The run that each path names; a repetition's folder names all its runs. Without paths: the newest run."""
     return [run for path in paths or [LATEST] for run in (seeds_of(Path(path)) or [find_run(path)])]
 
 
@@ -447,7 +447,7 @@ def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -
     kept = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else {"momentum_buffer"}
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     for index, slots in checkpoint.content["optimizer"]["state"].items():
-        shape = shapes[range(len(shapes)).index(index)]
+        shape = shapes[range(len(shapes)).index(index)]  # which raises for what is no index, a negative one too
         fits = all(
             value.shape == (() if name == "step" else shape) and value.is_floating_point() for name, value in slots.items()
         )
@@ -592,8 +592,7 @@ class RunDir:
         write_json(self.path / "metrics.json", {"schema": SCHEMA, "environment": environment, **content})
         write_whole(self.path / "metrics.csv", csv_of(history, ROW))
 
-    def finished(self) -> bool:
-        """Whether the last file of a run is there."""
+    def has_last_file(self) -> bool:
         return any(self.path.glob("learning_rate.*"))
 
 

@@ -17,19 +17,20 @@ from .cifar import user_cache
 from .images import RULE
 
 
-def directory(kind: str = "folders") -> Path | None:
-    """Where things of a kind are kept; None for a user without a home."""
-    try:
-        return user_cache() / kind
-    except DataError:
-        return None
+def directory(kind: str = "folders") -> Path:
+    """Where things of a kind are kept.
+
+    Raises:
+        DataError: the user has no home.
+    """
+    return user_cache() / kind
 
 
 def state_of(folder: Path, files: Sequence[Path], whites: Mapping[str, int]) -> str:
     """A digest of what decides the pixels: names, sizes and times of the files, and the rule of reading."""
     digest = hashlib.sha256(f"{RULE} {PIL.__version__} {sorted(whites.items())}".encode())
     for file in files:
-        with suppress(OSError):  # what cannot be read is not kept
+        with suppress(OSError):  # then reading it fails too, and nothing is kept
             about = file.stat()
             digest.update(f"\0{file.relative_to(folder)}\0{about.st_size} {about.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()
@@ -42,14 +43,14 @@ def find(folder: Path, state: str, count: int) -> tuple[np.ndarray, dict[str, in
             if str(kept["state"]) != state:
                 return None
             images, whites = kept["images"], dict(zip(kept["kinds"].tolist(), kept["whites"].tolist(), strict=True))
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zipfile.LargeZipFile):
+    except (DataError, OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zipfile.LargeZipFile):
         return None
     return (images, whites) if images.shape == (count, 32, 32, 3) and images.dtype == np.uint8 else None
 
 
 def keep(folder: Path, state: str, images: np.ndarray, whites: Mapping[str, int]) -> None:
     """Keeps a folder's images, in place of those of an earlier state. Where nothing can be written nothing is kept."""
-    with suppress(OSError):
+    with suppress(DataError, OSError):
         path = _path(folder)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,4 @@ def keep(folder: Path, state: str, images: np.ndarray, whites: Mapping[str, int]
 
 
 def _path(folder: Path) -> Path:
-    kept_in = directory()
-    if kept_in is None:
-        raise FileNotFoundError
-    return kept_in / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.npz"
+    return directory() / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.npz"

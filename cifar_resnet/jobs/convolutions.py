@@ -44,11 +44,10 @@ def chosen_here(recipe: Recipe, device: torch.device) -> bool:
 
 
 def _kept_or_measured(model: nn.Module, recipe: Recipe) -> Choice:
-    path = _path(recipe)
-    if (kept := _read(path)) is not None:
+    if (kept := _read(recipe)) is not None:
         return kept
     timings = autotune.measure(model, *_size(recipe))
-    kept = _read(path)  # by a run that began at the same time: both take one choice
+    kept = _read(recipe)  # by a run that began at the same time: both take one choice
     return keep(recipe, timings) if kept is None else kept
 
 
@@ -61,20 +60,19 @@ def measure_anew(model: nn.Module, recipe: Recipe) -> list[Timing]:
 
 def keep(recipe: Recipe, timings: list[Timing]) -> Choice:
     """Keeps what the timings say, where there is a folder for it; gives it."""
-    choice, path = autotune.choice(timings), _path(recipe)
-    if timings and path:
+    choice = autotune.choice(timings)
+    if timings:
         with suppress(CifarResnetError, OSError):
+            path = _path(recipe)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"machine": _machine(recipe), "convolutions": choice})
     return choice
 
 
-def _read(path: Path | None) -> Choice | None:
-    """What is kept there; None where nothing is, or nothing that this version understands."""
-    if path is None:
-        return None
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        choice = json.loads(path.read_text(encoding="utf-8"))["convolutions"]
+def _read(recipe: Recipe) -> Choice | None:
+    """What is kept; None where nothing is, or nothing that this version understands."""
+    with suppress(CifarResnetError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        choice = json.loads(_path(recipe).read_text(encoding="utf-8"))["convolutions"]
         convolution.checked_ways(choice)
         return choice
     return None
@@ -92,6 +90,5 @@ def _machine(recipe: Recipe) -> dict[str, str]:
     return {**processor(), "torch": torch.__version__, "cifar_resnet": __version__, "model": what}
 
 
-def _path(recipe: Recipe) -> Path | None:
-    folder = cache.directory("convolutions")
-    return folder and folder / f"{hashlib.sha256(json.dumps(_machine(recipe)).encode()).hexdigest()[:32]}.json"
+def _path(recipe: Recipe) -> Path:
+    return cache.directory("convolutions") / f"{hashlib.sha256(json.dumps(_machine(recipe)).encode()).hexdigest()[:32]}.json"

@@ -210,7 +210,7 @@ def _places(folder: Path, found: Prediction, chosen: list[analysis.Mistake], nam
 
 
 def _free(name: str, taken: set[str], inside: str = "") -> str:
-    """The name as every file system takes it, numbered where it is taken in the folder `inside`; then it is taken."""
+    """The name without characters that Windows or Unix refuse, numbered where it is taken in the folder `inside`; then it is taken."""
     path = Path(re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]', "_", name).rstrip(". ") or "_")
     numbered = (path.name if number == 1 else f"{path.stem}-{number}{path.suffix}" for number in itertools.count(1))
     free = next(each for each in numbered if f"{inside}/{each.casefold()}" not in taken)

@@ -46,7 +46,7 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """For each image its most probable classes: {"image": path, "classes": [{"class", "probability"}, ...]}.
 
-    An image that came from memory has, in place of the path, the number of its place among the images given, from 0.
+    An image that came from memory has, in place of the path, the number of its place among all images, from 0; those in folders count.
 
     Args:
         images: a file, a folder, a PIL image or an array, or several of them. Of a folder all image files are taken, see

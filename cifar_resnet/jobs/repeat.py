@@ -75,8 +75,8 @@ def repeat(
             raise UsageError("repeat: give count, the number of seeds")
         begun: Any = _begin(recipe or Recipe(), count, run_dir, device)
     else:
-        standing = _standing(find_run(resume, repetition=True), must_match or {}, device, options.get("data_dir"), said.append)
-        begun = nullcontext(standing)
+        where = device, options.get("data_dir"), said.append
+        begun = nullcontext(_read_repetition(find_run(resume, repetition=True), must_match or {}, *where))
     done, captured = [], dict[Any, CapturedEpoch]()
     with begun as (folder, recipe, count), signals() as received:
         for seed in range(recipe.seed, recipe.seed + count):
@@ -113,7 +113,7 @@ def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) 
                 (folder / REPEAT).unlink(missing_ok=True)
 
 
-def _standing(
+def _read_repetition(
     folder: Path, must_match: dict[str, Any], device: str, data_dir: Path | str | None, warn: Callable[[str], None]
 ) -> tuple[Path, Recipe, int]:
     """Folder, recipe and count of a repetition that was begun."""

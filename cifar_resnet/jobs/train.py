@@ -214,7 +214,7 @@ class _Run:
             check_free(Path(self.run_dir))
         if self.resume is not None:
             planned, checkpoint = self.resume.open(self.must_match)
-            if checkpoint and checkpoint.finished and self.resume.finished():
+            if checkpoint and checkpoint.finished and self.resume.has_last_file():
                 return planned, checkpoint, True
         where = self.asked["device"], self.asked["data_dir"]
         planned, _, self.read_data = prepare(planned, *where, self.watcher.warn, self.watcher.reading)
@@ -428,7 +428,7 @@ class _Run:
 
         self._write_curves()
         figure = figures.learning_rate(self.recipe, self.loader.steps)
-        save_figure(figure, self.folder.path / f"learning_rate.{self.asked['format']}")  # the last file: see `RunDir.finished`
+        save_figure(figure, self.folder.path / f"learning_rate.{self.asked['format']}")  # see `RunDir.has_last_file`
         return load_checkpoint(self.folder.path)
 
     def _stage(self, name: str) -> None:

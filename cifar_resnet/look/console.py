@@ -57,7 +57,7 @@ def replace_unencodable() -> None:
 
 def say(message: str, style: str | None = None) -> None:
     """Prose: a terminal wraps it between words, and a path or a command in it stays whole; elsewhere it is one line."""
-    command(wrapped(message, console.width) if console.is_terminal else message, style)
+    print_lines(wrapped(message, console.width) if console.is_terminal else message, style)
 
 
 def wrapped(message: str, width: int) -> str:
@@ -71,9 +71,9 @@ def wrapped(message: str, width: int) -> str:
     return "\n".join(lines).replace("\xa0%", " %")
 
 
-def command(line: str, style: str | None = None) -> None:
-    """A line to copy: never wrapped by us."""
-    console.print("\n".join(map(errors.printable, line.split("\n"))), style=style, soft_wrap=True)
+def print_lines(lines: str, style: str | None = None) -> None:
+    """Lines as they are: rich does not wrap them."""
+    console.print("\n".join(map(errors.printable, lines.split("\n"))), style=style, soft_wrap=True)
 
 
 def warn(message: str) -> None:

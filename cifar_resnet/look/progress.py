@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ..recipe import Recipe
 from . import console
-from .console import command, replace_unencodable, say, warn
+from .console import print_lines, replace_unencodable, say, warn
 from .words import count_of, duration, plural, time_left
 
 if TYPE_CHECKING:  # torch stays out of what only prints
@@ -152,7 +152,9 @@ class Pace:
         self.total = self.epochs * self.steps
         self.sharp_from = round(self.total * (1 - recipe.sam_share))
         self.images = [0, *accumulate(images)]  # after so many steps of an epoch
-        self.evaluation = evaluated / self.images[-1] * self.steps / 3  # in plain steps, until one was timed
+        self.evaluation = (
+            evaluated / self.images[-1] * self.steps / 3
+        )  # in plain steps, until one was timed: to evaluate an image takes a third of training on it
         self.units, self.seconds = 0.0, 0.0  # steps timed, a sharp one as two, and their time
         self.timed: float | None = None  # seconds of the last evaluation
         self.mark: tuple[int, float] | None = None  # step of the run last done, and when
@@ -336,7 +338,7 @@ class TrainingTable:
         """Where nothing moves."""
         self.printed = time.monotonic()
         with suppress(*GONE):
-            command(line)
+            print_lines(line)
 
     def epoch(self, epoch: Epoch) -> None:
         m = epoch.metrics

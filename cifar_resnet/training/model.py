@@ -1,4 +1,4 @@
-"""The ResNet: 6.57 million parameters, four convolutions, two residual blocks, one fully connected layer."""
+"""The ResNet: 6.57 million parameters at width 64 for 10 classes, four convolutions, two residual blocks, one fully connected layer."""
 
 from __future__ import annotations
 

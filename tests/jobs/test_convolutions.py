@@ -7,7 +7,7 @@ import torch
 
 import cifar_resnet
 from cifar_resnet import Recipe, evaluate, load_checkpoint, train
-from cifar_resnet.errors import CheckpointError, UsageError
+from cifar_resnet.errors import CheckpointError, DataError, UsageError
 from cifar_resnet.jobs import convolutions
 from cifar_resnet.jobs.train import _Run
 from cifar_resnet.training import autotune, convolution, engine, runtime
@@ -100,9 +100,12 @@ def test_a_kept_choice_that_cannot_be_used_is_measured_anew(damaged, recipe, fol
 
 
 def test_without_a_folder_to_keep_it_in_a_choice_is_made_each_time(recipe, timed, monkeypatch, tmp_path):
+    def homeless(kind):
+        raise DataError("this user has no home folder")
+
     (tmp_path / "file").write_text("")
-    for nowhere in (None, tmp_path / "file" / "convolutions"):
-        monkeypatch.setattr(convolutions.cache, "directory", lambda kind, nowhere=nowhere: nowhere)
+    for nowhere in (homeless, lambda kind: tmp_path / "file" / kind):
+        monkeypatch.setattr(convolutions.cache, "directory", nowhere)
         assert convolutions.choose("auto", build_model(recipe), recipe, CPU) == CHOICE
     assert len(timed) == 2
 
