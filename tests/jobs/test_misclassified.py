@@ -109,7 +109,9 @@ def test_labels_that_may_be_wrong_come_first(own_images, tmp_path, cli, no_figur
     assert files_in(tmp_path / "odd") == ["bright/dark/=odd, one.png"]
 
 
-def test_labels_that_a_user_corrected_stay(tiny_run, tmp_path, no_figures):
+def test_labels_that_a_user_corrected_stay(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("cifar_resnet.jobs.misclassified._draw", lambda *given: None)
+
     def rank():
         written = []
         misclassified(tiny_run, tmp_path, sort="label", written=written.append)
