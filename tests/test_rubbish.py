@@ -113,7 +113,7 @@ def options(draw):
     return chosen
 
 
-@cases(20)
+@cases(15)
 def test_options(data, folder, source, stopped):
     given = data.draw(options())
     code = command("train", *OPTIONS, "--run-dir", folder / "run", *given)
@@ -158,7 +158,7 @@ def used(path, folder):
     return codes
 
 
-@cases(12)
+@cases(8)
 def test_damaged_bytes_of_a_checkpoint(data, folder, source, stopped):
     """Code 0 only for the content of `source`."""
     shutil.copytree(source, folder / "run")
@@ -194,7 +194,7 @@ def replaced(data, value, inner):
     return data.draw(inner)
 
 
-@cases(7)
+@cases(4)
 def test_checkpoints_of_other_content(data, folder, source, stopped):
     """Well-formed archives: what does not raise must be usable whole, so only a fitting value can give code 0."""
     shutil.copytree(source, folder / "run")
@@ -214,7 +214,7 @@ JSON = st.recursive(
 )
 
 
-@cases(15)
+@cases(10)
 def test_damaged_recipes(data, folder, source, stopped):
     """As `--recipe-file`, and as all that a run left that was killed before its first checkpoint."""
     path = folder / "run" / "recipe.json"

@@ -80,6 +80,7 @@ def test_what_cannot_be_tried_is_said(change, said, tmp_path):
         called(tmp_path, {**QUESTION, **change})
 
 
+@pytest.mark.slow
 def test_a_lever_changes_its_arm_alone(tmp_path):
     content = called(tmp_path, {**QUESTION, "arms": {"control": {}, "whitened": {"levers": ["whiten"]}, "again": {}}, "seeds": 1})
     control, whitened, again = content["results"]
@@ -216,6 +217,7 @@ def test_batches_are_balanced_and_an_epoch_has_every_image(recipe):
         assert set(np.bincount(labels[start : start + 20], minlength=10)) <= {1, 2, 3}
 
 
+@pytest.mark.slow
 def test_a_whitening_start_that_is_not_trained_stays(tmp_path):
     arms = {"trained": {"levers": ["whiten"]}, "kept": {"levers": ["whiten, not trained"]}}
     called(tmp_path, {**QUESTION, "arms": arms, "seeds": 1})

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 import signal
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ from run_helpers import StopAfter, assert_same_run, content
 from scipy import stats
 
 from cifar_resnet import Recipe, Watcher, compare, load_checkpoint, repeat
-from cifar_resnet.errors import UsageError
+from cifar_resnet.errors import UsageError, shell_word
 from cifar_resnet.jobs.common import spread
 from cifar_resnet.jobs.interrupt import Interrupted
 from cifar_resnet.look import console
@@ -92,7 +93,7 @@ def test_what_no_repetition_takes_leaves_nothing_behind(recipe, tmp_path, refuse
 
 def test_a_repetition_stopped_inside_a_seed_goes_on_there(recipe, tmp_path):
     whole = repeat(recipe, 2, tmp_path / "whole")
-    with pytest.raises(Interrupted, match=f"stopped by SIGINT; .* --resume {tmp_path / 'many'}$"):
+    with pytest.raises(Interrupted, match=f"stopped by SIGINT; .* --resume {re.escape(shell_word(tmp_path / 'many'))}$"):
         repeat(recipe, 2, tmp_path / "many", watch=in_turn(Watcher(), StopAfter(1)))
     assert content(tmp_path / "many" / "s1")["step"] == 1
     found = repeat(resume=tmp_path / "many")
@@ -107,7 +108,7 @@ def test_a_signal_after_the_last_step_of_a_seed_stops_the_repetition(recipe, tmp
             signal.raise_signal(signal.SIGINT)
 
     many, before = tmp_path / "many", signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=f"stopped by SIGINT; .* --resume {many}$"):
+    with pytest.raises(Interrupted, match=f"stopped by SIGINT; .* --resume {re.escape(shell_word(many))}$"):
         repeat(recipe, 2, many, watch=lambda: nullcontext(Late()))
     assert signal.getsignal(signal.SIGINT) is before
     assert load_checkpoint(many / "s0").finished
@@ -121,7 +122,7 @@ def test_a_signal_before_the_first_step_of_a_seed_stops_that_seed(recipe, tmp_pa
             signal.raise_signal(signal.SIGTERM)
 
     many = tmp_path / "many"
-    with pytest.raises(Interrupted, match=f"stopped by SIGTERM; .* --resume {many}$"):
+    with pytest.raises(Interrupted, match=f"stopped by SIGTERM; .* --resume {re.escape(shell_word(many))}$"):
         repeat(recipe, 2, many, watch=in_turn(Watcher(), Early()))
     assert (content(many / "s1")["epoch"], content(many / "s1")["step"]) == (0, 1)
     assert len(repeat(resume=many)["accuracies"]) == 2

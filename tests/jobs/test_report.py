@@ -14,7 +14,7 @@ from run_helpers import content
 
 from cifar_resnet import Recipe, load_checkpoint, report, train
 from cifar_resnet.data.datasets import with_statistics
-from cifar_resnet.errors import CifarResnetError, UsageError
+from cifar_resnet.errors import CifarResnetError, UsageError, shell_word
 from cifar_resnet.jobs.common import command_line
 from cifar_resnet.jobs.report import _cell
 
@@ -143,7 +143,7 @@ def test_a_report_of_own_images_is_written_beside_the_run(own_images, tmp_path, 
     assert report(tmp_path / "run") == tmp_path / "run" / "report.html"
     html = (tmp_path / "run" / "report.html").read_text()
     assert "default on own, seed 0" in html
-    assert f"--dataset {own_images}" in Reader(html).text
+    assert f"--dataset {shell_word(own_images)}" in Reader(html).text
 
 
 def test_an_unfinished_run_is_reported_as_what_it_is(unfinished, tmp_path):

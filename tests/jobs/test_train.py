@@ -612,7 +612,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path, refused):
     nowhere = ["--dataset", tmp_path / "nowhere"]  # which is not looked at
     assert "is not empty; choose another\n" in refused(1, "train", *nowhere, "--run-dir", tmp_path)
     (tmp_path / "recipe.json").write_text("{}")
-    assert f"--resume {tmp_path}" in refused(1, "train", *DIGITS, "--run-dir", tmp_path)
+    assert f"--resume {shell_word(tmp_path)}" in refused(1, "train", *DIGITS, "--run-dir", tmp_path)
 
 
 def test_a_run_that_another_process_goes_on_with_is_refused(unfinished, refused):

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -177,6 +178,8 @@ def lacks_a_compiler():
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not shutil.which(compiler):
         return f"there is no C++ compiler: {compiler}"
+    if " " in tempfile.gettempdir():
+        return "torch compiles in no temporary folder with a space in its name"
     header = Path(sysconfig.get_path("include")) / "Python.h"
     return "" if header.exists() else f"the C++ compiler would need {header}, which is not there"
 
