@@ -199,6 +199,7 @@ def test_a_file_that_windows_lets_nobody_replace_for_a_moment_is_replaced(tmp_pa
 
 
 STARTED = """
+import importlib
 import sys
 import cifar_resnet
 from cifar_resnet import Recipe
@@ -207,7 +208,8 @@ class Watcher:
     def begin(self, *_):
         print("begins with", sorted({"matplotlib", "torch._dynamo"} & set(sys.modules)))
 
-cifar_resnet.jobs.train.save_figure = lambda figure, path: path.touch()  # drawing is imported, and takes no time
+job = importlib.import_module("cifar_resnet.jobs.train")
+job.save_figure = lambda figure, path: path.touch()  # what draws is imported, and takes no time
 small = dict(epochs=1, train_limit=20, test_limit=10, batch_size=10, width=4, label_smoothing=0.0)
 for optimizer in ("muon", "sgd", "adam", "adamw"):
     recipe = Recipe.build("digits", optimizer=optimizer, sam_share=0.5, ema_decay=0.5, ema_every=1, **small)
