@@ -7,7 +7,7 @@ import inspect
 import operator
 from collections.abc import Callable
 from types import GenericAlias, UnionType
-from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, InstanceOf, TypeAdapter, ValidationError
 
@@ -53,20 +53,29 @@ def check(function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
     except TypeError as error:
         raise UsageError(f"{function.__name__}: {error}") from None
     for name, value in given.items():
-        try:
-            if name in types:
-                plain = value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
-                types[name].validate_python((plain,))
-        except ValidationError:
-            hint: Any = get_type_hints(inspect.unwrap(function))[name]
-            if get_origin(hint) is Literal and isinstance(value, str):
-                check_choice(name.replace("_", "-"), value, *get_args(hint))
-            annotation = str(signature.parameters[name].annotation)
-            meant = HINTS.get(type(value), "").format(_short(value)) if annotation.startswith("Recipe") else ""
-            raise UsageError(
-                f"{function.__name__}: {name} {_short(value)} is of the type {type(value).__name__}; it takes {annotation}"
-                f"{meant and f', such as {meant}'}"
-            ) from None
+        if name in types and not _fits(value, types[name]):
+            _refuse(function, signature.parameters[name], value)
+
+
+def _fits(value: Any, type_of: TypeAdapter[Any]) -> bool:
+    try:
+        type_of.validate_python((value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value,))
+    except ValidationError:
+        return False
+    return True
+
+
+def _refuse(function: Callable[..., Any], parameter: inspect.Parameter, value: Any) -> NoReturn:
+    takes, values = str(parameter.annotation), get_args(get_type_hints(inspect.unwrap(function))[parameter.name])
+    if values and all(isinstance(each, str) for each in values):
+        if isinstance(value, str):
+            check_choice(parameter.name.replace("_", "-"), value, *values)
+        takes = f"{', '.join(values[:-1])} or {values[-1]}"
+    meant = HINTS.get(type(value), "").format(_short(value)) if takes.startswith("Recipe") else ""
+    raise UsageError(
+        f"{function.__name__}: {parameter.name} {_short(value)} is of the type {type(value).__name__}; it takes {takes}"
+        f"{meant and f', such as {meant}'}"
+    )
 
 
 @functools.cache

@@ -43,7 +43,7 @@ STEPS, AFTER, BEFORE = "The four steps", "After a run", "Before a run"
 WHERE, RANGE, CHOICE, DRAWING, MEASURE = "Where and how", "Range test", "Which mistakes", "Drawing", "What to measure"
 MEANT = {  # by what Typer says of an option: what its user looks for
     r"option:? '?(--quiet|-q)\b": "it goes before the command",
-    r"value for '--output': .* 'softmax'": "the folder of a run is --run-dir",
+    r"value for '--output': '[^']*[/\\].*'softmax'": "train takes the folder of a run as --run-dir",
 }
 NAME = "<name>"  # in place of choices, which would leave a narrow terminal no room: the help names them
 
@@ -129,7 +129,7 @@ DataDir = Annotated[Path | None, _option(
     "Folder of CIFAR-10 and CIFAR-100. They are downloaded into it if they are missing.", default=DATA_DIR
 )]
 DemoDataDir = Annotated[Path | None, _option(
-    "Folder of CIFAR-10 and CIFAR-100. If your own images were moved: the folder that holds theirs, which has kept its name.",
+    "Folder of CIFAR-10 and CIFAR-100. If your own images were moved: the folder above theirs, which must have kept its name.",
     default=DATA_DIR,
 )]
 Moved = Annotated[str | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
@@ -466,7 +466,12 @@ def _say_newest(chosen: bool, run: Path) -> None:
 
 def _aside(message: str) -> None:
     """A line on standard error."""
-    print(f"cifar-resnet: {printable(message)}", file=sys.stderr)
+    print(_line(message), file=sys.stderr)
+
+
+def _line(message: str) -> str:
+    """A message as one line of standard error."""
+    return f"cifar-resnet: {printable(' '.join(map(str.strip, message.strip().splitlines())))}"
 
 
 def _runs(given: list[Path] | None) -> list[Path]:
@@ -498,14 +503,16 @@ def evaluate(
     If one of several runs fails, it is named, the others are evaluated, and the exit code is 1.
     """
     from .jobs.evaluate import evaluate
+    from .run_dir import CHECKPOINT
 
     runs, done, notify = _runs(checkpoints), [], _aside if json_output else console.say
+    once = {os.path.realpath(run if run.is_file() else run / CHECKPOINT): run for run in runs}
+    runs, folders = list(once.values()), list(map(os.path.dirname, once))
     if run_dir and len(runs) > 1:
         raise UsageError(f"--run-dir takes the files of one run, not of {len(runs)}; without it they go beside each checkpoint")
-    folders = [os.path.realpath(run.parent if run.is_file() else run) for run in runs]
     if twice := {folder for folder in folders if folders.count(folder) > 1}:
         raise UsageError(
-            f"two of these runs would write the same files, in {twice.pop()}; evaluate one at a time, with --run-dir"
+            f"two of these checkpoints would write the same files, in {twice.pop()}; evaluate one at a time, with --run-dir"
         )
     how: dict[str, Any] = dict(tta=tta, dataset=dataset, data_dir=data_dir, device=device, format=format)
     if not json_output:
@@ -760,7 +767,7 @@ def main() -> None:
     """Runs the command line; every failure is one line on standard error, with its exit code."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     console.replace_unencodable()
-    warnings.formatwarning = lambda message, *_: f"cifar-resnet: {printable(str(message))}\n"
+    warnings.formatwarning = lambda message, *_: f"{_line(str(message))}\n"
     try:
         code = app(standalone_mode=False)
     except CifarResnetError as error:
@@ -773,7 +780,7 @@ def main() -> None:
         if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type
             message = error.format_message().replace("Value error, ", "")
             hint = next((f"; {hint}" for pattern, hint in MEANT.items() if re.search(pattern, message)), "")
-            _fail(message + hint, getattr(error, "exit_code", 2))
+            _fail(message.rstrip(".") + hint, getattr(error, "exit_code", 2))
         if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
             _fail("out of memory; try a smaller --batch-size", 1)
         raise
@@ -788,7 +795,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     if exit_code == 2 and os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     elif message:
-        line = f"cifar-resnet: {printable(' '.join(map(str.strip, message.splitlines())))}"
+        line = _line(message)
         with suppress(OSError):  # a terminal that was closed
             print(console.wrapped(line, shutil.get_terminal_size().columns) if sys.stderr.isatty() else line, file=sys.stderr)
     with suppress(OSError):

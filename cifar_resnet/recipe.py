@@ -84,7 +84,9 @@ class Recipe(BaseModel):
     output: Literal["logits", "softmax", "log-softmax"] = _field("logits", "Model", "What the model returns in training.")
     logit_scale: float = _field(0.125, "Model", "Constant that the logits are multiplied by.", gt=0)
     init: Literal["default", "dirac"] = _field(
-        "dirac", "Model", "Initial weights. default: torch's own. dirac: every kernel but the first starts as the identity."
+        "dirac",
+        "Model",
+        "Initial weights. default: torch's own. dirac: every convolution but the first passes its inputs on, as far as it has outputs for them.",
     )
 
     optimizer: Literal["sgd", "muon", "adam", "adamw"] = _field(
@@ -128,7 +130,10 @@ class Recipe(BaseModel):
         "fixed: the last batch has the images that are left.",
     )
     peak_epoch: float = _field(
-        5.0, "Schedule", "Epoch at which the learning rate peaks. If only --epochs is given, the peak moves in proportion.", gt=0
+        5.0,
+        "Schedule",
+        "Epoch at which the learning rate peaks. Epochs that are given without a peak move it in proportion.",
+        gt=0,
     )
     div_factor: float = _field(25.0, "Schedule", "Peak learning rate, divided by the first one.", ge=1)
     final_div_factor: float = _field(100.0, "Schedule", "First learning rate, divided by the last one.", gt=0)

@@ -41,6 +41,7 @@ WRONG_TYPES = [
     (train, (), dict(recipe=Recipe), "it takes Recipe | None"),
     (train, (SMALL, 5), {}, "run_dir 5 is of the type int; it takes Path | str | None"),
     (train, (SMALL,), dict(device=3), "device 3 is of the type int; it takes str"),
+    (train, (SMALL,), dict(format=3), "format 3 is of the type int; it takes png, svg or pdf"),
     (train, (SMALL,), dict(tf32="no"), "tf32 'no' is of the type str; it takes bool"),
     (train, (SMALL,), dict(workers=1.5), "workers 1.5"),
     (train, (SMALL,), dict(target="94"), "target '94'"),

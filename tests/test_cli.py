@@ -165,7 +165,7 @@ USAGE_ERRORS = [
     (("train", "--recipe-file", "/nowhere.json"), "/nowhere.json"),
     (("train", "--nonsense"), "--nonsense"),
     (("train", "--quiet"), "it goes before the command"),
-    (("train", "--output", "runs/mine"), "the folder of a run is --run-dir"),
+    (("train", "--output", "runs/mine"), "train takes the folder of a run as --run-dir"),
     (("train", "-q"), "it goes before the command"),
     (("-q",), "--quiet goes before a command, and none is given"),
     (("recipes", "nine"), "nine"),

@@ -14,12 +14,13 @@ import signal
 import sys
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import LoaderKind
 from ..errors import UsageError, check_choice
 from ..recipe import Recipe
 from ..signals import ENDING
@@ -264,7 +265,7 @@ def check_loader(loader: str, workers: int | None) -> None:
     Raises:
         UsageError: there is no such loader, it has no workers, or there would be fewer than none.
     """
-    check_choice("loader", loader, "auto", "tensor", "albumentations")
+    check_choice("loader", loader, *get_args(LoaderKind))
     if workers is not None and workers < 0:
         raise UsageError(f"--workers {workers} must be at least 0")
     if workers is not None and loader != "albumentations":

@@ -11,7 +11,7 @@ from ..arguments import checked
 from ..errors import CifarResnetError, UsageError, shell_command
 from ..look import figures
 from ..recipe import DATASETS, Recipe
-from ..run_dir import SCHEMA, Checkpoint, find_runs, load_checkpoint
+from ..run_dir import SCHEMA, Checkpoint, find_runs, load_checkpoint, seeds_of
 from .common import save_figure, spread
 
 
@@ -27,7 +27,8 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
 
     Returns:
         `evaluated_on` and `groups`, each with its `label` (recipe and what tells it from the others), `n`, `mean`, `std` and
-        `interval` of the last accuracy in percent (see `spread`), mean `test_loss`, `train_loss` and `seconds`, `differs` and `runs`.
+        `interval` of the last accuracy in percent (see `spread`), mean `test_loss`, `train_loss` and `seconds`, `differs`, `runs`
+        and `folders`: the one of a whole repetition, or those of the runs.
 
     Raises:
         CifarResnetError: a run cannot be read or has not ended.
@@ -121,5 +122,18 @@ def _groups(together: dict[tuple[Recipe, str], list[Checkpoint]]) -> list[dict[s
             dict(path=str(run.path), seed=run.recipe.seed, test_accuracy=[row["test_accuracy"] for row in run.history])
             for run in members
         ]
-        groups.append(dict(label=label, n=len(last), **spread(last), **means, differs=differs, runs=runs))
+        folders = [run.path.parent for run in members]
+        if seeds_of(folders[0].parent) == folders:  # a whole repetition
+            folders = [folders[0].parent]
+        groups.append(
+            dict(
+                folders=[str(each) for each in folders],
+                label=label,
+                n=len(last),
+                **spread(last),
+                **means,
+                differs=differs,
+                runs=runs,
+            )
+        )
     return groups

@@ -68,7 +68,7 @@ def demo(
         shown = page.build(content_of_page(run, data_dir, device))
         if host not in ("127.0.0.1", "::1", "localhost"):
             notify(f"--host {host}: there is no password; everyone who can reach port {port} of this machine can open the page")
-        address = page.launch(shown, server_name=host, server_port=port, inbrowser=open)
+        address = page.launch(shown, server_name=f"[{host}]" if ":" in host else host, server_port=port, inbrowser=open)
         notify(f"the page is at {address}, until Ctrl-C")
         _wait_for_the_end()
         shown.close(verbose=False)

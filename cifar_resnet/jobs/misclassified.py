@@ -106,7 +106,7 @@ def _draw(
 
 
 def by_label(found: Prediction, logits: Tensor | None = None) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:
-    """The images whose label is less probable than another class, the least believed first; and the rows of `labels.ranked`.
+    """The images whose label is less probable than another class, the least probable first; and the rows of `labels.ranked`.
 
     By these logits, float32 (N, classes), or those of the network of `found`.
     """
@@ -136,9 +136,19 @@ def write_labels(
     as_text = [{**row, "name": (row["name"] or "").encode(errors="backslashreplace").decode()} for row in ranked]
     content = csv_of(as_text).encode()
     names = (folder / f"{stem}{'' if number == 1 else f'-{number}'}.csv" for number in itertools.count(1))
-    path = next(each for each in names if not each.exists() or each.read_bytes() == content)
+    path = next(each for each in names if _can_hold(each, content))
     write_whole(path, content)
     written(path)
+
+
+def _can_hold(path: Path, content: bytes) -> bool:
+    """Whether there is no such file, or one with this content."""
+    try:
+        return path.read_bytes() == content
+    except FileNotFoundError:
+        return True
+    except OSError:  # of a folder, or a file that cannot be read
+        return False
 
 
 def write_images(

@@ -25,6 +25,7 @@ from ..run_dir import (
     seeds_of,
     writable,
     write_json,
+    write_whole,
 )
 from ..training import distributed
 from ..training.capture import CapturedEpoch
@@ -129,6 +130,9 @@ def _read_repetition(
             _, checkpoint = RunDir(with_checkpoint[0]).open({"dataset": now.dataset})
             assert checkpoint is not None
             check_images(checkpoint, load(now, data_dir, warn), warn)
+        for run in set(seeds_of(folder)) - set(with_checkpoint):  # begun, and not trained yet
+            begun = Recipe.load(read_json(run / RECIPE, "recipe file"))
+            write_whole(run / RECIPE, begun.replace(dataset=now.dataset).to_json())
         recipe = now
     check_match(recipe, must_match, folder)
     if recipe.precision == "auto":  # begun by a version that left it to each run: the first one's holds

@@ -333,8 +333,9 @@ class _Run:
         self.run_epoch = captured[self._steps_depend_on()] = steps
 
     def _steps_depend_on(self) -> Hashable:
-        """All that captured steps hold: recipe, device, images, and how matrices are multiplied."""
-        return self.recipe.replace(seed=0), self.device, self.asked["tf32"], self.data.fingerprints["train"]["sha256"]
+        """All that captured steps hold: recipe, device, images, whether they are compiled, and how matrices are multiplied."""
+        asked = self.asked["compile"], self.asked["tf32"]
+        return self.recipe.replace(seed=0), self.device, *asked, self.data.fingerprints["train"]["sha256"]
 
     def begin(self) -> None:
         self.environment = {

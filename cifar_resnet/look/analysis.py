@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch.nn import functional
 from ..data.folders import class_names
 from ..data.loaders import TensorLoader
 from ..data.splits import Split
-from ..errors import UsageError, printable
+from ..errors import CifarResnetError, UsageError, printable
 from ..recipe import DATASETS, Recipe
 from ..training.engine import predict_logits, scores
 from ..training.model import ResNet, build_model
@@ -238,12 +239,12 @@ def pixels(images: Tensor, recipe: Recipe) -> np.ndarray:
 def summary(recipe: Recipe) -> dict[str, Any]:
     """What `summary --json` prints: the rows of `layers` for a batch of the recipe, and their totals.
 
-    `receptive_field` is the last layer's, in pixels of the image.
+    `receptive_field` is the last layer's, in pixels of the image. Classes are those of the recipe's images; 10 where these are not here.
     """
-    if recipe.dataset in DATASETS:
-        classes = 100 if recipe.dataset == "cifar100" else 10
-    else:
-        classes = len(class_names(Path(recipe.dataset), recipe.split))
+    classes = 100 if recipe.dataset == "cifar100" else 10
+    if recipe.dataset not in DATASETS:
+        with suppress(CifarResnetError):  # a folder that is not here
+            classes = len(class_names(Path(recipe.dataset), recipe.split)) or classes
     rows = layers(recipe, classes)
     multiply_adds = sum(row["multiply_adds"] for row in rows)
     totals = {

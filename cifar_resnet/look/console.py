@@ -23,7 +23,7 @@ from .. import errors
 from ..errors import shell_command
 from ..presets import MEASURED, PRESETS
 from ..recipe import Recipe
-from .words import count_of, duration, plural
+from .words import count_of, duration, ordinal, plural
 
 if TYPE_CHECKING:  # torch stays out of what only prints
     from ..run_dir import Checkpoint
@@ -135,7 +135,7 @@ def repetition(content: dict[str, Any]) -> None:
 def predictions(found: list[dict[str, Any]]) -> None:
     """One row an image: its most probable classes, the first one first."""
     count = max((len(row["classes"]) for row in found), default=0)
-    ranks = [("first", "second", "third")[i] if i < 3 else f"{i + 1}." for i in range(count)]
+    ranks = [("first", "second", "third")[i] if i < 3 else ordinal(i + 1) for i in range(count)]
     rows = [
         [row["image"], *chain.from_iterable((each["class"], f"{100 * each['probability']:.1f} %") for each in row["classes"])]
         for row in found
@@ -213,13 +213,8 @@ def comparison(content: dict[str, Any]) -> None:
 def _compared(group: dict[str, Any], evaluated_on: str) -> dict[str, Cell]:
     """What `comparison` shows of a group, by row."""
     spread = f" ± {group['std']:.2f}" if group["std"] is not None else ""
-    folders = [Path(run["path"]).parent for run in group["runs"]]
-    if len(folders) > 1 and all(
-        folder == folders[0].parent / f"s{run['seed']}" for folder, run in zip(folders, group["runs"], strict=True)
-    ):
-        folders = [folders[0].parent]  # of a repetition
     return {
-        "runs": Text("\n".join(errors.printable(str(folder)) for folder in folders)),
+        "runs": Text("\n".join(map(errors.printable, group["folders"]))),
         "recipe": group["label"].split(":")[0],
         "seeds": ", ".join(str(run["seed"]) for run in group["runs"]),
         f"{evaluated_on} accuracy": Text(f"{group['mean']:.2f}{spread} %", "bold"),

@@ -30,7 +30,8 @@ def joined() -> Iterator[None]:
     """Joins the other processes for as long as the body runs: gloo for tensors on a CPU, NCCL for those on a GPU.
 
     Raises:
-        CifarResnetError: another process is gone, or the body raised. Of what all ranks raise, only rank 0 tells, but for a DataError, which each tells.
+        CifarResnetError: another process is gone, or the body raised. Of what all ranks raise, only rank 0 tells. A DataError, and
+            a UsageError of one other rank alone, are told by that rank, too.
     """
     if started() == 1:
         yield

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -286,13 +285,24 @@ def test_a_page_for_other_machines_says_that_it_has_no_password(tiny_run, monkey
     assert f"no password; everyone who can reach port {port}" in said["0.0.0.0"][0]
 
 
+def test_an_address_of_ipv6_is_served(tiny_run, refused, monkeypatch):
+    try:
+        taken = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("there is no IPv6 here")
+    with taken:
+        port = taken.getsockname()[1]
+        assert "Address already in use" in refused(1, "demo", tiny_run, "--host", "::1", "--port", port)
+    told = []
+    monkeypatch.setattr("cifar_resnet.jobs.demo._wait_for_the_end", lambda: told.append(urlopen(f"http://[::1]:{port}").status))
+    demo(tiny_run, host="::1", port=port, notify=told.append)
+    assert told == [f"the page is at http://[::1]:{port}/, until Ctrl-C", 200]
+
+
 def test_what_cannot_be_served_is_one_line(refused, tiny_run, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         line = refused(1, "demo", tiny_run, "--port", taken.getsockname()[1])
         assert f"--port {taken.getsockname()[1]}: Address already in use" in line
-    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:  # where there is IPv6
-        line = refused(1, "demo", tiny_run, "--host", "::1", "--port", taken.getsockname()[1])
-        assert "Address already in use" in line
     assert "--port 70000 must be 1 to 65535" in refused(2, "demo", tiny_run, "--port", 70000)
     assert "no.such.host.invalid" in refused(1, "demo", tiny_run, "--host", "no.such.host.invalid")
     assert "there is no checkpoint" in refused(1, "demo", tmp_path)

@@ -219,8 +219,14 @@ def test_each_of_several_runs_is_evaluated_and_one_that_fails_is_named(two_runs,
 def test_two_checkpoints_of_one_folder_would_write_the_same_files(two_runs, refused):
     shutil.copy("runs/digits-1/checkpoint.pt", "runs/digits-1/old.pt")
     line = refused(2, "evaluate", "runs/digits-2", "runs/digits-1", "runs/digits-1/old.pt")
-    assert f"two of these runs would write the same files, in {Path('runs/digits-1').resolve()}; evaluate one at a time" in line
+    assert f"two of these checkpoints would write the same files, in {Path('runs/digits-1').resolve()}; evaluate one at a time" in line
     assert not list(Path("runs").glob("*/evaluation.json"))
+
+
+def test_a_run_given_twice_is_evaluated_once(two_runs, cli, no_figures, tmp_path):
+    Path("link").symlink_to("runs/digits-1")
+    code, out, err = cli("evaluate", "runs/digits-1", "runs/digits-1/checkpoint.pt", "link", "--run-dir", "here")
+    assert (code, err, out.count("test accuracy")) == (0, "", 1)
 
 
 def test_several_runs_that_all_fail_are_named_and_no_table_is_printed(refused, cli, tmp_path):

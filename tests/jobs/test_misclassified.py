@@ -124,6 +124,9 @@ def test_labels_that_a_user_corrected_stay(tiny_run, tmp_path, monkeypatch):
     assert rank() == rank() == {"labels-2.csv"}
     assert (tmp_path / "labels.csv").read_bytes() == corrected != made == (tmp_path / "labels-2.csv").read_bytes()
     assert not (tmp_path / "labels-3.csv").exists()
+    (tmp_path / "labels-2.csv").unlink()
+    (tmp_path / "labels-2.csv").mkdir()
+    assert rank() == {"labels-3.csv"}
 
 
 def test_where_there_is_no_mistake_the_least_sure_images_are_shown(tiny_run, tmp_path, cli, no_figures, monkeypatch):

@@ -80,6 +80,9 @@ def test_a_repetition_of_two_seeds_prints_no_interval(recipe, tmp_path, capsys):
     console.repetition(content)
     assert "95 %" not in capsys.readouterr().out
     (group,) = compare([tmp_path / "many"])["groups"]
+    assert group["folders"] == [str(tmp_path / "many")]
+    (of_one,) = compare([tmp_path / "many" / "s1"])["groups"]
+    assert of_one["folders"] == [str(tmp_path / "many" / "s1")]
     assert {key: group[key] for key in ("mean", "std", "interval")} == {key: content[key] for key in ("mean", "std", "interval")}
 
 
@@ -160,6 +163,22 @@ def test_a_repetition_that_has_trained_nothing_begins_where_its_images_have_move
         repeat(recipe, 2, many, watch=lambda: nullcontext(Early()))
     own_images.rename(tmp_path / "now")
     assert len(repeat(resume=many, must_match={"dataset": str(tmp_path / "now")})["accuracies"]) == 2
+
+
+def test_a_repetition_goes_on_with_a_copy_of_its_images(own_images, tmp_path):
+    """One run has ended, one has begun and has no checkpoint, and the images are still where they were, too."""
+
+    class Second(Watcher):
+        def begin(self, recipe, *_):
+            if recipe.seed == 1:
+                raise KeyboardInterrupt
+
+    recipe, many = Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, width=4), tmp_path / "many"
+    with pytest.raises(KeyboardInterrupt):
+        repeat(recipe, 2, many, watch=lambda: nullcontext(Second()))
+    shutil.copytree(own_images, tmp_path / "copy")
+    assert len(repeat(resume=many, must_match={"dataset": str(tmp_path / "copy")})["accuracies"]) == 2
+    assert load_checkpoint(many / "s1").recipe.dataset == str(tmp_path / "copy")
 
 
 def test_what_contradicts_a_repetition_is_one_line(recipe, tmp_path, refused):

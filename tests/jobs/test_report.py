@@ -178,6 +178,13 @@ def test_a_name_breaks_no_table_of_markdown():
         report("nowhere", format="pdf")
 
 
+def test_the_folder_of_the_page_is_made_or_refused_before_the_work(tiny_run, tmp_path, monkeypatch, no_figures):
+    assert report(tiny_run, tmp_path / "new" / "one" / "page.html").exists()
+    monkeypatch.setattr("cifar_resnet.jobs.report.logits_of", None)
+    with pytest.raises(CifarResnetError, match="page.html is no folder that can be written"):
+        report(tiny_run, tmp_path / "new" / "one" / "page.html" / "more" / "page.html")
+
+
 def test_a_missing_run_is_one_line(refused, tmp_path):
     assert "there is no checkpoint" in refused(1, "report", tmp_path / "nowhere")
     with pytest.raises(CifarResnetError):

@@ -874,6 +874,18 @@ def test_a_short_run_on_real_images_learns(cli, tmp_path):
     assert "last epoch:" in out
 
 
+def test_captured_steps_serve_runs_alike_but_for_the_seed_alone():
+    def key(images="of these images", device="cuda:0", compile="off", tf32=False, **fields):
+        run = _Run(Recipe.build(**fields), None, None, {}, dict(compile=compile, tf32=tf32), SimpleNamespace())
+        run.recipe, run.device = run.asked_recipe, torch.device(device)
+        run.data = SimpleNamespace(fingerprints={"train": {"sha256": images}})
+        return run._steps_depend_on()
+
+    others = [key(images="of others"), key(device="cuda:1"), key(compile="on"), key(tf32=True), key(width=8)]
+    assert key() == key(seed=5)
+    assert key() not in others
+
+
 @pytest.mark.parametrize(("name", "says"), [("eva6-s9", True), ("default", False)])
 def test_a_gpu_says_where_a_recipe_cannot_be_captured_for_its_momentum(name, says):
     said, device = [], torch.device("cuda")

@@ -98,6 +98,12 @@ def stopped_in_fold(monkeypatch, trainings):
     return stop
 
 
+def test_a_class_that_is_none_is_refused_before_a_fold_is_trained(run, monkeypatch):
+    monkeypatch.setattr(training_labels_file, "images_of", None)
+    with pytest.raises(UsageError, match="--true cat: no such class"):
+        rank(run, true="cat")
+
+
 def test_scores_go_by_the_temperature_of_the_folds_and_not_by_the_run_s(run, monkeypatch):
     seen = []
     fit = training_labels_file.calibration.fit_temperature

@@ -167,6 +167,11 @@ def test_the_summary_of_a_run_on_ones_own_images_counts_their_classes(tmp_path, 
     code, out, _ = cli("summary", "--recipe-file", tmp_path / "recipe.json", "--json")
     assert code == 0
     assert json.loads(out)["layers"][-1]["output"] == [3]
+    for name in ("a", "b", "c", ""):  # until the folder is empty, and then gone
+        (tmp_path / "images" / name).rmdir()
+        if name in ("c", ""):
+            code, out, _ = cli("summary", "--recipe-file", tmp_path / "recipe.json", "--json")
+            assert (code, json.loads(out)["layers"][-1]["output"]) == (0, [10])
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_runs_are_compared_in_columns_that_fit(shown, width):
     def group(number, mean):
         runs = [{"path": f"runs/default-{number}/checkpoint.pt", "seed": 0}]
         losses = dict(test_loss=0.2 + number, train_loss=0.9, seconds=4440)
-        return {"label": "default: max_lr 0.4", "n": 1, "mean": mean, "std": None, **losses, "differs": {"max_lr": number / 10}, "runs": runs}
+        return {"label": "default: max_lr 0.4", "n": 1, "mean": mean, "std": None, **losses, "differs": {"max_lr": number / 10}, "runs": runs, "folders": [f"runs/default-{number}"]}
 
     content = {"evaluated_on": "test", "groups": [group(number, 90 + number) for number in range(6)]}
     lines = shown(width, console.comparison, content)
@@ -76,15 +76,15 @@ def test_runs_are_compared_in_columns_that_fit(shown, width):
 
 
 @pytest.mark.parametrize("width", [80, 200])
-def test_a_repetition_is_compared_by_its_folder_and_other_runs_by_theirs(shown, width):
-    def group(mean, *runs):
-        runs = [{"path": f"{folder}/checkpoint.pt", "seed": seed} for seed, folder in enumerate(runs)]
+def test_runs_are_compared_under_their_folders(shown, width):
+    def group(mean, *folders):
+        runs = [{"seed": seed} for seed in range(2)]
         numbers = dict(mean=mean, std=0.1, test_loss=0.2, train_loss=0.9, seconds=60)
-        return {"label": "default: width 8", "n": len(runs), **numbers, "differs": {"width": 8}, "runs": runs}
+        return {"label": "default: width 8", "n": len(runs), **numbers, "differs": {"width": 8}, "folders": folders, "runs": runs}
 
-    groups = [group(90, "runs/repeat-1/s0", "runs/repeat-1/s1"), group(80, "runs/a-1", "runs/b\n-7"), group(70, "runs/repeat-2/s0")]
+    groups = [group(90, "r-1"), group(80, "runs/a-1", "runs/b\n-7"), group(70, "r-2/s0")]
     lines = shown(width, console.comparison, {"evaluated_on": "test", "groups": groups})
-    assert [line.split() for line in lines[:2]] == [["runs", "runs/repeat-1", "runs/a-1", "runs/repeat-2/s0"], ["runs/b\\n-7"]]
+    assert [line.split() for line in lines[:2]] == [["runs", "r-1", "runs/a-1", "r-2/s0"], ["runs/b\\n-7"]]
 
 
 @pytest.mark.parametrize("width", [40, 80, 100, 140])
