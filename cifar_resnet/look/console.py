@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
