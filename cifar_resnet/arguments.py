@@ -35,31 +35,37 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*arguments: P.args, **named: P.kwargs) -> R:
-        check(function, *arguments, **named)
-        return function(*arguments, **named)
+        plain = check(function, *arguments, **named)
+        return function(*plain.args, **plain.kwargs)
 
     return call
 
 
-def check(function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-    """Checks arguments by the annotations of a function. The text "3" is not taken as a number, nor is True.
+def check(function: Callable[..., Any], *arguments: Any, **named: Any) -> inspect.BoundArguments:
+    """Checks arguments by the annotations of a function, and gives them with NumPy's numbers as Python's.
+
+    The text "3" is not taken as a number, nor is True.
 
     Raises:
         UsageError: an argument is missing, not known, or of another type.
     """
     signature, types = _taken(inspect.unwrap(function))
     try:
-        given = signature.bind(*arguments, **named).arguments
+        bound = signature.bind(*arguments, **named)
     except TypeError as error:
         raise UsageError(f"{function.__name__}: {error}") from None
-    for name, value in given.items():
-        if name in types and not _fits(value, types[name]):
-            _refuse(function, signature.parameters[name], value)
+    for name, value in bound.arguments.items():
+        if name in types:
+            plain = value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
+            if not _fits(plain, types[name]):
+                _refuse(function, signature.parameters[name], value)
+            bound.arguments[name] = plain
+    return bound
 
 
 def _fits(value: Any, type_of: TypeAdapter[Any]) -> bool:
     try:
-        type_of.validate_python((value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value,))
+        type_of.validate_python((value,))
     except ValidationError:
         return False
     return True

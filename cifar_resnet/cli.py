@@ -105,7 +105,7 @@ def _option(help: str, panel: str = WHERE, *flags: str, default: str | None = No
 
 
 def _argument(help: str, metavar: str | None = None) -> Any:
-    return typer.Argument(help=help, metavar=metavar, show_default=False)
+    return typer.Argument(help=help, metavar=metavar, show_default=False, readable=False)  # what cannot be read is our own error
 
 
 # What commands take beside the fields of a recipe: first what several of them share, then by command.
@@ -738,10 +738,10 @@ def bench(
     bench needs no data. On two CPU cores it takes two to ten minutes: ten without bfloat16 and with --reference. Run nothing else meanwhile.
     """
     from .jobs.bench import bench
-    from .run_dir import writable, write_json
+    from .run_dir import check_writable, writable, write_json
 
     if json_file:
-        writable(json_file.parent)
+        check_writable(json_file.parent)
         if json_file.is_dir():
             raise UsageError(f"--json {json_file} is a folder; give a file")
     where: dict[str, Any] = dict(device=device, workers=workers, compile=compile, convolution=convolution)
@@ -749,6 +749,7 @@ def bench(
         content = bench(recipe, rounds=rounds, reference=reference, profile=profile, **where, progress=told)
     console.bench(content)
     if json_file:
+        writable(json_file.parent)
         write_json(json_file, content)
         _say_written(json_file)
 

@@ -215,10 +215,14 @@ class Recipe(BaseModel):
         """Preset < recipe file < options; an option of None is one not given.
 
         Without a preset's name the dataset chooses it: the one of its name, else `default`. Epochs that come without a peak
-        move the peak in proportion.
+        move the peak in proportion. Mean and standard deviation of a file are its dataset's, and are not taken for another one.
         """
         options = {name: value for name, value in options.items() if value is not None}
         from_file = _filled(read_json(file, "recipe file"), SCHEMA, f"{file}: ") if file else {}
+        if not isinstance(from_file.get("recipe", ""), str):
+            raise UsageError(f"{file}: its recipe is no name; give the recipe.json of a run, or a part of one")
+        if _other_images(from_file.get("dataset"), options.get("dataset")):
+            from_file = {name: value for name, value in from_file.items() if name not in ("mean", "std")}
         if recipe is not None and from_file.get("recipe", recipe) != recipe:
             raise UsageError(f"--recipe {recipe} contradicts {file}, which is of recipe {from_file['recipe']}; leave it out")
         if recipe is None:
@@ -322,6 +326,11 @@ def _filled(fields: dict[str, Any], unnumbered: int, source: str) -> dict[str, A
         raise UsageError(f"{source}a recipe of schema {number!r}; this version of cifar-resnet reads 1 to {SCHEMA}")
     missing = {1: MISSING_IN_1, 2: MISSING_IN_2, 3: {}}[number]
     return {**missing, **{name: value for name, value in fields.items() if name != "schema"}}
+
+
+def _other_images(before: Any, now: Any) -> bool:
+    """Whether two values of `dataset` are given, and differ."""
+    return isinstance(before, str) and isinstance(now, str) and os.path.abspath(before) != os.path.abspath(now)
 
 
 def read_json(path: Path | str, what: str) -> dict[str, Any]:

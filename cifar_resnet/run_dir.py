@@ -208,7 +208,7 @@ def check_free(path: Path) -> None:
     check_writable(path)
     if path.exists() and any(name not in (LOCK, HOLDER) and not name.endswith(".part") for name in os.listdir(path)):
         advice = "choose another"
-        if (path / RECIPE).exists():
+        if (path / RECIPE).exists() or (path / REPEAT).exists():
             advice += f", leave it out for a new one, or go on with the run in it: {shell_command('train', '--resume', path)}"
         raise RunDirectoryError(f"run directory {path} is not empty; {advice}")
 
@@ -264,6 +264,12 @@ class Checkpoint:
     @property
     def finished(self) -> bool:
         return self.content["epoch"] == self.recipe.epochs
+
+    @property
+    def stands_at(self) -> str:
+        """The place of the weights, as text: epochs done, and steps of the next one."""
+        step = f", step {self.content['step']}" if self.content["step"] else ""
+        return f"epoch {self.content['epoch']} of {self.recipe.epochs}{step}"
 
     def difference(self, part: str, now: Mapping[str, Any]) -> str:
         """What differs between images and the run's "train" or "evaluation" images; "" for nothing. Old checkpoints do not know.

@@ -87,6 +87,18 @@ def test_an_argument_of_another_type_is_refused_in_one_line(function, arguments,
     assert list(tmp_path.iterdir()) == []
 
 
+@checked
+def given(count: int = 0, share: float | None = None, *, name: str = "", **more: object) -> tuple[object, ...]:
+    return count, share, name, more
+
+
+def test_numbers_of_numpy_arrive_as_those_of_python():
+    found = given(np.int64(3), share=np.float32(0.5), name="x", other=np.int64(7))
+    assert found == (3, 0.5, "x", {"other": 7})
+    assert [type(each) for each in found[:2]] == [int, float]
+    assert given() == (0, None, "", {})
+
+
 WRONG_VALUES = [
     (lambda: train(SMALL, target=101.0), "--target 101 must be 0 to 100"),
     (lambda: train(SMALL, target=float("nan")), "--target nan"),

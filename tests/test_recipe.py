@@ -166,6 +166,21 @@ def test_the_epochs_of_a_file_move_the_peak_too(written, options, peak, tmp_path
     assert Recipe.build("default", tmp_path / "part.json", **options).peak_epoch == pytest.approx(peak)
 
 
+def test_mean_and_std_of_a_file_are_not_taken_for_another_dataset(tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text(Recipe.build("digits", mean=(0.3,) * 3, std=(0.2,) * 3).to_json())
+    assert Recipe.build(file=file).mean == Recipe.build(file=file, dataset="digits").mean == (0.3,) * 3
+    other = Recipe.build(file=file, dataset="cifar10")
+    assert (other.recipe, other.mean, other.std) == ("digits", None, None)
+    assert Recipe.build(file=file, dataset="cifar10", mean=(0.5,) * 3).mean == (0.5,) * 3
+
+
+def test_a_file_of_a_run_that_is_no_recipe_is_named(tmp_path, refused):
+    (tmp_path / "repeat.json").write_text(json.dumps({"schema": 1, "recipe": Recipe().to_dict(), "count": 3}))
+    line = refused(2, "train", "--recipe-file", tmp_path / "repeat.json")
+    assert f"{tmp_path / 'repeat.json'}: its recipe is no name; give the recipe.json of a run" in line
+
+
 def test_flips_alternate_only_where_half_the_images_flip(tmp_path):
     assert Recipe.build().alternates
     assert not Recipe.build(flip_probability=0.2).alternates

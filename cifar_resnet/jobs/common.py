@@ -143,7 +143,7 @@ def opened(
 
 def say_unfinished(loaded: Checkpoint, notify: Callable[[str], object]) -> None:
     if not loaded.finished:
-        notify(f"the run stands at epoch {loaded.content['epoch']} of {loaded.recipe.epochs}: what follows is not its end")
+        notify(f"the run stands at {loaded.stands_at}: what follows is not its end")
 
 
 def images_of(
@@ -192,8 +192,8 @@ def logits_of(
 
 
 def standing(loaded: Checkpoint) -> dict[str, int]:
-    """Of which state of a run something was made: `epoch`, those done, of `epochs`."""
-    return {"epoch": loaded.content["epoch"], "epochs": loaded.recipe.epochs}
+    """Of which state of a run something was made: `epoch`, those done, of `epochs`, and `step`, those done of the next one."""
+    return {"epoch": loaded.content["epoch"], "epochs": loaded.recipe.epochs, "step": loaded.content["step"]}
 
 
 def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:

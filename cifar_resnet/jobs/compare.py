@@ -58,7 +58,7 @@ def _finished(path: Path | str) -> Checkpoint:
     """
     checkpoint = load_checkpoint(path)
     if not checkpoint.finished:
-        where = f"stands at epoch {checkpoint.content['epoch']} of {checkpoint.recipe.epochs}"
+        where = f"stands at {checkpoint.stands_at}"
         raise CifarResnetError(
             f"{checkpoint.path} {where}; finish it: {shell_command('train', '--resume', checkpoint.path.parent)}"
         )

@@ -104,14 +104,14 @@ def content_of_page(
 
     shown = _Shown(*opened(run, device), data_dir, download, recipe)
     loaded = shown.checkpoint
-    recipe, epoch = loaded.recipe, loaded.content["epoch"]
+    recipe = loaded.recipe
     try:
         examples, missing = shown.examples(), ""
     except CifarResnetError as error:
         if download:
             raise
         examples, missing = [], f"There are no examples to show: {error}"
-    unfinished = "" if loaded.finished else f"The run stands at epoch {epoch} of {recipe.epochs}: this is not its end. "
+    unfinished = "" if loaded.finished else f"The run stands at {loaded.stands_at}: this is not its end. "
     content = Content(
         title=f"{recipe.title}, seed {recipe.seed}",
         notice=unfinished + missing,

@@ -73,7 +73,8 @@ def find_lr(
         check_writable(Path(run_dir))
     recipe, place, data = prepare(recipe, device, data_dir, notify)
     if sweep:
-        recipe = recipe.replace(holdout=recipe.holdout or max(len(data.train) // 10, len(data.classes)))
+        apart = dict(holdout=max(len(data.train) // 10, len(data.classes)), test_limit=None)
+        recipe = recipe if recipe.holdout else recipe.replace(**apart)
         data = load(recipe, data_dir, notify)
     check_batches(recipe, len(data.train))
     with (

@@ -69,7 +69,7 @@ def predict(
     for each in images:
         _add(each, asked, others)
     if not asked:
-        raise UsageError(f"there are no images in {', '.join(map(str, images))}")
+        raise UsageError(f"there are no images in {', '.join(map(str, images)) or 'an empty list'}")
     model = loaded.model(resolved)
 
     def probable(pixels: list[np.ndarray]) -> list[list[dict[str, Any]]]:

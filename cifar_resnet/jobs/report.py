@@ -111,10 +111,11 @@ def _charts(found: Prediction, content: dict[str, Any]) -> dict[str, str]:
     steps = len(batch_sizes(recipe, len(found.data.train)))
     history = checkpoint.history
     curves = {
-        f"{each.capitalize()} by epoch": figures.curve(each, history, recipe, judged, CHART) for each in ("loss", "accuracy")
-    }
+        f"{each.capitalize()} by epoch": figures.curve(each, history, recipe, judged, CHART)
+        for each in ("loss", "accuracy") if history
+    }  # fmt: skip
     drawn = {
-        **(curves if history else {}),
+        **curves,
         "Learning rate of every step": figures.learning_rate(recipe, steps, CHART),
         "Confusion matrix": figures.confusion_matrix(content["confusion_matrix"], list(content["classes"]), "", CHART),
         "Recall by class": figures.class_accuracy(content["classes"], "", CHART),

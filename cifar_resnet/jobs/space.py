@@ -100,8 +100,10 @@ def _mistakes(part: Path, content: Content, shown: Sequence[Mistake]) -> list[di
 
 
 def _readme(checkpoint: Checkpoint, recipe: Recipe, content: Content, mistakes: int) -> str:
-    last = checkpoint.history[-1]["test_accuracy"] if checkpoint.finished else None
-    accuracy = f"It is right on {last:.2f} % of the {checkpoint.evaluated_on} images (last epoch, single view, one run)."
+    accuracy = content.notice  # that the run has not ended
+    if checkpoint.finished:
+        last = checkpoint.history[-1]["test_accuracy"]
+        accuracy = f"It is right on {last:.2f} % of the {checkpoint.evaluated_on} images (last epoch, single view, one run)."
     return rendered(
         "space.md",
         title=content.title,
@@ -109,7 +111,7 @@ def _readme(checkpoint: Checkpoint, recipe: Recipe, content: Content, mistakes: 
         gradio=_version("gradio"),
         python=".".join(platform.python_version_tuple()[:2]),
         classes=f"{len(checkpoint.classes)} classes",
-        accuracy=accuracy if last is not None else content.notice,
+        accuracy=accuracy,
         mistakes=min(mistakes, MISTAKES),
         command=command_line(recipe),
     )

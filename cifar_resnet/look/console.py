@@ -31,8 +31,9 @@ if TYPE_CHECKING:  # torch stays out of what only prints
 
 # Under torchrun rank 0 speaks.
 console = Console(highlight=False, markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
+UNBOUNDED = 100_000  # columns
 if not console.is_terminal and not console.is_jupyter:
-    console.width = 1000  # nothing is cut or folded on its way into a file
+    console.width = UNBOUNDED  # nothing is cut or folded on its way into a file
 
 
 PLAIN = {"±": "+/-", "·": "|", "…": "...", "━": "=", "─": "-"}  # our own signs, where a terminal has no such letters
@@ -85,8 +86,10 @@ Cell = str | Text
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[Cell]], spare: Sequence[int | tuple[int, ...]] = (), title: str | None = None, gap: bool = True,
     **options: Any,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """A table without lines; with a gap, an empty line below it. A column whose name begins with > is aligned right.
+
+    Gives the number of columns shown.
 
     Where the terminal is too narrow the columns `spare` are left out, the first one first, as far as needed; then text is folded.
     """
@@ -101,11 +104,12 @@ def print_table(
         for row in rows:
             cells = (row[each] for each in left)
             table.add_row(*(errors.printable(cell) if isinstance(cell, str) else cell for cell in cells))
-        if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
+        if Measurement.get(console, console.options.update(width=UNBOUNDED), table).maximum <= console.width:
             break
     console.print(table)
     if gap:
         console.print()
+    return len(left)
 
 
 def training_result(checkpoint: Checkpoint) -> None:
@@ -141,7 +145,9 @@ def predictions(found: list[dict[str, Any]]) -> None:
     ]
     pairs = [(2 * each + 1, 2 * each + 2) for each in range(count)]
     if rows:
-        print_table(["image", *chain.from_iterable((rank, ">") for rank in ranks)], rows, spare=pairs[:0:-1], gap=False)
+        columns = ["image", *chain.from_iterable((rank, ">") for rank in ranks)]
+        if (shown := print_table(columns, rows, spare=pairs[:0:-1], gap=False) // 2) < count:
+            say(f"the terminal has room for {count_of(shown, count)} classes; --json prints all")
 
 
 def evaluation(content: dict[str, Any]) -> None:
@@ -256,7 +262,7 @@ def lr_suggestions(found: FoundLR, rule: str, then: str, at_once: str) -> None:
 def _rules(found: Suggestions, with_trials: bool) -> list[list[Cell]]:
     highest = "the highest LR at which the loss is still at its bottom"
     if with_trials:
-        highest = "where short trainings end lowest, raised for the length of the whole run"
+        highest = "where short trainings end lowest, scaled to the length of the whole run"
     lowest = "the lowest LR at which the loss has fallen by half of its drop"
     rows: list[list[Cell]] = [
         [Text(f"recommended {name}", "bold"), Text(f"{value:.3g}", "bold"), what]

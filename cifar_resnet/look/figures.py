@@ -25,6 +25,7 @@ from ..recipe import Recipe
 from ..training import optim
 from ..training.lr_finder import History, Suggestions, Trial, smooth
 from . import lettering
+from .words import plural
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
@@ -234,23 +235,24 @@ def _draw_sweep(axis: Axes, sweep: Sequence[dict[str, Any]], suggestions: Sugges
     """The accuracies of the short trainings, by the rule that chose their maximum."""
     ended = [row for row in sweep if row["accuracy"] is not None]
     for rule, style, colour, label in (
-        ("grid", "o-", BLUE, "factors of 2 around the recommended one"),
+        ("grid", "o-", BLUE, f"factors of 2 around {'the recommended one' if suggestions.max_lr else 'that of the recipe'}"),
         ("steepest", "s", RED, "steepest"),
         ("recommended", "D", GREEN, "recommended at this length"),
     ):
-        rows = [row for row in ended if row["rule"] == rule]
-        axis.plot([row["max_lr"] for row in rows], [row["accuracy"] for row in rows], style, color=colour, label=label)
+        if rows := [row for row in ended if row["rule"] == rule]:
+            axis.plot([row["max_lr"] for row in rows], [row["accuracy"] for row in rows], style, color=colour, label=label)
     _shade_recommended(axis, suggestions)
     if ended:  # what collapsed may leave the picture
         axis.set_ylim(max(axis.get_ylim()[0], max(row["accuracy"] for row in ended) - 20), None)
-    title = f"Holdout accuracy after {sweep[0]['epochs']} epochs with this maximum"
+    title = f"Holdout accuracy after {plural(sweep[0]['epochs'], 'epoch')} with this maximum"
     axis.set(xlabel="learning rate", ylabel="percent", title=title)
     _legend_below(axis)
 
 
 def unfinished(content: dict[str, Any]) -> str:
-    """For a title: where a run stood that had not ended, by its `epoch` and `epochs`; nothing of one that had."""
-    return "" if content["epoch"] == content["epochs"] else f" after epoch {content['epoch']} of {content['epochs']}"
+    """For a title: where a run stood that had not ended, by its `epoch`, `epochs` and, if it has one, `step`; nothing of one that had."""
+    step = f", step {content['step']}" if content.get("step") else ""
+    return "" if content["epoch"] == content["epochs"] else f" after epoch {content['epoch']} of {content['epochs']}{step}"
 
 
 def evaluation(content: dict[str, Any]) -> dict[str, Figure]:

@@ -96,4 +96,4 @@ def test_what_cannot_be_compared_is_refused(tiny_run, tiny_recipe, refused, tmp_
 
 def test_a_run_that_has_not_ended_is_refused(unfinished, refused):
     line = refused(1, "compare", unfinished)
-    assert re.search(r"stands at epoch 1 of 2; finish it: cifar-resnet train --resume", line)
+    assert re.search(r"stands at epoch 1 of 2, step 1; finish it: cifar-resnet train --resume", line)

@@ -122,7 +122,7 @@ def test_an_unfinished_run_is_evaluated_as_it_stands(unfinished, tmp_path, no_fi
     said = []
     content = evaluate(unfinished, tmp_path, notify=said.append)
     assert (content["epoch"], content["images"]) == (1, 40)
-    assert said == ["the run stands at epoch 1 of 2: what follows is not its end"]
+    assert said == ["the run stands at epoch 1 of 2, step 1: what follows is not its end"]
 
 
 def test_own_images_that_were_moved_are_found_and_others_refused(own_images, tmp_path, cli, no_figures):
@@ -132,7 +132,7 @@ def test_own_images_that_were_moved_are_found_and_others_refused(own_images, tmp
     assert "bright" in out
     (tmp_path / "elsewhere").mkdir()
     shutil.move(own_images, tmp_path / "elsewhere")
-    assert "give the folder that holds it with --data-dir" in cli("evaluate", tmp_path / "run")[2]
+    assert "the folder that holds it with --data-dir" in cli("evaluate", tmp_path / "run")[2]
     assert cli("evaluate", tmp_path / "run", "--data-dir", tmp_path / "elsewhere")[:2] == (0, out)
     (tmp_path / "elsewhere" / "own").rename(tmp_path / "elsewhere" / "renamed")
     assert cli("evaluate", tmp_path / "run", "--dataset", tmp_path / "elsewhere" / "renamed")[:2] == (0, out)

@@ -183,7 +183,7 @@ def test_predictions_of_an_unfinished_run_say_so(unfinished, tmp_path, cli):
     Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
     code, out, err = cli("predict", unfinished, tmp_path / "black.png", "--json")
     assert (code, len(json.loads(out))) == (0, 1)
-    assert err == "cifar-resnet: the run stands at epoch 1 of 2: what follows is not its end\n"
+    assert err == "cifar-resnet: the run stands at epoch 1 of 2, step 1: what follows is not its end\n"
 
 
 # Which run

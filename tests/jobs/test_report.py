@@ -10,12 +10,13 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from chromium import CHROMIUM
-from run_helpers import content
+from run_helpers import StopAfter, content
 
 from cifar_resnet import Recipe, load_checkpoint, report, train
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.errors import CifarResnetError, UsageError, shell_word
 from cifar_resnet.jobs.common import command_line
+from cifar_resnet.jobs.interrupt import Interrupted
 from cifar_resnet.jobs.report import _cell
 
 
@@ -151,7 +152,16 @@ def test_an_unfinished_run_is_reported_as_what_it_is(unfinished, tmp_path):
     assert "an unfinished run, after epoch 1 of 2, step 1" in page
     assert "after the last epoch" not in page
     folder = report(unfinished, tmp_path / "folder", format="markdown").parent
-    assert "unfinished: after epoch 1 of 2" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "unfinished: after epoch 1 of 2, step 1." in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_stopped_in_its_first_epoch_is_reported(tiny_recipe, tmp_path):
+    with pytest.raises(Interrupted):
+        train(tiny_recipe, tmp_path / "run", watcher=StopAfter(1))
+    page = report(tmp_path / "run").read_text()
+    assert "an unfinished run, after epoch 0 of 2, step 1" in page
+    assert "Loss by epoch" not in page
+    assert "unfinished: after epoch 0 of 2, step 1." in report(tmp_path / "run", tmp_path / "md", format="markdown").read_text()
 
 
 def test_markdown_holds_the_run_and_its_pictures(tiny_run, tmp_path, cli):

@@ -32,6 +32,12 @@ def space(tiny_run, tmp_path_factory):
     return export(tiny_run, tmp_path_factory.mktemp("exported") / "space", format="space")
 
 
+def test_a_space_of_an_unfinished_run_says_so(unfinished, tmp_path):
+    readme = (export(unfinished, tmp_path / "space", format="space") / "README.md").read_text(encoding="utf-8")
+    assert "The run stands at epoch 1 of 2, step 1: this is not its end." in readme
+    assert "It is right on" not in readme
+
+
 @pytest.fixture
 def app_of(monkeypatch):
     """Gives the module app.py of a folder, imported where the package is not."""

@@ -361,7 +361,7 @@ def test_a_run_directory_of_the_version_before_evaluates_and_goes_on_to_its_end(
     shutil.copytree(Path(__file__).parent.parent / "data" / "run-0.1", folder)
     code, out, err = cli("evaluate", folder)
     assert (code, err) == (0, "")
-    assert "the run stands at epoch 1 of 2: what follows is not its end" in out
+    assert "the run stands at epoch 1 of 2, step 1: what follows is not its end" in out
     found = json.loads((folder / "evaluation.json").read_text())
     assert (found["epoch"], found["images"]) == (1, 10)
     assert found["loss"] == pytest.approx(math.log(10))  # of weights that are all alike

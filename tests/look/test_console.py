@@ -87,6 +87,21 @@ def test_runs_are_compared_under_their_folders(shown, width):
     assert [line.split() for line in lines[:2]] == [["runs", "r-1", "runs/a-1", "r-2/s0"], ["runs/b\\n-7"]]
 
 
+@pytest.mark.parametrize(("width", "said"), [(40, "the terminal has room for 1 of 3 classes; --json prints all"), (120, "")])
+def test_classes_that_find_no_room_are_told_of(shown, width, said):
+    classes = [{"class": f"class {number}", "probability": 0.3} for number in range(3)]
+    lines = shown(width, console.predictions, [{"image": "a/long/name.png", "classes": classes}])
+    assert " ".join(lines[2:]) == said
+
+
+def test_many_classes_and_a_long_name_go_into_a_file_on_one_line(monkeypatch):
+    found = [{"image": "x" * 1500, "classes": [{"class": f"class {number}", "probability": 0.01} for number in range(100)]}]
+    file = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=file, width=console.UNBOUNDED, highlight=False))
+    console.predictions(found)
+    assert len(file.getvalue().splitlines()) == 2
+
+
 @pytest.mark.parametrize("width", [40, 80, 100, 140])
 def test_the_list_of_recipes_fits(shown, width):
     lines = shown(width, console.recipes)
