@@ -148,7 +148,7 @@ def test_a_folder_of_ones_own_gives_its_images_classes_and_statistics(own_images
     assert with_statistics(filled.replace(mean=(0.5, 0.5, 0.5)), loaded.train).mean == (0.5, 0.5, 0.5)
 
     shutil.move(own_images, tmp_path / "elsewhere" / "pets")
-    with pytest.raises(UsageError, match="give the folder that holds it with --data-dir"):
+    with pytest.raises(UsageError, match="the folder that holds it with --data-dir"):
         load(recipe)
     with pytest.raises(UsageError, match=f"no folder {own_images} or {tmp_path / own_images.name};"):
         load(recipe, tmp_path)
