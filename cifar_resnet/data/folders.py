@@ -135,11 +135,9 @@ def present(folder: Path, moved_to: Path | str | None) -> Path:
         if place.is_dir():
             return place
     near = difflib.get_close_matches(folder.name, DATASETS, n=1)
-    advice = (
-        f"did you mean {near[0]}?"
-        if near
-        else "if it was moved, give its new place with --dataset, or the folder that holds it with --data-dir"
-    )
+    advice = "if it was moved, give its new place with --dataset, or the folder that holds it with --data-dir"
+    if near:
+        advice = f"did you mean {near[0]}?"
     kinds = f"{', '.join(DATASETS)} or a folder of images"
     raise UsageError(f"--dataset is {kinds}, and there is no folder {' or '.join(map(str, places))}; {advice}")
 

@@ -119,9 +119,8 @@ def scaled(found: Decoded, whites: Mapping[str, int], path: Path) -> np.ndarray:
 
 def _deep(file: Image.Image, path: Path) -> Decoded | None:
     """What a file of more than 8 bits a channel holds, else None."""
-    tiles = (
-        file.tile if isinstance(file, ImageFile.ImageFile) else []
-    )  # read before getexif(), which loads the file and empties the list
+    # Before getexif(), which loads the file and empties the list.
+    tiles = file.tile if isinstance(file, ImageFile.ImageFile) else []
     several = file.mode[0] != "I" and bool(tiles) and ";16" in str(tiles[0][3])
     orientation = file.getexif().get(ORIENTATION, 1)
     if file.mode[0] in "IF":

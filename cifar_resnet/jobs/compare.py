@@ -125,15 +125,6 @@ def _groups(together: dict[tuple[Recipe, str], list[Checkpoint]]) -> list[dict[s
         folders = [run.path.parent for run in members]
         if seeds_of(folders[0].parent) == folders:  # a whole repetition
             folders = [folders[0].parent]
-        groups.append(
-            dict(
-                folders=[str(each) for each in folders],
-                label=label,
-                n=len(last),
-                **spread(last),
-                **means,
-                differs=differs,
-                runs=runs,
-            )
-        )
+        where = dict(differs=differs, runs=runs, folders=[str(each) for each in folders])
+        groups.append(dict(label=label, n=len(last), **spread(last), **means, **where))
     return groups

@@ -130,11 +130,11 @@ def _read_repetition(
             _, checkpoint = RunDir(with_checkpoint[0]).open({"dataset": now.dataset})
             assert checkpoint is not None
             check_images(checkpoint, load(now, data_dir, warn), warn)
-        for run in set(seeds_of(folder)) - set(with_checkpoint):  # begun, and not trained yet
-            begun = Recipe.load(read_json(run / RECIPE, "recipe file"))
-            write_whole(run / RECIPE, begun.replace(dataset=now.dataset).to_json())
         recipe = now
     check_match(recipe, must_match, folder)
+    for run in set(seeds_of(folder)) - set(with_checkpoint):  # begun, and not trained yet: its images may have moved
+        begun = Recipe.load(read_json(run / RECIPE, "recipe file"))
+        write_whole(run / RECIPE, begun.replace(dataset=recipe.dataset).to_json())
     if recipe.precision == "auto":  # begun by a version that left it to each run: the first one's holds
         files = [folder / f"s{seed}" / RECIPE for seed in range(recipe.seed, recipe.seed + count)]
         first = next((Recipe.load(read_json(file, "recipe file")).precision for file in files if file.exists()), "auto")

@@ -244,9 +244,10 @@ def _draw_sweep(axis: Axes, sweep: Sequence[dict[str, Any]], suggestions: Sugges
     _shade_recommended(axis, suggestions)
     if ended:  # what collapsed may leave the picture
         axis.set_ylim(max(axis.get_ylim()[0], max(row["accuracy"] for row in ended) - 20), None)
-    title = f"Holdout accuracy after {plural(sweep[0]['epochs'], 'epoch')} with this maximum"
+        _legend_below(axis)
+    trained = plural(sweep[0]["epochs"], "epoch")
+    title = f"Holdout accuracy after {trained} with this maximum" if ended else f"Every training of {trained} diverged"
     axis.set(xlabel="learning rate", ylabel="percent", title=title)
-    _legend_below(axis)
 
 
 def unfinished(content: dict[str, Any]) -> str:

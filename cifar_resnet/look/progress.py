@@ -152,9 +152,8 @@ class Pace:
         self.total = self.epochs * self.steps
         self.sharp_from = round(self.total * (1 - recipe.sam_share))
         self.images = [0, *accumulate(images)]  # after so many steps of an epoch
-        self.evaluation = (
-            evaluated / self.images[-1] * self.steps / 3
-        )  # in plain steps, until one was timed: to evaluate an image takes a third of training on it
+        # In plain steps, until one was timed: to evaluate an image takes a third of the time of training on it.
+        self.evaluation = evaluated / self.images[-1] * self.steps / 3
         self.units, self.seconds = 0.0, 0.0  # steps timed, a sharp one as two, and their time
         self.timed: float | None = None  # seconds of the last evaluation
         self.mark: tuple[int, float] | None = None  # step of the run last done, and when

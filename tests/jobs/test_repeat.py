@@ -177,6 +177,10 @@ def test_a_repetition_goes_on_with_a_copy_of_its_images(own_images, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         repeat(recipe, 2, many, watch=lambda: nullcontext(Second()))
     shutil.copytree(own_images, tmp_path / "copy")
+    before = (many / "s1" / "recipe.json").read_text()
+    with pytest.raises(UsageError, match="--epochs 7 contradicts"):
+        repeat(resume=many, must_match={"dataset": str(tmp_path / "copy"), "epochs": 7})
+    assert (many / "s1" / "recipe.json").read_text() == before
     assert len(repeat(resume=many, must_match={"dataset": str(tmp_path / "copy")})["accuracies"]) == 2
     assert load_checkpoint(many / "s1").recipe.dataset == str(tmp_path / "copy")
 

@@ -147,6 +147,15 @@ def test_the_range_test_is_drawn_with_its_trials_and_suggestions():
     assert not any("recommended" in line.get_label() for line in axis.lines)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_sweep_whose_trainings_all_diverged_says_so():
+    history = History(np.geomspace(1e-4, 1, 30), np.linspace(2, 2.1, 30))
+    sweep = [dict(rule="grid", max_lr=lr, accuracy=None, epochs=1) for lr in (0.1, 0.2)]
+    _, below = figures.lr_finder(history, suggest(history), Recipe(), sweep=sweep).axes
+    assert below.get_title() == "Every training of 1 epoch diverged"
+    assert below.get_legend() is None
+
+
 def test_a_sweep_is_drawn_below_the_range_test():
     history, trials, found = range_test()
     rows = [("grid", 0.1, 80.0), ("grid", 0.2, 90.0), ("grid", 0.4, None), ("steepest", 0.05, 70.0), ("recommended", 0.15, 91.0)]
