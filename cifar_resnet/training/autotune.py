@@ -15,7 +15,7 @@ from .convolution import CONVOLUTIONS, WEIGHT_GRADIENTS, Conv3x3, Ways, input_gr
 
 MIN_FLOP = 1e9  # of a layer, in one direction and step: with less, choosing takes longer than it saves
 MIN_POSITIONS = 4096  # pixels of a timed batch: with fewer, what a call does once would weigh too much
-CALL_SECONDS, ROUNDS, HOPELESS, TIE = 0.015, 3, 1.5, 1.05
+CALL_SECONDS, ROUNDS, COLD, HOPELESS, TIE = 0.010, 2, 2.0, 1.5, 1.05
 
 
 class Timing(NamedTuple):
@@ -91,31 +91,39 @@ def _images(shape: torch.Size, kernels: Tensor) -> int:
     """How many images are enough to time: as many as torch's own convolution takes about `CALL_SECONDS` for."""
     size, inputs, height, width = shape
     few = min(size, -(-MIN_POSITIONS // (height * width)))
-    x = torch.randn(few, height, width, inputs).to(kernels.dtype)
-    once = _once(lambda: CONVOLUTIONS["torch"](x, kernels), after=1)
-    return min(size, max(few, round(few * CALL_SECONDS / once)))
+    x = torch.randn(-(-few // 4), height, width, inputs).to(kernels.dtype)
+    _once(lambda: CONVOLUTIONS["torch"](x, kernels))
+    once = _once(lambda: CONVOLUTIONS["torch"](x, kernels))
+    return min(size, max(few, round(len(x) * CALL_SECONDS / once)))
 
 
-def _once(call: Callable[[], Any], after: int = 0) -> float:
-    """Seconds of one call, after some that are not counted."""
-    for _ in range(after):
-        call()
+def _once(call: Callable[[], Any]) -> float:
+    """Seconds of one call."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
 def _seconds(ways: Iterable[str], call: Callable[[str], Any]) -> dict[str, float]:
-    """Median seconds of each way's call; the ways take turns. A way that is slow at first is not called again."""
-    measured = {way: [_once(partial(call, way), after=1)] for way in ways}
-    limit = HOPELESS * min(first for (first,) in measured.values())
-    promising = [way for way, (first,) in measured.items() if first <= limit]
+    """Median seconds of each way's calls; the ways take turns. Of a way whose first calls are slow, the last of these.
+
+    The first call of a way allocates and prepares, so it counts only where it is `COLD` times as slow as the best.
+    """
+    cold = {way: _once(partial(call, way)) for way in ways}
+    first = {way: _once(partial(call, way)) for way in _close(cold, COLD)}
+    promising = _close(first, HOPELESS)
+    measured = {way: [first.get(way, seconds)] for way, seconds in cold.items()}
     for way in promising * ROUNDS if len(promising) > 1 else ():
         measured[way].append(_once(partial(call, way)))
     return {way: statistics.median(each) for way, each in measured.items()}
 
 
+def _close(seconds: Mapping[str, float], times: float) -> list[str]:
+    """The ways that take at most so many times as long as the fastest one."""
+    limit = times * min(seconds.values())
+    return [way for way, each in seconds.items() if each <= limit]
+
+
 def fastest(seconds: Mapping[str, float]) -> str:
     """The first way that takes at most `TIE` times as long as the fastest one: torch's own comes first."""
-    limit = TIE * min(seconds.values())
-    return next(way for way, each in seconds.items() if each <= limit)
+    return _close(seconds, TIE)[0]
