@@ -737,8 +737,8 @@ def bench(
 
     bench needs no data. On two CPU cores it takes two to ten minutes: ten without bfloat16 and with --reference. Run nothing else meanwhile.
     """
+    from .files import check_writable, writable, write_json
     from .jobs.bench import bench
-    from .run_dir import check_writable, writable, write_json
 
     if json_file:
         check_writable(json_file.parent)

@@ -18,8 +18,8 @@ import cifar_resnet
 from cifar_resnet import evaluate, train
 from cifar_resnet.data import loaders
 from cifar_resnet.errors import RunDirectoryError
+from cifar_resnet.files import write_whole
 from cifar_resnet.jobs import bench
-from cifar_resnet.run_dir import write_whole
 
 ROOT, PACKAGE = Path(__file__).parent.parent, Path(cifar_resnet.__file__).parent
 MODULES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}

@@ -1,4 +1,4 @@
-"""The run directory: whole writes, the lock, checkpoints and whom they trust, and when one is saved."""
+"""The run directory: failing disks, the lock, checkpoints and whom they trust, and when one is saved."""
 
 import errno
 import io
@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import zipfile
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faulty import CALLS, CODES, Faulty
 from filelock import FileLock, Timeout
 from run_helpers import FILES, assert_same_run, content
 
@@ -27,140 +27,12 @@ from cifar_resnet import Recipe, load_checkpoint, run_dir, train
 from cifar_resnet.data.loaders import Batch
 from cifar_resnet.data.splits import Data, Split
 from cifar_resnet.errors import CheckpointError, RunDirectoryError, UsageError, shell_command
-from cifar_resnet.run_dir import (
-    RunDir,
-    SavePolicy,
-    check_free,
-    default_directory,
-    directory_for,
-    find_run,
-    find_runs,
-    new_folder,
-    writable,
-    write_whole,
-)
+from cifar_resnet.files import new_folder, writable
+from cifar_resnet.run_dir import RunDir, SavePolicy, check_free, default_directory, directory_for, find_run, find_runs
 from cifar_resnet.training.engine import rates_at, start, train_step
 
 CPU = torch.device("cpu")
 FIXTURES = Path(__file__).parent / "data"
-
-
-# Whole writes
-
-
-class Faulty:
-    """Stands in for what `write_whole` calls of the system; one call of them all, counted from 0, fails."""
-
-    def __init__(self, monkeypatch, failing=-1, code=errno.EIO):
-        self.called, self.failing, self.code = [], failing, code
-        monkeypatch.setattr(run_dir, "os", self)
-        monkeypatch.setattr(run_dir, "open", self.open_file, raising=False)
-
-    def __getattr__(self, name):
-        return getattr(os, name)
-
-    def check(self, name):
-        self.called.append(name)
-        if len(self.called) - 1 == self.failing:
-            raise OSError(self.code, os.strerror(self.code))
-
-    def open(self, path, flags):
-        self.check("os.open")
-        return os.open(path, flags)
-
-    def fsync(self, file):
-        self.check("os.fsync")
-        os.fsync(file)
-
-    def replace(self, source, target):
-        self.check("os.replace")
-        os.replace(source, target)
-
-    def open_file(self, path, mode="r", **options):
-        if not str(path).endswith(".part"):
-            return open(path, mode, **options)
-        self.check("open")
-        file, check = open(path, mode, **options), self.check  # noqa: SIM115
-
-        class File:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                file.close()
-
-            def write(self, value):
-                file.write(value[: len(value) // 2])
-                check("write")
-                file.write(value[len(value) // 2 :])
-
-            def flush(self):
-                check("flush")
-                file.flush()
-
-            def fileno(self):
-                return file.fileno()
-
-        return File()
-
-
-CALLS = ["open", "write", "flush", "os.fsync", "os.replace", "os.open", "os.fsync"]  # of one whole write
-CODES = [errno.ENOSPC, errno.EACCES, errno.EIO]
-
-
-def test_a_whole_write_flushes_the_file_before_and_the_folder_after_the_rename(tmp_path, monkeypatch):
-    faulty = Faulty(monkeypatch)
-    write_whole(tmp_path / "file", "new")
-    assert faulty.called == CALLS
-    assert (tmp_path / "file").read_text() == "new"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("name", [".", "..", "folder", "folder/."])
-def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch, name):
-    (tmp_path / "folder").mkdir()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunDirectoryError, match=f"{re.escape(str(Path(name)))} could not be written: it is a folder"):
-        write_whole(Path(name), "text")
-
-
-@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
-@pytest.mark.parametrize("failing", range(len(CALLS)), ids=lambda call: f"{call}-{CALLS[call]}")
-def test_a_write_that_fails_anywhere_leaves_one_whole_file(tmp_path, failing, code):
-    """Before the rename the old one, after it the new one."""
-    path = tmp_path / "file"
-    write_whole(path, "the old one")
-    with pytest.MonkeyPatch.context() as patch:
-        faulty = Faulty(patch, failing, code)
-        with pytest.raises(RunDirectoryError, match=f"{re.escape(str(path))} could not be written: {os.strerror(code)}"):
-            write_whole(path, "the new one")
-    assert faulty.called == CALLS[: failing + 1]
-    assert path.read_text() == ("the old one" if failing <= CALLS.index("os.replace") else "the new one")
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
-    write_whole(tmp_path / "file", "the old one")
-
-    def interrupted(file):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_dir.os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "file", "the new one")
-    assert os.listdir(tmp_path) == ["file"]
-    assert (tmp_path / "file").read_text() == "the old one"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows opens no folders")
-def test_a_file_system_that_flushes_no_folders_is_written_to(tmp_path, monkeypatch):
-    def fsync(number):
-        if stat.S_ISDIR(os.fstat(number).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-
-    monkeypatch.setattr(run_dir.os, "fsync", fsync)
-    write_whole(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "new"
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one-a-write", "all"])

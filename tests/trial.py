@@ -31,8 +31,8 @@ from levers import LEVERS
 from scipy import stats
 
 from cifar_resnet import CifarResnetError, Recipe, train
+from cifar_resnet.files import write_json
 from cifar_resnet.jobs.bench import training_flop
-from cifar_resnet.run_dir import write_json
 
 
 def recipe_of(trial, arm, seed):

@@ -20,10 +20,11 @@ from ..data import datasets, label_errors
 from ..data.loaders import TensorLoader
 from ..data.splits import Data, fingerprint, same_images
 from ..errors import CifarResnetError, UsageError, shell_word
+from ..files import write_whole
 from ..look import analysis
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe
-from ..run_dir import PICTURES, SCHEMA, Checkpoint, load_checkpoint, write_whole
+from ..run_dir import PICTURES, SCHEMA, Checkpoint, load_checkpoint
 from ..training.engine import predict_logits, scores
 from ..training.model import ResNet
 from ..training.runtime import environment, resolve_device, resolve_precision, set_tf32, without_emulation

@@ -13,8 +13,8 @@ from torch import nn
 from .. import __version__
 from ..data import cache
 from ..errors import CifarResnetError
+from ..files import write_json
 from ..recipe import Recipe
-from ..run_dir import write_json
 from ..training import autotune, convolution, distributed
 from ..training.autotune import Timing
 from ..training.runtime import processor, without_emulation

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Format, Tta, checked
+from ..files import writable, write_json
 from ..look import figures
-from ..run_dir import LATEST, writable, write_json
+from ..run_dir import LATEST
 from .common import content_of, logits_of, save_figure
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..arguments import ExportFormat, checked
 from ..errors import CifarResnetError, UsageError
+from ..files import write_whole
 from ..recipe import DATASETS
-from ..run_dir import LATEST, Checkpoint, load_checkpoint, write_whole
+from ..run_dir import LATEST, Checkpoint, load_checkpoint
 from ..training.model import ResNet
 from .common import say_unfinished, standing
 from .space import space

@@ -15,10 +15,11 @@ from ..data.datasets import load
 from ..data.loaders import Loader, TensorLoader, check_batches, make_loader
 from ..data.splits import Data
 from ..errors import CifarResnetError, NonFiniteLossError, UsageError
+from ..files import check_writable, writable, write_json
 from ..look import figures
 from ..look.progress import telling
 from ..recipe import Recipe
-from ..run_dir import SCHEMA, check_writable, writable, write_json
+from ..run_dir import SCHEMA
 from ..training import engine
 from ..training.engine import Epoch
 from ..training.lr_finder import MIN_POINTS, FoundLR, Suggestions, range_test, run_trials, suggest, usual_steps

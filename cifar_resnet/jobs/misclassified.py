@@ -15,20 +15,10 @@ from torch import Tensor
 from ..arguments import Format, GradCamLayer, Sort, checked
 from ..data.folders import present
 from ..errors import CifarResnetError, UsageError
+from ..files import check_new_folder, csv_of, new_folder, writable, write_json, write_whole
 from ..look import analysis, figures, labels, pictures
 from ..recipe import DATASETS
-from ..run_dir import (
-    LATEST,
-    SCHEMA,
-    Checkpoint,
-    check_new_folder,
-    csv_of,
-    load_checkpoint,
-    new_folder,
-    writable,
-    write_json,
-    write_whole,
-)
+from ..run_dir import LATEST, SCHEMA, Checkpoint, load_checkpoint
 from .common import Prediction, dataset_of, grad_cams, logits_of, mean_logits, save_figure, standing
 
 

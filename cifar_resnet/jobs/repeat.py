@@ -10,6 +10,7 @@ from typing import Any
 from ..arguments import check, checked
 from ..data.datasets import load
 from ..errors import UsageError
+from ..files import writable, write_json, write_whole
 from ..recipe import Recipe, read_json
 from ..run_dir import (
     CHECKPOINT,
@@ -23,9 +24,6 @@ from ..run_dir import (
     find_run,
     moved,
     seeds_of,
-    writable,
-    write_json,
-    write_whole,
 )
 from ..training import distributed
 from ..training.capture import CapturedEpoch

@@ -18,10 +18,11 @@ from PIL import Image
 from ..arguments import ReportFormat, checked
 from ..data.loaders import batch_sizes
 from ..errors import printable
+from ..files import check_writable, writable, write_whole
 from ..look import analysis, figures, pictures
 from ..look.progress import epoch_line
 from ..look.words import count_of, duration, plural
-from ..run_dir import LATEST, check_writable, load_checkpoint, writable, write_whole
+from ..run_dir import LATEST, load_checkpoint
 from .common import Prediction, command_words, content_of, data_url, grad_cams, logits_of, rendered, save_figure
 from .misclassified import by_label
 

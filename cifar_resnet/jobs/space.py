@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import CifarResnetError
+from ..files import new_folder, write_json
 from ..recipe import Recipe
-from ..run_dir import Checkpoint, new_folder, write_json
+from ..run_dir import Checkpoint
 from .common import command_line, rendered
 from .demo import content_of_page
 

@@ -16,11 +16,12 @@ from ..arguments import Format, checked
 from ..data.loaders import TensorLoader
 from ..data.splits import Data
 from ..errors import CifarResnetError, UsageError
+from ..files import writable, write_whole
 from ..look import analysis, pictures
 from ..look.progress import telling
 from ..look.words import count_of
 from ..recipe import Recipe
-from ..run_dir import LATEST, Checkpoint, writable, write_whole
+from ..run_dir import LATEST, Checkpoint
 from ..training import calibration, engine
 from .common import Prediction, images_of, opened, save_figure
 from .misclassified import by_label, check_count, check_new_folders, title, write_images, write_labels

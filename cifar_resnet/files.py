@@ -1,0 +1,130 @@
+"""Files and folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import RunDirectoryError
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Under a temporary name, flushed to the disk, then renamed: a kill leaves the old file or the new one.
+
+    Raises:
+        RunDirectoryError: it cannot be written, and the old file is as it was; or the new file is there, and its folder could not be
+            flushed.
+    """
+    if os.path.isdir(path):
+        raise RunDirectoryError(f"{path} could not be written: it is a folder")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        _replace(part, path)
+        if sys.platform != "win32":  # where a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that flush no folders
+                    raise
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise RunDirectoryError(f"{path} could not be written: {error.strerror}") from None
+    finally:  # also after Ctrl-C
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _replace(part: Path, path: Path) -> None:
+    """Renames. Windows refuses while another program reads the old file, often a virus scanner for a moment: two seconds of tries."""
+    for _ in range(20 if sys.platform == "win32" else 0):
+        with suppress(PermissionError):
+            return os.replace(part, path)
+        time.sleep(0.1)
+    return os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def csv_of(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows as CSV, under a line with the names of the columns, which are the first row's keys if not given."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill beside `path`, which then becomes `path`: what fails leaves nothing behind.
+
+    Raises:
+        RunDirectoryError: as from `check_new_folder`, or it cannot be written.
+    """
+    check_new_folder(path)
+    path = Path(os.path.realpath(path))
+    part = writable(path.parent) / f".{path.name}.{os.getpid()}.new"  # unlike .part, not removed by a run beside it
+    try:
+        part.mkdir()
+        yield part
+        if path.exists():
+            path.rmdir()
+        part.rename(path)
+    except OSError as error:
+        raise RunDirectoryError(f"folder {path} could not be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Whether a folder of this name can be made, or is there and empty.
+
+    Raises:
+        RunDirectoryError: it holds something, is no folder, or cannot be made.
+    """
+    check_writable(path)
+    if path.exists() and os.listdir(path):
+        raise RunDirectoryError(f"folder {path} is not empty; choose a new one")
+
+
+def check_writable(path: Path) -> None:
+    """Whether the folder, or the nearest one above it that is there, can be written.
+
+    Raises:
+        RunDirectoryError: it cannot.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunDirectoryError(f"folder {path} cannot be made or written: {there} is no folder that can be written")
+
+
+def writable(path: Path) -> Path:
+    """The folder, made if it is missing.
+
+    Raises:
+        RunDirectoryError: it cannot be made or written.
+    """
+    check_writable(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"folder {path} cannot be made: {error.strerror}") from None
+    return path

@@ -1,0 +1,70 @@
+"""Files and folders that are written whole or not at all."""
+
+import errno
+import os
+import re
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from faulty import CALLS, CODES, Faulty
+
+from cifar_resnet import files
+from cifar_resnet.errors import RunDirectoryError
+from cifar_resnet.files import write_whole
+
+
+def test_a_whole_write_flushes_the_file_before_and_the_folder_after_the_rename(tmp_path, monkeypatch):
+    faulty = Faulty(monkeypatch)
+    write_whole(tmp_path / "file", "new")
+    assert faulty.called == CALLS
+    assert (tmp_path / "file").read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "folder", "folder/."])
+def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch, name):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunDirectoryError, match=f"{re.escape(str(Path(name)))} could not be written: it is a folder"):
+        write_whole(Path(name), "text")
+
+
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
+@pytest.mark.parametrize("failing", range(len(CALLS)), ids=lambda call: f"{call}-{CALLS[call]}")
+def test_a_write_that_fails_anywhere_leaves_one_whole_file(tmp_path, failing, code):
+    """Before the rename the old one, after it the new one."""
+    path = tmp_path / "file"
+    write_whole(path, "the old one")
+    with pytest.MonkeyPatch.context() as patch:
+        faulty = Faulty(patch, failing, code)
+        with pytest.raises(RunDirectoryError, match=f"{re.escape(str(path))} could not be written: {os.strerror(code)}"):
+            write_whole(path, "the new one")
+    assert faulty.called == CALLS[: failing + 1]
+    assert path.read_text() == ("the old one" if failing <= CALLS.index("os.replace") else "the new one")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", "the old one")
+
+    def interrupted(file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "file", "the new one")
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "the old one"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows opens no folders")
+def test_a_file_system_that_flushes_no_folders_is_written_to(tmp_path, monkeypatch):
+    def fsync(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    write_whole(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
