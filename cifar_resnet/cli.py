@@ -666,7 +666,7 @@ def export(
     path = export(_one_run(checkpoint, "export"), output, format=format, **how)
     _say_written(path)
     if format == "space":
-        console.say(f"to try it: pip install -r requirements.txt && python app.py, in {path}")
+        console.say(f"to try it in {path}: pip install -r requirements.txt, then python app.py")
     if format == "onnx":
         pixels, normalised = "uint8 (N, 32, 32, 3), pixels", "float32 (N, 3, 32, 32), normalised by the recipe's mean and std"
         console.say(f"input images: {pixels if with_preprocessing else normalised}; output logits: float32 (N, classes)")

@@ -1,6 +1,7 @@
 """What a user is told when something is wrong: one line, and the exit code that goes with it; and text that can be shown."""
 
 import os
+import re
 import shlex
 import subprocess
 import unicodedata
@@ -12,7 +13,11 @@ def shell_command(*words: object) -> str:
 
 
 def shell_word(word: object) -> str:
-    return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
+    """Of Windows a word in double quotes, which cmd and PowerShell both take; a name with % or $ in it is not quoted for both."""
+    if os.name != "nt":
+        return shlex.quote(str(word))
+    plain = subprocess.list2cmdline([str(word)])
+    return plain if plain.startswith('"') or re.fullmatch(r"[\w.:\\/+=-]+", plain) else f'"{plain}"'
 
 
 class CifarResnetError(Exception):

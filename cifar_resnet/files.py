@@ -33,7 +33,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        _replace(part, path)
+        rename(part, path)
         if sys.platform != "win32":  # where a folder cannot be opened
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -50,13 +50,30 @@ def write_whole(path: Path, content: bytes | str) -> None:
             part.unlink(missing_ok=True)
 
 
-def _replace(part: Path, path: Path) -> None:
-    """Renames. Windows refuses while another program reads the old file, often a virus scanner for a moment: two seconds of tries."""
+def rename(part: Path, path: Path) -> None:
+    """Renames a file, over an old one, or a folder. Windows refuses while another program has one of them open, often a virus scanner
+    for a moment: two seconds of tries.
+    """
     for _ in range(20 if sys.platform == "win32" else 0):
         with suppress(PermissionError):
             return os.replace(part, path)
         time.sleep(0.1)
     return os.replace(part, path)
+
+
+def left_by_systems(name: str) -> bool:
+    """Whether a file is one that file browsers leave in folders that they show."""
+    return name.lower() in (".ds_store", "desktop.ini", "thumbs.db")
+
+
+def same_place(one: Path | str, other: Path | str) -> bool:
+    """Whether two paths are of one file or folder: by links, and where the file system takes several spellings of a name for one."""
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one is not there
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -86,8 +103,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         part.mkdir()
         yield part
         if path.exists():
+            for name in os.listdir(path):
+                (path / name).unlink()
             path.rmdir()
-        part.rename(path)
+        rename(part, path)
     except OSError as error:
         raise RunDirectoryError(f"folder {path} could not be written: {error.strerror}") from None
     finally:
@@ -95,13 +114,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_new_folder(path: Path) -> None:
-    """Whether a folder of this name can be made, or is there and empty.
+    """Whether a folder of this name can be made, or is there and empty; what a file browser leaves does not count.
 
     Raises:
         RunDirectoryError: it holds something, is no folder, or cannot be made.
     """
     check_writable(path)
-    if path.exists() and os.listdir(path):
+    if path.exists() and not all(map(left_by_systems, os.listdir(path))):
         raise RunDirectoryError(f"folder {path} is not empty; choose a new one")
 
 
@@ -111,7 +130,9 @@ def check_writable(path: Path) -> None:
     Raises:
         RunDirectoryError: it cannot.
     """
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None)
+    if there is None:  # a drive of Windows
+        raise RunDirectoryError(f"folder {path} cannot be made: there is no {path.absolute().anchor}")
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise RunDirectoryError(f"folder {path} cannot be made or written: {there} is no folder that can be written")
 

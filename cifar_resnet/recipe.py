@@ -10,7 +10,7 @@ import json
 import os
 import re
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -179,7 +179,8 @@ class Recipe(BaseModel):
     @field_validator("dataset")
     @classmethod
     def _absolute(cls, value: str) -> str:
-        return value if value in DATASETS else os.path.abspath(value)
+        elsewhere = os.name != "nt" and _of_windows(value)
+        return value if value in DATASETS or elsewhere else os.path.abspath(value)
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -278,7 +279,7 @@ class Recipe(BaseModel):
 
     @property
     def dataset_name(self) -> str:
-        return printable(Path(self.dataset).name)
+        return printable(folder_name(self.dataset))
 
     @property
     def title(self) -> str:
@@ -333,6 +334,16 @@ def _other_images(before: Any, now: Any) -> bool:
     return isinstance(before, str) and isinstance(now, str) and os.path.abspath(before) != os.path.abspath(now)
 
 
+def folder_name(path: Path | str) -> str:
+    """The last part of a path; of one of Windows too, whatever system reads it."""
+    return PureWindowsPath(path).name if _of_windows(path) else Path(path).name
+
+
+def _of_windows(path: Path | str) -> bool:
+    """Whether it is a whole path with a drive or a server, as in a run that was made in Windows."""
+    return bool(re.match(r"[A-Za-z]:[\\/]|\\\\", str(path)))
+
+
 def read_json(path: Path | str, what: str) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -340,7 +351,7 @@ def read_json(path: Path | str, what: str) -> dict[str, Any]:
         UsageError: the file is missing, or holds something else.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_bytes())  # UTF-8, or what PowerShell makes of `>`: UTF-16 with a mark
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
         raise UsageError(f"{what} {path} cannot be read: {reason}") from None

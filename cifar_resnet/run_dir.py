@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from .arguments import checked
 from .data.images import WHITES
 from .data.splits import Data, same_images
 from .errors import CheckpointError, RunDirectoryError, UsageError, first_line, printable, shell_command
-from .files import check_writable, csv_of, writable, write_json, write_whole
+from .files import check_writable, csv_of, left_by_systems, same_place, writable, write_json, write_whole
 from .recipe import DATASETS, Recipe, read_json
 from .training import convolution
 from .training.engine import State, finite, start
@@ -32,7 +33,7 @@ from .training.model import ResNet, build_model
 from .training.optim import make_optimizer
 
 CHECKPOINT, RECIPE, REPEAT, LOCK, HOLDER = "checkpoint.pt", "recipe.json", "repeat.json", ".lock", ".lock-holder"
-RUNS, LATEST = Path("runs"), "latest"
+RUNS, LATEST, TRIES = Path("runs"), "latest", 100
 PICTURES = (".png", ".svg", ".pdf")
 # Files that commands make of a checkpoint, and write beside it. labels.csv is not among them: a user may have corrected it.
 MADE_OF_CHECKPOINT = {
@@ -58,12 +59,15 @@ def default_directory(recipe: Recipe, prefix: str = "") -> Path:
     """
     name = recipe.dataset_name if recipe.recipe == "default" and recipe.dataset != "cifar10" else recipe.recipe
     name = prefix + (re.sub(r"[^\w.-]+", "-", name).strip("-.")[:60] or "images")
-    while True:
-        with suppress(FileExistsError, FileNotFoundError):  # another process was sooner, or removed `runs` that was empty
+    for _ in range(TRIES):
+        with suppress(FileNotFoundError):  # another process removed `runs`, which was empty
             taken = (re.fullmatch(rf"{re.escape(name)}-(\d+)", each) for each in os.listdir(writable(RUNS)))
-            folder = RUNS / f"{name}-{1 + max((int(match[1]) for match in taken if match), default=0)}"
-            folder.mkdir()
-            return folder
+            for number in itertools.count(1 + max((int(match[1]) for match in taken if match), default=0)):
+                with suppress(FileExistsError):  # another process was sooner, or a folder has this name in another spelling
+                    folder = RUNS / f"{name}-{number}"
+                    folder.mkdir()
+                    return folder
+    raise RunDirectoryError(f"no folder of the name {name}-1, -2 ... can be made in {RUNS.absolute()}; give one with --run-dir")
 
 
 @contextmanager
@@ -125,7 +129,8 @@ def check_free(path: Path) -> None:
         RunDirectoryError: it is not empty, or cannot be made or written.
     """
     check_writable(path)
-    if path.exists() and any(name not in (LOCK, HOLDER) and not name.endswith(".part") for name in os.listdir(path)):
+    passing = {LOCK, HOLDER}
+    if path.exists() and not all(name in passing or name.endswith(".part") or left_by_systems(name) for name in os.listdir(path)):
         advice = "choose another"
         if (path / RECIPE).exists() or (path / REPEAT).exists():
             advice += f", leave it out for a new one, or go on with the run in it: {shell_command('train', '--resume', path)}"
@@ -462,13 +467,23 @@ class RunDir:
         """Removes what a killed writer left under temporary names; with the lock held."""
         for part in self.path.glob(".*.part"):
             if not part.is_dir():  # which no writer of the run made
-                part.unlink(missing_ok=True)
+                with suppress(OSError):  # of Windows, while a virus scanner reads the file
+                    part.unlink()
 
     def remove_made(self) -> list[str]:
-        """Removes what commands made of the checkpoint, which is about to change, and gives the names of the files."""
+        """Removes what commands made of the checkpoint, which is about to change, and gives the names of the files.
+
+        Raises:
+            RunDirectoryError: one cannot be removed.
+        """
         made = sorted(name for name in MADE_OF_CHECKPOINT if (self.path / name).is_file())
         for name in made:
-            (self.path / name).unlink(missing_ok=True)
+            try:
+                (self.path / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise RunDirectoryError(
+                    f"{self.path / name} is of an earlier state, and cannot be removed: {error.strerror}"
+                ) from None
         return made
 
     def save(
@@ -484,12 +499,15 @@ class RunDir:
         return ""
 
     def write_metrics(self, state: State, data: Data, environment: dict[str, Any]) -> None:
-        """`metrics.json` and, of its epochs, `metrics.csv`: after every epoch; `final` is null until the last one."""
+        """`metrics.json`, after every epoch; `final` is null until the last one."""
         history, final = state.history, None
         if len(history) == state.recipe.epochs:
             final = {**history[-1], "seconds": sum(epoch["seconds"] for epoch in history)}
         content = {"evaluated_on": data.evaluated_on, "epochs": history, "final": final}
         write_json(self.path / "metrics.json", {"schema": SCHEMA, "environment": environment, **content})
+
+    def write_table(self, history: Sequence[dict[str, Any]]) -> None:
+        """The epochs of `metrics.json` as `metrics.csv`."""
         write_whole(self.path / "metrics.csv", csv_of(history, ROW))
 
     def has_last_file(self) -> bool:
@@ -499,7 +517,7 @@ class RunDir:
 def moved(recipe: Recipe, must_match: Mapping[str, Any]) -> bool:
     """Whether `must_match` has another folder for the images of a recipe on a folder."""
     now = must_match.get("dataset", recipe.dataset)
-    return not {recipe.dataset, now} & set(DATASETS) and os.path.realpath(now) != os.path.realpath(recipe.dataset)
+    return not {recipe.dataset, now} & set(DATASETS) and not same_place(now, recipe.dataset)
 
 
 def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> None:
@@ -514,7 +532,7 @@ def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> Non
         planned = getattr(recipe, name)
         same = (tuple(value) if isinstance(value, list) else value) == planned or (name, value) == ("precision", "auto")
         if name == "dataset":
-            same = os.path.realpath(value) == os.path.realpath(planned)
+            same = same_place(value, planned)
         if not same:
             reason = " (the schedule would change)" if name == "epochs" else ""
             option = "--" + name.replace("_", "-")

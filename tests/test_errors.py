@@ -4,11 +4,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from cifar_resnet import CifarResnetError, compare
-from cifar_resnet.errors import shell_command
+from cifar_resnet.errors import shell_command, shell_word
 from cifar_resnet.jobs.interrupt import Interrupted
 from cifar_resnet.run_dir import check_free
 
@@ -21,6 +22,26 @@ def test_a_shell_takes_the_words_apart_as_they_were():
     assert line.startswith("cifar-resnet train --resume plain 'two words' ")
     found = subprocess.run(["sh", "-c", line.replace("cifar-resnet", r"printf '%s\0'", 1)], capture_output=True, check=True)
     assert found.stdout.decode().split("\0")[:-1] == ["train", "--resume", *AWKWARD]
+
+
+@pytest.mark.parametrize(
+    ("word", "quoted"),
+    [
+        (r"C:\Users\me\runs\default-1", r"C:\Users\me\runs\default-1"),
+        ("--max-lr=0.4", "--max-lr=0.4"),
+        ("runs\\Bär", "runs\\Bär"),
+        (r"C:\R&D\run", r'"C:\R&D\run"'),
+        ("two words", '"two words"'),
+        ("it's", '"it\'s"'),
+        ("a;b", '"a;b"'),
+        ("f(x)", '"f(x)"'),
+        ("", '""'),
+    ],
+)
+def test_a_word_is_quoted_for_the_shells_of_windows(word, quoted, monkeypatch):
+    """cmd and PowerShell both take what is in double quotes for one word."""
+    monkeypatch.setattr("cifar_resnet.errors.os", SimpleNamespace(name="nt"))
+    assert shell_word(word) == quoted
 
 
 @pytest.mark.parametrize("name", ["two words", "$1"])

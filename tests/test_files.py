@@ -12,7 +12,7 @@ from faulty import CALLS, CODES, Faulty
 
 from cifar_resnet import files
 from cifar_resnet.errors import RunDirectoryError
-from cifar_resnet.files import write_whole
+from cifar_resnet.files import check_new_folder, check_writable, new_folder, same_place, write_whole
 
 
 def test_a_whole_write_flushes_the_file_before_and_the_folder_after_the_rename(tmp_path, monkeypatch):
@@ -68,3 +68,35 @@ def test_a_file_system_that_flushes_no_folders_is_written_to(tmp_path, monkeypat
     monkeypatch.setattr(files.os, "fsync", fsync)
     write_whole(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "new"
+
+
+# Folders
+
+
+@pytest.mark.parametrize("left", [".DS_Store", "desktop.ini", "Thumbs.db"])
+def test_what_a_file_browser_left_in_a_folder_does_not_count(tmp_path, left):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / left).touch()
+    check_new_folder(tmp_path / "new")
+    with new_folder(tmp_path / "new") as part:
+        (part / "file").touch()
+    assert os.listdir(tmp_path / "new") == ["file"]
+    with pytest.raises(RunDirectoryError, match="not empty"):
+        check_new_folder(tmp_path / "new")
+
+
+def test_a_drive_that_is_not_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with pytest.raises(RunDirectoryError, match="cannot be made: there is no "):
+        check_writable(tmp_path / "run")
+
+
+def test_a_place_is_the_same_by_a_link_and_by_what_the_file_system_says(tmp_path, monkeypatch):
+    (tmp_path / "pets").mkdir()
+    (tmp_path / "link").symlink_to("pets")
+    assert same_place(tmp_path / "link", tmp_path / "pets")
+    assert same_place(tmp_path / "gone", tmp_path / "link" / ".." / "gone")
+    assert not same_place(tmp_path / "gone", tmp_path / "pets")
+    assert not same_place(tmp_path / "Pets", tmp_path / "pets")
+    monkeypatch.setattr(os.path, "samefile", lambda one, other: str(one).lower() == str(other).lower())
+    assert same_place(tmp_path / "Pets", tmp_path / "pets")

@@ -261,6 +261,17 @@ def test_an_unknown_recipe_names_the_near_ones():
         Recipe.build("era10")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_recipe_file_may_be_in_the_encodings_of_windows(encoding, tmp_path):
+    (tmp_path / "recipe.json").write_bytes('{"epochs": 3, "recipe": "page"}'.encode(encoding))
+    assert Recipe.build(file=tmp_path / "recipe.json").epochs == 3
+
+
+@pytest.mark.parametrize("path", ["/home/me/pets", "pets", r"C:\Users\me\pets", "C:/Users/me/pets/", r"\\server\share\pets"])
+def test_the_name_of_images_is_that_of_their_folder_whatever_system_the_run_was_of(path):
+    assert Recipe(dataset=path).dataset_name == "pets"
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"epochs": "many"}', '{"epochs": 0}', '{"recipe": ["x"]}', "\x00"])
 def test_a_recipe_file_that_is_none_is_refused(content, tmp_path):
     (tmp_path / "r.json").write_text(content)

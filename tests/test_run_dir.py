@@ -63,7 +63,7 @@ def test_a_run_whose_disk_fails_once_goes_on_to_the_same_end(unfinished, tiny_ru
     calls, whole, _ = attempt(-1, errno.EIO)
     writes = len(calls) // len(CALLS)
     assert calls == CALLS * writes
-    assert writes == 15  # lock holder, recipe, metrics as JSON and CSV; three times checkpoint and both metrics; two pictures
+    assert writes == 16  # lock holder, recipe, metrics as JSON and CSV; three times checkpoint and both metrics; two pictures; the CSV again
     assert_same_run(whole, content(tiny_run))
     points = range(len(calls)) if every else [len(CALLS) * write + write % len(CALLS) for write in range(writes)]
     went_on = 0
@@ -253,12 +253,61 @@ def test_a_folder_that_cannot_be_locked_is_said(tmp_path):
         pass
 
 
+def test_what_was_made_of_a_checkpoint_and_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    def unlink(path, missing_ok=False):
+        raise PermissionError(13, "Access is denied")
+
+    (tmp_path / "evaluation.json").touch()
+    (tmp_path / ".metrics.json.1.part").touch()
+    monkeypatch.setattr(Path, "unlink", unlink)
+    RunDir(tmp_path).remove_parts()
+    with pytest.raises(RunDirectoryError, match=re.escape(str(tmp_path / "evaluation.json")) + ".*cannot be removed: Access is denied"):
+        RunDir(tmp_path).remove_made()
+
+
 # Create, open, resume
+
+
+def test_a_folder_whose_name_the_file_system_takes_for_another_gets_the_next_number(tmp_path, monkeypatch):
+    """Of runs/Images-1 and runs/images-1 Windows and macOS see one."""
+    monkeypatch.chdir(tmp_path)
+    make = Path.mkdir
+
+    def mkdir(path, *given, **options):
+        if path.name == "default-1":
+            raise FileExistsError
+        make(path, *given, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert default_directory(Recipe()) == Path("runs", "default-2")
+
+
+def test_a_folder_that_can_never_be_made_is_said(tmp_path, monkeypatch):
+    """As Windows has it of a path that is too long."""
+    monkeypatch.chdir(tmp_path)
+    make = Path.mkdir
+
+    def mkdir(path, *given, **options):
+        if path.name == "default-1":
+            raise FileNotFoundError
+        make(path, *given, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(RunDirectoryError, match="default-1, -2 ... can be made"):
+        default_directory(Recipe())
 
 
 @pytest.fixture
 def recipe():
     return Recipe.build("digits", width=4, precision="float32")
+
+
+def test_a_run_may_begin_where_a_file_browser_was(tmp_path):
+    (tmp_path / ".DS_Store").touch()
+    check_free(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(RunDirectoryError, match="not empty"):
+        check_free(tmp_path)
 
 
 def test_create_makes_the_folder_and_holds_it(tmp_path, recipe):
@@ -394,7 +443,7 @@ def stepped(tiny_recipe):
 def test_what_is_saved_is_what_a_run_goes_on_from(tmp_path, stepped):
     state, data = stepped
     assert RunDir(tmp_path).save(state, data, {"torch": "9"}) == ""
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "metrics.csv", "metrics.json"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "metrics.json"]
     checkpoint = load_checkpoint(tmp_path)
     assert (checkpoint.classes, checkpoint.evaluated_on, checkpoint.environment) == (data.classes, "holdout", {"torch": "9"})
     assert not checkpoint.finished
@@ -417,10 +466,10 @@ def test_a_save_without_a_checkpoint_and_one_that_fails(tmp_path, stepped, monke
     state, data = stepped
     folder = RunDir(tmp_path)
     assert folder.save(state, data, {}, checkpoint=False) == ""
-    assert sorted(os.listdir(tmp_path)) == ["metrics.csv", "metrics.json"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.json"]
     Faulty(monkeypatch, 0, errno.ENOSPC)
     assert folder.save(state, data, {}) == f"{tmp_path / 'checkpoint.pt'} could not be written: No space left on device"
-    assert sorted(os.listdir(tmp_path)) == ["metrics.csv", "metrics.json"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.json"]
 
 
 def test_metrics_have_a_final_row_after_the_last_epoch_alone(tmp_path, stepped):

@@ -21,6 +21,7 @@ import numpy as np
 from filelock import FileLock
 
 from ..errors import DataError, first_line
+from ..files import rename
 from .splits import Split
 
 _ADVICE = "or use --dataset digits, which needs no download"
@@ -226,7 +227,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _put(unpacked: Path, target: Path) -> Path:
     """Renames it, unless another process was sooner."""
     try:
-        os.replace(unpacked, target)
+        rename(unpacked, target)
     except OSError:
         if not target.exists():
             raise

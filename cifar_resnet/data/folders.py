@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError, UsageError
-from ..recipe import DATASETS
+from ..recipe import DATASETS, folder_name
 from . import cache
 from .cifar import given_directory
 from .images import SUFFIXES, decode, read_image, scaled, white_of
@@ -48,7 +48,7 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     images: list[Path] = []
     others: list[Path] = []
-    for where, names in sorted(_walk(folder)):
+    for where, names in sorted(_walk(folder), key=lambda found: Path(found[0]).as_posix()):
         for path in (Path(where, name) for name in sorted(names)):
             (images if _is_image(path) else others).append(path)
     return images, others
@@ -130,7 +130,7 @@ def present(folder: Path, moved_to: Path | str | None) -> Path:
         UsageError: it is in neither place.
     """
     moved_to = given_directory(moved_to)
-    places = [folder, *([moved_to / folder.name] if moved_to else [])]
+    places = [folder, *([moved_to / folder_name(folder)] if moved_to else [])]
     for place in places:
         if place.is_dir():
             return place

@@ -187,11 +187,12 @@ class AlbumentationsLoader(Loader):
         atexit.register(_close, weakref.ref(self))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        pinned = self.device.type == "cuda"
         rows = np.split(epoch_order(self.recipe, epoch, self.count), self.starts[1:])
         self.order[:] = [(epoch, k, rows[k], self.share.of(self.sizes[k])) for k in range(first_step, self.steps)]
         for (images, labels), size in zip(self.loader, self.sizes[first_step:], strict=True):
-            images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            yield Batch(images, labels.to(self.device, non_blocking=True), self.weight(size))
+            images = images.to(self.device, non_blocking=pinned, memory_format=torch.channels_last)
+            yield Batch(images, labels.to(self.device, non_blocking=pinned), self.weight(size))
 
     def close(self) -> None:
         if stop := getattr(self.loader._iterator, "_shutdown_workers", None):  # torch has no public way

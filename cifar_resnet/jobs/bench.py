@@ -238,7 +238,7 @@ def _operators(train: Callable[[], Any], steps: int, device: torch.device) -> li
         wait_for(device)
         seconds = time.perf_counter() - began
     cuda = device.type == "cuda"  # where the operators of a captured step are no longer called
-    kind = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    kind = "self_device_time_total" if cuda else "self_cpu_time_total"
     wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
     events = [event for event in profiler.key_averages() if event.device_type == wanted]
     rows = [{"operator": e.key, "share": getattr(e, kind) / 1e4 / seconds, "calls": e.count} for e in events]

@@ -59,12 +59,12 @@ def demo(
         CifarResnetError: the port is in use, Gradio is not installed, or the checkpoint cannot be read.
     """
     _check_free(host, port)
-    with tempfile.TemporaryDirectory(prefix="cifar-resnet-demo-") as folder:
+    with tempfile.TemporaryDirectory(prefix="cifar-resnet-demo-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where uploads lie until they are read
         try:
             from ..look import page
         except ImportError as error:
-            raise CifarResnetError(f"demo needs the package {error.name}: pip install 'cifar-resnet[demo]'") from None
+            raise CifarResnetError(f'demo needs the package {error.name}: pip install "cifar-resnet[demo]"') from None
         shown = page.build(content_of_page(run, data_dir, device))
         if host not in ("127.0.0.1", "::1", "localhost"):
             notify(f"--host {host}: there is no password; everyone who can reach port {port} of this machine can open the page")

@@ -77,7 +77,7 @@ def export(
         content = _onnx(loaded, metadata, with_preprocessing) if format == "onnx" else _safetensors(loaded, metadata)
     except ImportError as error:
         extra = "demo" if format == "space" else "export"
-        raise CifarResnetError(f"export needs the package {error.name}: pip install 'cifar-resnet[{extra}]'") from None
+        raise CifarResnetError(f'export needs the package {error.name}: pip install "cifar-resnet[{extra}]"') from None
     if format == "space":
         path = Path(path) if path else loaded.path.parent / "space"
         space(loaded, recipe, path, content, data_dir, device, notify)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import Format, GradCamLayer, Sort, checked
 from ..data.folders import present
 from ..errors import CifarResnetError, UsageError
-from ..files import check_new_folder, csv_of, new_folder, writable, write_json, write_whole
+from ..files import check_new_folder, csv_of, new_folder, same_place, writable, write_json, write_whole
 from ..look import analysis, figures, labels, pictures
 from ..recipe import DATASETS
 from ..run_dir import LATEST, SCHEMA, Checkpoint, load_checkpoint
@@ -126,17 +126,15 @@ def write_labels(
     as_text = [{**row, "name": (row["name"] or "").encode(errors="backslashreplace").decode()} for row in ranked]
     content = csv_of(as_text).encode()
     names = (folder / f"{stem}{'' if number == 1 else f'-{number}'}.csv" for number in itertools.count(1))
-    path = next(each for each in names if _can_hold(each, content))
-    write_whole(path, content)
+    path = next(each for each in names if not each.exists() or _holds(each, content))
+    if not path.exists():  # the same file may be open in a spreadsheet, and Windows then does not let it be written
+        write_whole(path, content)
     written(path)
 
 
-def _can_hold(path: Path, content: bytes) -> bool:
-    """Whether there is no such file, or one with this content."""
+def _holds(path: Path, content: bytes) -> bool:
     try:
         return path.read_bytes() == content
-    except FileNotFoundError:
-        return True
     except OSError:  # of a folder, or a file that cannot be read
         return False
 
@@ -177,7 +175,8 @@ def check_new_folders(
     for option, folder in given.items():
         check_new_folder(folder)
         for other in [*images, *(each for each in given.values() if each is not folder)]:
-            if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(other)):
+            inside = Path(os.path.realpath(folder))
+            if any(same_place(each, other) for each in (inside, *inside.parents)):
                 raise UsageError(f"{option} {folder} lies in {other}; choose a folder outside")
 
 

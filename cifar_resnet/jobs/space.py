@@ -38,7 +38,7 @@ def space(
         CifarResnetError: Gradio is not installed, or the images of the run are not there.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise CifarResnetError("--format space needs the package gradio: pip install 'cifar-resnet[demo]'")
+        raise CifarResnetError('--format space needs the package gradio: pip install "cifar-resnet[demo]"')
     with new_folder(folder) as part:
         content = content_of_page(checkpoint, data_dir, device, download=notify, recipe=recipe)
         mistakes = content.mistakes(content.orders[0], None, None)

@@ -31,7 +31,7 @@ def track(kind: str) -> TensorBoard:
     try:
         import tensorboard  # noqa: F401
     except ImportError:
-        raise CifarResnetError("--track tensorboard needs the package tensorboard: pip install 'cifar-resnet[track]'") from None
+        raise CifarResnetError('--track tensorboard needs the package tensorboard: pip install "cifar-resnet[track]"') from None
     return TensorBoard()
 
 

@@ -352,6 +352,7 @@ class _Run:
         self.watcher.begin(self.recipe, self.folder.path, self.environment, self.data, self.state)
         if self.checkpoint:  # the truth: metrics.json may be an epoch ahead of it
             distributed.on_first(partial(self.folder.write_metrics, self.state, self.data, self.environment))
+            distributed.on_first(partial(self._unless_refused, self._write_table))
 
     def _warn_of_idle_options(self) -> None:
         """Says which settings, other than the preset's, change nothing."""
@@ -404,16 +405,25 @@ class _Run:
             raise RunDirectoryError(trouble)
         if trouble:
             self.watcher.warn(f"{trouble}; the run goes on, unsaved")
+        else:
+            distributed.on_first(partial(self._unless_refused, self._write_table))
+
+    def _write_table(self) -> None:
+        self.folder.write_table(self.state.history)
+
+    def _unless_refused(self, write: Callable[[], None]) -> None:
+        """Writes what the run can do without: a file may be open in a spreadsheet, and Windows then does not let it be written."""
+        try:
+            write()
+        except RunDirectoryError as error:
+            self.watcher.warn(f"{error}; the run goes on")
 
     def _draw_curves(self) -> None:
         """Draws the epochs so far. Several processes would wait for it, and so draw at their end alone."""
         if distributed.ranks() > 1 or not self.state.history:
             return
         began = time.monotonic()
-        try:
-            self._write_curves()
-        except RunDirectoryError as error:
-            self.watcher.warn(f"{error}; the run goes on")
+        self._unless_refused(self._write_curves)
         self.drawn = time.monotonic()
         self.drawing = self.drawn - began
 
@@ -427,6 +437,7 @@ class _Run:
         """Draws the run, and gives its checkpoint."""
         from ..look import figures
 
+        self._write_table()
         self._write_curves()
         figure = figures.learning_rate(self.recipe, self.loader.steps)
         save_figure(figure, self.folder.path / f"learning_rate.{self.asked['format']}")  # see `RunDir.has_last_file`

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..data.folders import class_names
+from ..data.folders import class_names, some
 from ..data.loaders import TensorLoader
 from ..data.splits import Split
 from ..errors import CifarResnetError, UsageError, printable
@@ -184,6 +186,23 @@ def _listed(believed: Tensor, classes: tuple[str, ...], label: int) -> dict[str,
     return {classes[i]: float(believed[i]) for i in (*believed.topk(LISTED).indices.tolist(), label)}
 
 
+def _class(option: str, name: str | None, classes: Sequence[str]) -> str | None:
+    """The class of this name, of which macOS takes two spellings of an accent for one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name is None:
+        return None
+    for each in classes:
+        if unicodedata.normalize("NFC", each) == unicodedata.normalize("NFC", name):
+            return each
+    near = difflib.get_close_matches(name, classes, n=1)
+    raise UsageError(
+        f"{option} {name}: no such class; {f'did you mean {near[0]}? There' if near else 'there'} are {some(classes)}"
+    )
+
+
 def choose(
     wrong: list[Mistake],
     classes: tuple[str, ...],
@@ -198,9 +217,7 @@ def choose(
     Raises:
         UsageError: there is no such class.
     """
-    for option, name in (("--true", true), ("--predicted", predicted)):
-        if name is not None and name not in classes:
-            raise UsageError(f"{option} {name}: no such class; there are {', '.join(classes)}")
+    true, predicted = _class("--true", true, classes), _class("--predicted", predicted, classes)
     chosen = [each for each in wrong if true in (None, each.true) and predicted in (None, each.predicted)]
     if sort == "class":
         return sorted(chosen, key=lambda each: (classes.index(each.true), classes.index(each.predicted)))

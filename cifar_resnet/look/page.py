@@ -153,7 +153,7 @@ def receive(content: Content, recent: dict[str, Received], source: str | None) -
     except Exception:  # whatever a damaged file makes its decoder raise
         received = None, None, problem("This is no image that can be read. Take a PNG, JPEG or WebP file.")
     if not inside:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # gone, or in Windows still read by Gradio, which removes the file later
             os.remove(source)
         recent[source] = received
         while len(recent) > RECENT:

@@ -37,7 +37,7 @@ def joined() -> Iterator[None]:
         yield
         return
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
         yield
     except CifarResnetError as error:
         if rank() and isinstance(error, UsageError):  # rank 0 has said what is wrong everywhere; this is wrong here alone
@@ -48,8 +48,13 @@ def joined() -> Iterator[None]:
             raise
         raise Left if rank() else CifarResnetError(f"a process of the run is gone, or cannot be reached: {error}") from None
     finally:
-        if dist.is_initialized():
+        if together():
             dist.destroy_process_group()
+
+
+def together() -> bool:
+    """Whether this process has joined others; never where torch was built without `distributed`."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def started() -> int:
@@ -58,16 +63,16 @@ def started() -> int:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if together() else 0
 
 
 def ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if together() else 1
 
 
 def parallel(model: nn.Module) -> nn.Module:
     """The model, with gradients that are the mean over the ranks, and BatchNorm statistics of each rank's own."""
-    if not dist.is_initialized():
+    if not together():
         return model
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.15 has another name for half of it
         return DistributedDataParallel(model, broadcast_buffers=False)
@@ -76,7 +81,7 @@ def parallel(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def merge(models: Iterable[nn.Module], totals: Tensor) -> None:
     """Sets BatchNorm running statistics to their mean over the ranks, and totals to their sum."""
-    if dist.is_initialized():
+    if together():
         for buffer in (buffer for model in dict.fromkeys(models) for buffer in model.buffers() if buffer.is_floating_point()):
             dist.all_reduce(buffer)
             buffer /= ranks()
@@ -86,7 +91,7 @@ def merge(models: Iterable[nn.Module], totals: Tensor) -> None:
 def max_over_ranks(*numbers: int) -> list[int]:
     """The highest of each over the ranks; waits for the ranks, but for no device."""
     every = torch.tensor(numbers)
-    if dist.is_initialized():
+    if together():
         dist.all_reduce(every, dist.ReduceOp.MAX)
     return every.tolist()
 
@@ -94,14 +99,14 @@ def max_over_ranks(*numbers: int) -> list[int]:
 def gather(value: Any) -> list:
     """Every rank's value, in the order of the ranks."""
     every = [value] * ranks()
-    if dist.is_initialized():
+    if together():
         dist.all_gather_object(every, value)
     return every
 
 
 def on_first(function: Callable[[], Any]) -> Any:
     """What the function gives on rank 0, handed to every rank; where it raises there, the others leave."""
-    if not dist.is_initialized():
+    if not together():
         return function()
     result: list = [Left()]
     try:

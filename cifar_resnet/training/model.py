@@ -27,8 +27,13 @@ class Chain(nn.Sequential):
                 x = fused.norm_relu(x, norm, pool, residual if last else None)
                 residual = None if last else residual
             else:
-                x, at = modules[at](x), at + 1
+                x, at = modules[at](_as_mps_wants(x)), at + 1
         return x if residual is None else residual + x
+
+
+def _as_mps_wants(x: Tensor) -> Tensor:
+    """On Apple's GPUs torch before 2.14 has wrong gradients of BatchNorm where channels are last (pytorch/pytorch issue 175189)."""
+    return x.contiguous() if x.device.type == "mps" else x
 
 
 class ResBlock(nn.Module):

@@ -71,8 +71,8 @@ def _multiplies_bfloat16(device: torch.device) -> bool | None:
     """None where torch does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu" and sys.platform == "linux":
-        return any(_cpu().get(key) for key in BFLOAT16_FEATURES)
+    if device.type == "cpu":
+        return sys.platform != "darwin" and any(_cpu().get(key) for key in BFLOAT16_FEATURES)
     return None
 
 

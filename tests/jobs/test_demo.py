@@ -311,6 +311,6 @@ def test_what_cannot_be_served_is_one_line(refused, tiny_run, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "cifar_resnet.look.page", None)
     monkeypatch.delattr("cifar_resnet.look.page")
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(CifarResnetError, match=r"pip install 'cifar-resnet\[demo\]'"):
+    with pytest.raises(CifarResnetError, match=r'pip install "cifar-resnet\[demo\]"'):
         demo(tiny_run)
     assert Path(tmp_path).exists()

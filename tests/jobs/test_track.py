@@ -61,7 +61,7 @@ def test_one_tracker_keeps_two_runs_apart(tiny_recipe, tmp_path, no_figures):
 def test_what_shall_track_is_asked_for_before_training(tmp_path, monkeypatch, refused):
     monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
     line = refused(1, "train", *TINY, "--track", "tensorboard", "--run-dir", tmp_path / "run")
-    assert "pip install 'cifar-resnet[track]'" in line
+    assert 'pip install "cifar-resnet[track]"' in line
     assert not (tmp_path / "run").exists()
     with pytest.raises(CifarResnetError, match="needs the package tensorboard"):
         track("tensorboard")

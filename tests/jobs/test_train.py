@@ -650,6 +650,27 @@ def test_a_disk_that_is_full_at_the_end_ends_the_run(tiny_recipe, tmp_path, monk
         train(tiny_recipe, tmp_path / "run")
 
 
+def test_a_table_that_cannot_be_written_does_not_stop_a_run_but_is_missed_at_its_end(tiny_recipe, tmp_path, monkeypatch):
+    """In Windows a spreadsheet that shows metrics.csv keeps it from being written."""
+    write, listener = run_dir.write_whole, Listener()
+
+    def refused(path, value):
+        if path.name == "metrics.csv":
+            raise RunDirectoryError(f"{path} could not be written: Access is denied")
+        write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir, "write_whole", refused)
+        with pytest.raises(RunDirectoryError, match=r"metrics.csv could not be written: Access is denied$"):
+            train(tiny_recipe, tmp_path / "run", watcher=listener)
+    said = f"{tmp_path / 'run' / 'metrics.csv'} could not be written: Access is denied; the run goes on"
+    assert listener.warnings == [said] * tiny_recipe.epochs
+    assert load_checkpoint(tmp_path / "run").finished
+    train(resume=tmp_path / "run")
+    assert sorted(os.listdir(tmp_path / "run")) == FILES
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + tiny_recipe.epochs
+
+
 def test_a_non_finite_loss_leaves_the_last_good_checkpoint(tiny_recipe, tmp_path):
     class Poison(Watcher):
         def step(self, step, state):

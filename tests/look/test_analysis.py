@@ -1,4 +1,5 @@
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -110,6 +111,20 @@ def test_mistakes_are_chosen_by_class_and_order():
     assert chosen(sort="random") == chosen(sort="random")
     with pytest.raises(UsageError, match="--true cow: no such class; there are ant, bee"):
         chosen(true="cow")
+    with pytest.raises(UsageError, match=r"--predicted cats: no such class; did you mean cat\? There are ant, bee"):
+        chosen(predicted="cats")
+
+
+def test_a_class_is_found_in_both_spellings_of_an_accent():
+    """A folder that the Finder made has the letter and its accent apart; what is typed has them in one."""
+    apart = unicodedata.normalize("NFD", "Bär")
+    wrong = [analysis.Mistake(0, 0, apart, "ant", 0.9, {})]
+    assert analysis.choose(wrong, ("ant", apart), true="Bär") == wrong
+
+
+def test_of_many_classes_the_first_are_named():
+    with pytest.raises(UsageError, match="there are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 90 more$"):
+        analysis.choose([], [str(i) for i in range(100)], true="cow")
 
 
 def test_the_views_are_the_image_its_mirror_image_and_shifts():

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +95,12 @@ def test_every_image_is_evaluated_once_and_the_ranks_end_alike(found, processes)
     assert first["metrics"]["test_loss"] == pytest.approx(
         log_loss(labels, logits.double().softmax(1), labels=range(10)), rel=1e-5
     )
+
+
+def test_a_torch_without_processes_trains_in_one(monkeypatch):
+    """Some wheels for Windows are built without them, and have nothing of torch.distributed but `is_available`."""
+    monkeypatch.setattr(distributed, "dist", SimpleNamespace(is_available=lambda: False))
+    assert (distributed.rank(), distributed.ranks(), distributed.gather(1)) == (0, 1, [1])
 
 
 def test_in_a_process_of_its_own_nothing_is_shared():

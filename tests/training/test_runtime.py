@@ -107,10 +107,21 @@ def test_a_command_that_several_processes_were_started_for_but_do_not_share_is_r
         resolve_device("cpu")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="torch says what the CPU multiplies on Linux alone")
-@pytest.mark.parametrize(("feature", "precision"), [("avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("bf16", "bfloat16"), ("avx2", "float32")])  # fmt: skip
-def test_auto_precision_is_bfloat16_where_the_cpu_multiplies_in_it(feature, precision, monkeypatch):
+@pytest.mark.parametrize(
+    ("system", "feature", "precision"),
+    [
+        ("linux", "avx512_bf16", "bfloat16"),
+        ("linux", "amx_bf16", "bfloat16"),
+        ("linux", "bf16", "bfloat16"),
+        ("linux", "avx2", "float32"),
+        ("win32", "avx512_bf16", "bfloat16"),
+        ("win32", "avx2", "float32"),
+        ("darwin", "bf16", "float32"),
+    ],
+)
+def test_auto_precision_is_bfloat16_where_the_cpu_multiplies_in_it(system, feature, precision, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True}, raising=False)
+    monkeypatch.setattr(sys, "platform", system)
     for asked in ("auto", "float32", "bfloat16"):
         recipe = resolve_precision(Recipe(precision=asked), CPU)
         assert recipe.precision == (precision if asked == "auto" else asked)
