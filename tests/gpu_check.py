@@ -1,11 +1,15 @@
-"""Measures what a GPU gives, and checks that the captured step trains as the plain one: about eight minutes on one NVIDIA GPU.
+"""Measures what a GPU gives, and checks that the captured step trains as the plain one: at most eight minutes on one NVIDIA GPU.
 
-    python tests/gpu_check.py gpu.json                   # everything; the runs need the real CIFAR-10
+    python tests/gpu_check.py gpu.json                   # everything; the runs need the real CIFAR-10 in CIFAR_RESNET_DATA_DIR
     python tests/gpu_check.py gpu.json --only steps      # some of: runs steps equal tests bench
     python tests/gpu_check.py gpu.json --device cpu --tiny --only runs steps equal    # that the script itself works
 
-Every row is written to the JSON file at once. A part that fails is kept with its traceback, and the next one follows. Parts that
+Every row is written to the JSON file at once. A row that fails is kept with its traceback, and the next one follows. Parts that
 the file has already stay, but for those that are asked for. `--tiny` trains a network of width 4 on the digits.
+
+Where the package is not installed, set PYTHONPATH to the folder of the checkout.
+
+A part yields the name of each row, and a function that gives the row. A row whose "code" is not 0 has failed.
 """
 
 import argparse
@@ -19,22 +23,26 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cifar_resnet import Recipe
+from cifar_resnet.data import cifar
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.data.splits import Split
-from cifar_resnet.jobs.bench import bench as measure
+from cifar_resnet.errors import CifarResnetError
 from cifar_resnet.training import engine
 from cifar_resnet.training.capture import CapturedEpoch, capturable
 from cifar_resnet.training.runtime import environment, resolve_device, set_tf32, wait_for
 
 PARTS = ("runs", "steps", "equal", "tests", "bench")
 ENDS = [float("inf")]  # when all must be done, by time.monotonic()
+LONGEST = 150  # seconds of one command
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def fields(tiny, **changes):
@@ -61,8 +69,11 @@ def begun(recipe, device, steps, form):
     return state, loader, captured
 
 
-def first_losses(recipe, device, form, from_step=0, count=10):
-    """Losses of the first steps; the epoch has ten, of two sizes. After `from_step` plain steps another loop goes on."""
+def first_steps(recipe, device, form, from_step=0):
+    """An epoch of ten steps, of two sizes: their losses, and what the run then holds: weights, the average's too, slots, totals.
+
+    After `from_step` plain steps another loop goes on.
+    """
     state, loader, run_epoch = begun(recipe, device, 10, "eager" if from_step else form)
     losses = []
     for loss in run_epoch(state, loader):
@@ -75,11 +86,19 @@ def first_losses(recipe, device, form, from_step=0, count=10):
         if form != "eager" and capturable(state):
             run_epoch.capture()
         losses += [float(loss) for loss in run_epoch(state, loader)]
-    return losses[:count]
+    return losses, [tensor.double().cpu() for tensor in state.tensors()]
+
+
+def apart(one, other):
+    """Two such results: the largest relative difference of a loss, and that of all other numbers, by their norms. NaN if any is."""
+    (losses, tensors), (other_losses, other_tensors) = one, other
+    of_losses = np.abs(np.array(losses) / np.array(other_losses) - 1).max()
+    norms = [((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(tensors, other_tensors, strict=True)]
+    return float(of_losses), float(np.max(norms))
 
 
 def equal(device, tiny):
-    """Captured against plain: the largest relative difference of the first ten losses; and of two plain ones, as a measure.
+    """Captured against plain: differences of ten losses and of what the run then holds; and those of two plain ones, as a measure.
 
     Captured steps have our kernels, and plain ones torch's: a difference is of the graph or of these.
     """
@@ -87,16 +106,22 @@ def equal(device, tiny):
         for name, changes, from_step in (
             ("plain", dict(sam_share=0.0), 0),
             ("sharpness-aware", dict(sam_share=1.0), 0),
+            ("resumed after step 4", dict(sam_share=0.0), 4),
             ("averaged", dict(sam_share=0.0, ema_decay=0.9, ema_every=3), 0),
             ("sgd", dict(sam_share=0.0, optimizer="sgd"), 0),
             ("fixed batches", dict(sam_share=0.0, batches="fixed"), 0),
             ("adam", dict(sam_share=0.0, optimizer="adam", max_lr=0.001), 0),
-            ("resumed after step 4", dict(sam_share=0.0), 4),
         ):
             recipe = fields(tiny, precision=precision, width=4 if tiny else 16, **changes)
-            plain, again, captured = (first_losses(recipe, device, form, from_step) for form in ("eager", "eager", "captured"))
-            differences = [max(abs(a / b - 1) for a, b in zip(plain, other, strict=True)) for other in (again, captured)]
-            yield f"{precision}, {name}", dict(plain=plain, again=differences[0], captured=differences[1])
+            if precision == "float32" or name in ("plain", "sharpness-aware", "averaged"):
+                yield f"{precision}, {name}", partial(_compared, recipe, device, from_step)
+
+
+def _compared(recipe, device, from_step):
+    plain, again, captured = (first_steps(recipe, device, form, from_step) for form in ("eager", "eager", "captured"))
+    measure, found = apart(again, plain), apart(captured, plain)
+    alike = all(mine <= max(0.05, 5 * its) for mine, its in zip(found, measure, strict=True))  # also false for NaN
+    return dict(plain=plain[0], again=measure, captured=found, code=0 if alike else 1)
 
 
 def busy_share(profiler):
@@ -119,45 +144,54 @@ def busy_share(profiler):
 
 
 def steps(device, tiny):
-    """Milliseconds a step at whole batches, and the GPU's busy share, by kind of step and form."""
-    count, cuda = 5 if tiny else 60, device.type == "cuda"
+    """Milliseconds a step, and the GPU's busy share, by kind of step and form."""
     for form in ("eager", "captured"):
-        for name, changes in (("plain", dict(sam_share=0.0)), ("sharpness-aware", dict(sam_share=1.0))):
-            state = loader = run_epoch = None  # their memory is not the next row's
-            gc.collect()
-            if cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            recipe = fields(tiny, batches="fixed", precision="bfloat16" if cuda else "float32", **changes)
-            began = time.perf_counter()
-            state, loader, run_epoch = begun(recipe, device, count + 1, form)
-            wait_for(device)
-            ready = time.perf_counter() - began
-            times = []
-            for _ in range(1 if tiny else 3):
-                began = time.perf_counter()
-                for _, _ in zip(range(count), run_epoch(state, loader), strict=False):
-                    pass
-                wait_for(device)
-                times.append((time.perf_counter() - began) / count * 1000)
-            kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
-            with torch.profiler.profile(activities=[kind]) as profiler:
-                for _, _ in zip(range(min(count, 20)), run_epoch(state, loader), strict=False):
-                    pass
-                wait_for(device)
-            busy, kernels = busy_share(profiler)
-            memory = torch.cuda.max_memory_reserved() if cuda else None
-            row = dict(milliseconds=times, busy=busy, ready_seconds=ready, memory=memory, kernels_of_20_steps=kernels)
-            yield f"{name}, {form}", row
+        for name, changes in (
+            ("plain", dict(sam_share=0.0, batches="fixed")),
+            ("sharpness-aware", dict(sam_share=1.0, batches="fixed")),
+            ("plain, even batches", dict(sam_share=0.0)),
+        ):
+            yield f"{name}, {form}", partial(_timed, device, tiny, form, changes)
+
+
+def _timed(device, tiny, form, changes):
+    """The first step of each time is left out, as an epoch is drawn before it."""
+    count, cuda = 5 if tiny else 60, device.type == "cuda"
+    gc.collect()  # the memory of the row before
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    recipe = fields(tiny, precision="bfloat16" if cuda else "float32", **changes)
+    began = time.perf_counter()
+    state, loader, run_epoch = begun(recipe, device, count + 2, form)
+    wait_for(device)
+    ready, times = time.perf_counter() - began, []
+    for _ in range(1 if tiny else 3):
+        going = run_epoch(state, loader)
+        next(going)
+        wait_for(device)
+        began = time.perf_counter()
+        for _, _ in zip(range(count), going, strict=False):
+            pass
+        wait_for(device)
+        times.append((time.perf_counter() - began) / count * 1000)
+    kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profiler:
+        for _, _ in zip(range(min(count, 20)), run_epoch(state, loader), strict=False):
+            pass
+        wait_for(device)
+    busy, kernels = busy_share(profiler)
+    memory = torch.cuda.max_memory_reserved() if cuda else None
+    return dict(milliseconds=times, busy=busy, ready_seconds=ready, memory=memory, kernels_of_20_steps=kernels)
 
 
 def command(arguments, environment=None):
-    """Runs a module in a process of its own; gives its seconds, its exit code, None where the time was up, and what it printed."""
-    began = time.perf_counter()
-    left = ENDS[0] - time.monotonic()
-    how = dict(capture_output=True, text=True, env={**os.environ, **(environment or {})}, timeout=max(1, left) if left < 1e9 else None)
+    """Runs Python in a process of its own; gives its seconds, its exit code, None where the time was up, and what it printed."""
+    began, path = time.perf_counter(), os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    limit = max(1, min(LONGEST, ENDS[0] - time.monotonic()))
+    how = dict(capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **(environment or {})}, timeout=limit)
     try:
-        done = subprocess.run([sys.executable, "-m", *map(str, arguments)], **how)
+        done = subprocess.run([sys.executable, *map(str, arguments)], **how)
         code, output = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as late:
         code, output = None, b"".join(each or b"" for each in (late.stdout, late.stderr)).decode(errors="replace")
@@ -166,38 +200,74 @@ def command(arguments, environment=None):
 
 def runs(device, tiny):
     """`train` of both recipes: once with an empty cache of compiled code, once after it, and five seeds; whole seconds and results."""
+    if not tiny:
+        cifar.check_at_hand("cifar10", None)  # else each command would try to download the images
     small = ["--dataset", "digits", "--train-limit", 200, "--width", 4, "--batch-size", 64] if tiny else []
     for recipe in ("default", "sprint"):
         with tempfile.TemporaryDirectory() as folder:
             cache = dict(TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor", TRITON_CACHE_DIR=f"{folder}/triton")
-            common = ["cifar_resnet", "train", "--recipe", recipe, "--device", device, *small]
+            common = ["-m", "cifar_resnet", "train", "--recipe", recipe, "--device", device, *small]
             for name in ("cold", "warm"):
-                row = command([*common, "--run-dir", f"{folder}/{name}"], cache)
-                if row["code"] == 0:
-                    metrics = json.loads(Path(folder, name, "metrics.json").read_text())
-                    row |= dict(
-                        training_seconds=metrics["final"]["seconds"], accuracy=metrics["final"]["test_accuracy"],
-                        startup=metrics["environment"]["startup_seconds"], environment=metrics["environment"],
-                    )  # fmt: skip
-                yield f"{recipe}, {name}", row
-            row = command([*common, "--repeat", 2 if tiny else 5, "--run-dir", f"{folder}/five"], cache)
-            if row["code"] == 0:
-                repeat = json.loads(Path(folder, "five", "repeat.json").read_text())
-                every = [json.loads(path.read_text()) for path in sorted(Path(folder, "five").glob("s*/metrics.json"))]
-                row |= {key: repeat[key] for key in ("count", "accuracies", "mean", "std", "interval")}
-                row["training_seconds"] = [each["final"]["seconds"] for each in every]
-                row["startup"] = [each["environment"]["startup_seconds"] for each in every]
-            yield f"{recipe}, seeds", row
+                yield f"{recipe}, {name}", partial(_trained, [*common, "--run-dir", f"{folder}/run-{name}"], cache, device)
+            seeds = [*common, "--repeat", 2 if tiny else 5, "--run-dir", f"{folder}/five"]
+            yield f"{recipe}, seeds", partial(_trained, seeds, cache, device)
+
+
+def _trained(arguments, cache, device):
+    """A run or a repetition. It has failed, too, where its steps were not captured on a GPU."""
+    row, folder = command(arguments, cache), Path(arguments[-1])
+    if row["code"] == 0:
+        every = [json.loads(path.read_text()) for path in sorted([*folder.glob("metrics.json"), *folder.glob("s*/metrics.json")])]
+        row["training_seconds"] = [each["final"]["seconds"] for each in every]
+        row["accuracies"] = [each["final"]["test_accuracy"] for each in every]
+        row |= dict(startup=[each["environment"]["startup_seconds"] for each in every], environment=every[0]["environment"])
+        if (folder / "repeat.json").exists():
+            repeat = json.loads((folder / "repeat.json").read_text())
+            row |= {key: repeat[key] for key in ("count", "mean", "std", "interval")}
+        if device.type == "cuda" and not all(each["environment"]["captured"] for each in every):
+            row["code"] = 1
+    return row
 
 
 def tests(device, tiny):
     """The tests that need CUDA."""
-    yield "pytest", command(["pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", "-n", "0", "tests/training"])
+    yield "pytest", partial(_tested, device)
+
+
+def _tested(device):
+    row = command(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", "-n", "0", ROOT / "tests"])
+    if device.type == "cuda" and row["code"] == 0 and re.search(r"\d skipped", row["output"]):
+        row["code"] = 1  # the tests saw no GPU
+    return row
+
+
+BENCH = """
+import json, sys
+from cifar_resnet import Recipe, bench
+recipe = Recipe(**json.loads(sys.argv[2]))
+found = bench(recipe, rounds=6, seconds=0.5, profile=True, device=sys.argv[3], progress=False)
+json.dump(found, open(sys.argv[1], "w"))
+"""
 
 
 def bench(device, tiny):
-    recipe = fields(tiny) if tiny else with_statistics(Recipe())
-    yield "bench", measure(recipe, rounds=6, seconds=0.5, profile=True, device=str(device), progress=False)
+    yield "bench", partial(_benched, device, dict(width=4, batch_size=32) if tiny else {})
+
+
+def _benched(device, recipe):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "bench.json")
+        row = command(["-c", BENCH, file, json.dumps(recipe), device])
+        return row | (json.loads(file.read_text()) if file.exists() else {})
+
+
+def attempted(row_of):
+    """The row, or the traceback of what failed."""
+    try:
+        return row_of()
+    except Exception:
+        print(traceback.format_exc(), flush=True)
+        return dict(code=1, failed=traceback.format_exc())
 
 
 def shown(row):
@@ -210,7 +280,7 @@ def main():
     parser.add_argument("output", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=540, help="after these nothing more begins (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=460, help="after these nothing more begins (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     ENDS[0] = time.monotonic() + options.seconds
@@ -227,16 +297,16 @@ def main():
         began, rows = time.perf_counter(), {}
         content[part] = {**where, "rows": rows}
         try:
-            for name, row in globals()[part](device, options.tiny):
-                rows[name] = row
+            for name, row_of in globals()[part](device, options.tiny):
+                if time.monotonic() > ENDS[0]:
+                    sys.exit("the time is up")
+                rows[name] = row = attempted(row_of)
                 failed |= row.get("code", 0) != 0
                 options.output.write_text(json.dumps(content, indent=1) + "\n")
                 print(f"{part}, {name}: {shown(row)}", flush=True)
-                if time.monotonic() > ENDS[0]:
-                    sys.exit("the time is up")
-        except Exception:
-            content[part]["failed"], failed = traceback.format_exc(), True
-            print(content[part]["failed"], flush=True)
+        except CifarResnetError as error:
+            content[part]["failed"], failed = str(error), True
+            print(f"{part}: {error}", flush=True)
         content[part]["seconds"] = time.perf_counter() - began
         options.output.write_text(json.dumps(content, indent=1) + "\n")
         print(f"{part}: {content[part]['seconds']:.1f} s", flush=True)

@@ -76,7 +76,7 @@ def repeat(
     else:
         where = device, options.get("data_dir"), said.append
         begun = nullcontext(_read_repetition(find_run(resume, repetition=True), must_match or {}, *where))
-    done, captured = [], dict[Any, CapturedEpoch]()
+    done, captured = [], dict[Any, CapturedEpoch | None]()
     with begun as (folder, recipe, count), signals() as received:
         for seed in range(recipe.seed, recipe.seed + count):
             one = folder / f"s{seed}"

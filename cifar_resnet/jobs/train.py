@@ -104,7 +104,7 @@ def train(
     progress: bool | None = None,
     on_epoch: Callable[[dict[str, float]], object] | None = None,
     watcher: object | None = None,
-    captured: dict[Any, CapturedEpoch] | None = None,
+    captured: dict[Any, CapturedEpoch | None] | None = None,
 ) -> Checkpoint:
     """Trains a recipe to its end, or a run on from its checkpoint, and keeps it in a run directory.
 
@@ -126,7 +126,7 @@ def train(
         progress: whether a table of the epochs is shown; by default in a terminal and in a notebook.
         on_epoch: called after every epoch with its metrics, as `metrics.json` has them.
         watcher: is told of the run's course: an object with any of the methods of `Watcher`.
-        captured: steps that earlier calls captured on a GPU, by what they depend on; this call uses and adds to it.
+        captured: steps that earlier calls captured on a GPU, or None, by what they depend on; this call uses and adds to it.
 
     Raises:
         CifarResnetError: one line that says what was wrong. A run that had begun can be resumed.
@@ -302,7 +302,7 @@ class _Run:
             for model in {self.state.model, self.state.tested}:
                 convolution.use(model, choice)
 
-    def make_steps(self, captured: dict[Any, CapturedEpoch]) -> None:
+    def make_steps(self, captured: dict[Any, CapturedEpoch | None]) -> None:
         """Compiles and captures where that is asked for, or is sooner done."""
         self.run_epoch = engine.plain_epoch
         if distributed.ranks() == 1:
@@ -313,21 +313,23 @@ class _Run:
             else:
                 compile, sizes = self.asked["compile"], dict.fromkeys(self.loader.sizes)
                 self.state.forward = compiled(compile, self.recipe, self.state.model, self.device, sizes)
-            if loader and capturable(self.state):
+            refused = earlier is None and self._steps_depend_on() in captured
+            if loader and capturable(self.state) and not refused:
                 self._capture(earlier or CapturedEpoch(self.state, loader), captured)
             elif self.device.type == "cuda" and self.recipe.base_momentum is not None:
                 self.watcher.warn("a graph cannot hold steps whose momentum changes, as this recipe's does; it trains without")
         self._stage("compile")
 
-    def _capture(self, steps: CapturedEpoch, captured: dict[Any, CapturedEpoch]) -> None:
+    def _capture(self, steps: CapturedEpoch, captured: dict[Any, CapturedEpoch | None]) -> None:
         try:
             steps.capture()
-        except RuntimeError as error:  # an old driver, or an operation that cannot be captured
+        except Exception as error:  # an old driver, an operation that cannot be captured, a kernel that Triton cannot build
             cause: BaseException | None = error
             while cause:  # ending a capture that failed raises an error of its own
                 if isinstance(cause, torch.cuda.OutOfMemoryError):
                     raise cause from None
                 cause = cause.__context__
+            captured[self._steps_depend_on()] = None  # the next seed need not try
             self.watcher.warn(f"the step cannot be captured as a graph: {first_line(error)}; it trains without")
             return
         self.run_epoch = captured[self._steps_depend_on()] = steps

@@ -132,6 +132,8 @@ class CapturedEpoch:
                 self.graphs[kind] = graph_of(step, self.state.optimizer, self.done.zero_, self.pool, self.stream)
         finally:
             restore()
+            if first < self.total_steps:
+                set_rates(self.state.optimizer, self.rates[first].lr, self.rates[first].momentum)  # not a tensor of the graph
 
     def adopt(self, state: State, loader: TensorLoader) -> State:
         """Goes on with another run of the same recipe but for its seed: its values move into the buffers of this one's.
