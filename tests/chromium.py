@@ -1,20 +1,23 @@
 """Drives a headless Chromium through its own debugging pipe, so that no driver need be installed."""
 
 import base64
-import fcntl
 import itertools
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome") if sys.platform != "win32" else ()
+CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
 def pipe():
     """Both ends of one, of numbers that are not those that Chromium looks at."""
+    import fcntl  # which Windows has not
+
     low = os.pipe()
     high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in low]
     for end in low:

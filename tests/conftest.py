@@ -15,6 +15,7 @@ from cifar_resnet.data import cache, cifar, datasets
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
+torch.backends.mps.is_available = lambda: False  # Apple's GPUs do not give the bits of a CPU
 datasets._digits = functools.cache(datasets._digits)  # the tests load them often
 
 
@@ -26,6 +27,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(missing)
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
+        if "posix" in item.keywords and sys.platform == "win32":
+            item.add_marker(pytest.mark.skip(reason="Windows has no such links, signals or file names"))
 
 
 @pytest.fixture(autouse=True, scope="session")

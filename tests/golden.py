@@ -110,7 +110,7 @@ def main(path):
     if not path.exists():
         path.write_text(json.dumps(found, indent=2) + "\n")
         return 0
-    before = json.loads(path.read_text())
+    before = json.loads(path.read_text("utf-8"))
     other = [name for name in {**before, **found} if before.get(name) != found.get(name)]
     print(f"other than in {path}: {', '.join(other)}" if other else f"all as in {path}")
     return bool(other)

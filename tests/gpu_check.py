@@ -217,12 +217,12 @@ def _trained(arguments, cache, device):
     """A run or a repetition. It has failed, too, where its steps were not captured on a GPU."""
     row, folder = command(arguments, cache), Path(arguments[-1])
     if row["code"] == 0:
-        every = [json.loads(path.read_text()) for path in sorted([*folder.glob("metrics.json"), *folder.glob("s*/metrics.json")])]
+        every = [json.loads(path.read_text("utf-8")) for path in sorted([*folder.glob("metrics.json"), *folder.glob("s*/metrics.json")])]
         row["training_seconds"] = [each["final"]["seconds"] for each in every]
         row["accuracies"] = [each["final"]["test_accuracy"] for each in every]
         row |= dict(startup=[each["environment"]["startup_seconds"] for each in every], environment=every[0]["environment"])
         if (folder / "repeat.json").exists():
-            repeat = json.loads((folder / "repeat.json").read_text())
+            repeat = json.loads((folder / "repeat.json").read_text("utf-8"))
             row |= {key: repeat[key] for key in ("count", "mean", "std", "interval")}
         if device.type == "cuda" and not all(each["environment"]["captured"] for each in every):
             row["code"] = 1
@@ -258,7 +258,7 @@ def _benched(device, recipe):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "bench.json")
         row = command(["-c", BENCH, file, json.dumps(recipe), device])
-        return row | (json.loads(file.read_text()) if file.exists() else {})
+        return row | (json.loads(file.read_text("utf-8")) if file.exists() else {})
 
 
 def attempted(row_of):
@@ -291,7 +291,7 @@ def main():
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     where = {"environment": environment(device), "driver": driver, "python": platform.python_version()}
-    content, failed = json.loads(options.output.read_text()) if options.output.exists() else {}, False
+    content, failed = json.loads(options.output.read_text("utf-8")) if options.output.exists() else {}, False
     print(driver, flush=True)
     for part in (each for each in PARTS if each in options.only):
         began, rows = time.perf_counter(), {}

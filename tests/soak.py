@@ -92,7 +92,7 @@ def content(folder):
     from cifar_resnet import load_checkpoint
 
     for path in folder.glob("*.json"):
-        json.loads(path.read_text())
+        json.loads(path.read_text("utf-8"))
     return {**load_checkpoint(folder).content, "environment": {}} if (folder / "checkpoint.pt").exists() else {}
 
 

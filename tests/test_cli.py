@@ -309,6 +309,6 @@ def test_without_a_terminal_there_is_one_plain_line_an_epoch(cli, tmp_path, monk
     assert folder.name == "digits-1"
     for line, row in zip(lines, load_checkpoint(folder).history, strict=True):
         assert f"holdout loss {row['test_loss']:.4f} accuracy {row['test_accuracy']:.2f} %" in line
-    assert json.loads((folder / "metrics.json").read_text())["evaluated_on"] == "holdout"
+    assert json.loads((folder / "metrics.json").read_text("utf-8"))["evaluated_on"] == "holdout"
     shown = folder.relative_to(tmp_path)
     assert f"next:\n  cifar-resnet evaluate {shown}\n  cifar-resnet misclassified {shown}\n  cifar-resnet predict {shown} IMAGE\n" in out

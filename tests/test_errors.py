@@ -45,6 +45,7 @@ def test_a_word_is_quoted_for_the_shells_of_windows(word, quoted, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["two words", "$1"])
+@pytest.mark.posix
 def test_hints_name_a_folder_so_that_it_can_be_pasted(unfinished, name, tmp_path):
     folder = tmp_path / name
     shutil.copytree(unfinished, folder)

@@ -15,11 +15,12 @@ from cifar_resnet.errors import RunDirectoryError
 from cifar_resnet.files import check_new_folder, check_writable, new_folder, same_place, write_whole
 
 
+@pytest.mark.posix
 def test_a_whole_write_flushes_the_file_before_and_the_folder_after_the_rename(tmp_path, monkeypatch):
     faulty = Faulty(monkeypatch)
     write_whole(tmp_path / "file", "new")
     assert faulty.called == CALLS
-    assert (tmp_path / "file").read_text() == "new"
+    assert (tmp_path / "file").read_text("utf-8") == "new"
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -33,6 +34,7 @@ def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("failing", range(len(CALLS)), ids=lambda call: f"{call}-{CALLS[call]}")
+@pytest.mark.posix
 def test_a_write_that_fails_anywhere_leaves_one_whole_file(tmp_path, failing, code):
     """Before the rename the old one, after it the new one."""
     path = tmp_path / "file"
@@ -42,7 +44,7 @@ def test_a_write_that_fails_anywhere_leaves_one_whole_file(tmp_path, failing, co
         with pytest.raises(RunDirectoryError, match=f"{re.escape(str(path))} could not be written: {os.strerror(code)}"):
             write_whole(path, "the new one")
     assert faulty.called == CALLS[: failing + 1]
-    assert path.read_text() == ("the old one" if failing <= CALLS.index("os.replace") else "the new one")
+    assert path.read_text("utf-8") == ("the old one" if failing <= CALLS.index("os.replace") else "the new one")
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -56,7 +58,7 @@ def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_whole(tmp_path / "file", "the new one")
     assert os.listdir(tmp_path) == ["file"]
-    assert (tmp_path / "file").read_text() == "the old one"
+    assert (tmp_path / "file").read_text("utf-8") == "the old one"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows opens no folders")
@@ -67,7 +69,7 @@ def test_a_file_system_that_flushes_no_folders_is_written_to(tmp_path, monkeypat
 
     monkeypatch.setattr(files.os, "fsync", fsync)
     write_whole(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "new"
+    assert (tmp_path / "file").read_text("utf-8") == "new"
 
 
 # Folders
@@ -91,6 +93,7 @@ def test_a_drive_that_is_not_there_is_said(tmp_path, monkeypatch):
         check_writable(tmp_path / "run")
 
 
+@pytest.mark.posix
 def test_a_place_is_the_same_by_a_link_and_by_what_the_file_system_says(tmp_path, monkeypatch):
     (tmp_path / "pets").mkdir()
     (tmp_path / "link").symlink_to("pets")

@@ -33,7 +33,7 @@ FOR_TYPES = {"look": {"run_dir"}}  # what a room may import under TYPE_CHECKING 
 
 
 def tree(path):
-    return ast.parse((PACKAGE / path).read_text())
+    return ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
 
 
 def room(path):

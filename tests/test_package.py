@@ -147,7 +147,8 @@ def test_it_trains_where_what_only_posix_has_is_missing(tmp_path, tiny_recipe, t
         loaders.give_way(0)
     assert signal.SIGINT in handlers
     assert signal.SIGTERM not in handlers
-    assert bench._peak_memory(torch.device("cpu"))["process"] > 2**20
+    if sys.platform != "win32":
+        assert bench._peak_memory(torch.device("cpu"))["process"] > 2**20
 
 
 AFRESH = """
@@ -190,11 +191,11 @@ def test_a_file_that_windows_lets_nobody_replace_for_a_moment_is_replaced(tmp_pa
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     file, most = tmp_path / "metrics.json", 3
     write_whole(file, "new")
-    assert (file.read_text(), len(refused)) == ("new", 3)
+    assert (file.read_text("utf-8"), len(refused)) == ("new", 3)
     most = 1000
     with pytest.raises(RunDirectoryError, match="could not be written: Access is denied"):
         write_whole(file, "newer")
-    assert file.read_text() == "new"
+    assert file.read_text("utf-8") == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 
 

@@ -28,7 +28,7 @@ def test_every_mark_has_an_end():
 
 
 def test_the_headline_has_mean_and_deviation_of_the_runs():
-    rows = json.loads((RESULTS / "accuracy.json").read_text())
+    rows = json.loads((RESULTS / "accuracy.json").read_text("utf-8"))
     runs = max((row["accuracy"] for row in rows if row["recipe"] == "page"), key=len)
     line = next(line for line in tables.headline().splitlines() if line.startswith("| `page`"))
     assert f"{sum(runs) / len(runs):.2f} ± {statistics.stdev(runs):.2f} %" in line
@@ -37,7 +37,7 @@ def test_the_headline_has_mean_and_deviation_of_the_runs():
 
 def test_what_the_list_of_recipes_tells_was_measured():
     """Of each recipe the first row, which is of the recipe as it is."""
-    first = {row["recipe"]: row for row in reversed(json.loads((RESULTS / "accuracy.json").read_text()))}
+    first = {row["recipe"]: row for row in reversed(json.loads((RESULTS / "accuracy.json").read_text("utf-8")))}
     assert set(MEASURED) == set(first)
     for name, found in MEASURED.items():
         runs = first[name]["accuracy"]
@@ -48,7 +48,7 @@ def test_what_the_list_of_recipes_tells_was_measured():
 
 
 def test_rows_name_recipes_that_there_are_and_their_commands():
-    for row in json.loads((RESULTS / "accuracy.json").read_text()):
+    for row in json.loads((RESULTS / "accuracy.json").read_text("utf-8")):
         assert row["recipe"] in PRESETS
         named = re.search(r"--(?:recipe|dataset) (\S+)", row["command"])
         assert (named[1] if named else "default") == row["recipe"]

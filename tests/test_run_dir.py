@@ -9,7 +9,6 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
@@ -35,6 +34,7 @@ CPU = torch.device("cpu")
 FIXTURES = Path(__file__).parent / "data"
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one-a-write", "all"])
 def test_a_run_whose_disk_fails_once_goes_on_to_the_same_end(unfinished, tiny_run, tmp_path, no_figures, every):
     """Each time a run goes on from `unfinished` and saves at every step, and one call of one of its writes fails.
@@ -182,7 +182,7 @@ def test_a_folder_without_a_checkpoint_says_what_it_holds_instead(runs):
         ("runs/many", "a repetition of several runs; give one of them, runs/many/s0 for example"),
         ("runs/find-lr-digits-1", "a search for the learning rate, no run"),
     ):
-        with pytest.raises(CheckpointError, match=f"^there is no checkpoint {folder}/checkpoint.pt: .*{words}$"):
+        with pytest.raises(CheckpointError, match=f"^there is no checkpoint {re.escape(str(folder / 'checkpoint.pt'))}: .*{words}$"):
             load_checkpoint(folder)
     with pytest.raises(CheckpointError, match="^there is no checkpoint runs/checkpoint.pt$"):
         load_checkpoint("runs")
@@ -191,7 +191,7 @@ def test_a_folder_without_a_checkpoint_says_what_it_holds_instead(runs):
 def test_without_a_run_there_is_no_newest_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given in (None, "latest"):
-        with pytest.raises(UsageError, match=f"there is no run in {tmp_path / 'runs'}; give the folder of one, or make one"):
+        with pytest.raises(UsageError, match=f"there is no run in {re.escape(str(tmp_path / 'runs'))}; give the folder of one, or make one"):
             find_run(given)
 
 
@@ -232,14 +232,14 @@ with FileLock({str(tmp_path / ".lock")!r}):
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(RunDirectoryError, match=f"{tmp_path} is in use by process 7 on the moon"), RunDir(tmp_path).lock():
+        with pytest.raises(RunDirectoryError, match=f"{re.escape(str(tmp_path))} is in use by process 7 on the moon"), RunDir(tmp_path).lock():
             pass
         (tmp_path / ".lock-holder").unlink()  # as if it had not come so far
         with pytest.raises(RunDirectoryError, match="in use by another process"), RunDir(tmp_path).lock():
             pass
         (tmp_path / ".lock-holder").write_text("process 7 on the moon")
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
     assert sorted(os.listdir(tmp_path)) == [".lock", ".lock-holder"]
     with RunDir(tmp_path).lock() as taken_over:
@@ -314,7 +314,7 @@ def test_create_makes_the_folder_and_holds_it(tmp_path, recipe):
     folder = RunDir(tmp_path / "a" / "run")
     with folder.create(recipe) as taken_over:
         assert taken_over == ""
-        assert Recipe.load(json.loads((folder.path / "recipe.json").read_text())) == recipe
+        assert Recipe.load(json.loads((folder.path / "recipe.json").read_text("utf-8"))) == recipe
         with pytest.raises(RunDirectoryError, match="in use by"), RunDir(folder.path).resume():
             pass
     assert os.listdir(folder.path) == ["recipe.json"]
@@ -350,12 +350,12 @@ def test_a_folder_that_is_being_filled_beside_a_run_does_not_hinder_the_run(tmp_
     with new_folder(tmp_path / "space") as part:
         (part / "app.py").write_text("half")
         RunDir(tmp_path).begin(recipe)
-        assert (part / "app.py").read_text() == "half"
+        assert (part / "app.py").read_text("utf-8") == "half"
     assert (tmp_path / "space" / "app.py").exists()
 
 
 def test_open_goes_by_the_checkpoint_and_before_there_is_one_by_the_recipe(tmp_path, recipe, tiny_run):
-    with pytest.raises(UsageError, match=f"{tmp_path}: holds neither checkpoint.pt nor recipe.json"):
+    with pytest.raises(UsageError, match=f"{re.escape(str(tmp_path))}: holds neither checkpoint.pt nor recipe.json"):
         RunDir(tmp_path).open()
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     assert RunDir(tmp_path).open() == (recipe, None)
@@ -399,6 +399,7 @@ def test_what_contradicts_the_run_is_named_as_its_option(tmp_path, recipe):
             RunDir(tmp_path).open({name: value})
 
 
+@pytest.mark.posix
 def test_the_same_folder_of_images_in_any_spelling_is_no_contradiction(tmp_path, monkeypatch, recipe):
     own, run = tmp_path / "images" / "own", tmp_path / "run"
     own.mkdir(parents=True)
@@ -420,7 +421,7 @@ def test_the_same_folder_of_images_in_any_spelling_is_no_contradiction(tmp_path,
     ):
         assert RunDir(run).open({"dataset": spelling})[0].dataset == str(own), spelling
     for another in ("other", "own/own", "../own", str(tmp_path), "cifar10", "digits"):
-        with pytest.raises(UsageError, match=f"--dataset {re.escape(another)} contradicts the run in {run}, which has {own}"):
+        with pytest.raises(UsageError, match=f"--dataset {re.escape(another)} contradicts the run in {re.escape(str(run))}, which has {re.escape(str(own))}"):
             RunDir(run).open({"dataset": another})
 
 
@@ -458,7 +459,7 @@ def test_what_is_saved_is_what_a_run_goes_on_from(tmp_path, stepped):
     assert (again.epoch, again.step, again.clock.seconds, again.history) == (0, 2, 1.5, [])
     assert torch.equal(checkpoint.model().fc.weight, state.averaged.fc.weight)
     assert not checkpoint.model().training
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert metrics == {"schema": 1, "environment": {"torch": "9"}, "evaluated_on": "holdout", "epochs": [], "final": None}
 
 
@@ -477,10 +478,10 @@ def test_metrics_have_a_final_row_after_the_last_epoch_alone(tmp_path, stepped):
     row = dict(epoch=1, lr=0.1, train_loss=2.0, train_accuracy=10.0, test_loss=2.5, test_accuracy=20.0, images_per_second=7.0)
     state.history = [{**row, "seconds": 3.0}]
     RunDir(tmp_path).write_metrics(state, data, {})
-    assert json.loads((tmp_path / "metrics.json").read_text())["final"] is None
+    assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))["final"] is None
     state.history.append({**row, "epoch": 2, "seconds": 4.0})
     RunDir(tmp_path).write_metrics(state, data, {})
-    written = json.loads((tmp_path / "metrics.json").read_text())
+    written = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert written["epochs"] == state.history
     assert written["final"] == {**row, "epoch": 2, "seconds": 7.0}
 
@@ -535,11 +536,11 @@ def test_a_checkpoint_of_schema_1_goes_on_loading():
 
 def test_a_run_directory_of_the_version_before_goes_on_loading():
     recipe, checkpoint = RunDir(FIXTURES / "run-0.1").open({"dataset": "digits", "epochs": 2})
-    written = json.loads((FIXTURES / "run-0.1" / "recipe.json").read_text())
+    written = json.loads((FIXTURES / "run-0.1" / "recipe.json").read_text("utf-8"))
     assert "schema" not in written
     assert {name: value for name, value in recipe.to_dict().items() if name in written} == written
     assert (recipe.width, checkpoint.content["epoch"], checkpoint.content["step"]) == (64, 1, 1)
-    assert checkpoint.history == json.loads((FIXTURES / "run-0.1" / "metrics.json").read_text())["epochs"]
+    assert checkpoint.history == json.loads((FIXTURES / "run-0.1" / "metrics.json").read_text("utf-8"))["epochs"]
 
 
 def test_the_optimizers_tensors_are_its_own_and_laid_out_as_the_weights():

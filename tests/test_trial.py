@@ -29,7 +29,7 @@ def called(tmp_path, content):
     file = tmp_path / "trial.json"
     file.write_text(json.dumps(content))
     trial.main([str(file), "--runs", str(tmp_path / "runs"), "--device", "cpu"])
-    return json.loads(file.read_text())
+    return json.loads(file.read_text("utf-8"))
 
 
 def rows(*accuracies):

@@ -231,6 +231,7 @@ def test_a_loader_that_is_none_is_refused(kind, workers, message):
         make_loader(random_split(4), of_recipe(), CPU, kind, workers)
 
 
+@pytest.mark.posix
 def test_a_worker_gives_way_and_ends_when_the_loader_is_closed():
     loader = AlbumentationsLoader(random_split(64), of_recipe(batch_size=16), CPU, 1)
     kept = loader.epoch(0)

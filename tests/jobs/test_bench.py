@@ -50,7 +50,7 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
     )
     code, out, err = cli("bench", *options)
     assert (code, err.count("cifar-resnet:")) == (0, 0)
-    content = json.loads((tmp_path / "b.json").read_text())
+    content = json.loads((tmp_path / "b.json").read_text("utf-8"))
     rounds, medians = content["rounds"], content["medians"]
     names = {"model", "optimizer", "tensor", "albumentations", "evaluation", "matrix product", "torch's convolutions", "plain loop"}
     assert set(rounds) == set(medians) == set(content["options"]["steps"]) == names

@@ -83,7 +83,7 @@ def test_a_choice_holds_for_one_processor_and_number_of_threads(recipe, folder, 
     assert len(timed) == len(list(folder.iterdir())) == 2
     monkeypatch.setattr(runtime, "_cpu", lambda: {"cpu_name": "another", "amx_bf16": True})
     convolutions.choose("auto", model, recipe, CPU)
-    machines = [json.loads(file.read_text())["machine"] for file in folder.iterdir()]
+    machines = [json.loads(file.read_text("utf-8"))["machine"] for file in folder.iterdir()]
     assert sorted(machine["threads"] for machine in machines) == ["1", "1", "2"]
     assert sum(machine["cpu"] == "another" and machine["features"].endswith(" amx_bf16") for machine in machines) == 1
 
@@ -96,7 +96,7 @@ def test_a_kept_choice_that_cannot_be_used_is_measured_anew(damaged, recipe, fol
     file.write_text(damaged)
     assert convolutions.choose("auto", model, recipe, CPU) == CHOICE
     assert len(timed) == 2
-    assert json.loads(file.read_text())["convolutions"] == CHOICE
+    assert json.loads(file.read_text("utf-8"))["convolutions"] == CHOICE
 
 
 def test_without_a_folder_to_keep_it_in_a_choice_is_made_each_time(recipe, timed, monkeypatch, tmp_path):
@@ -133,7 +133,7 @@ def test_a_run_keeps_its_choice_and_goes_on_with_it_to_the_bit(recipe, folder, t
     whole = train(recipe, tmp_path / "whole")
     assert seen == {convolution.Ways("patches", "winograd", "shifts")}
     assert whole.convolutions == whole.environment["convolutions"] == CHOICE
-    assert json.loads((tmp_path / "whole" / "metrics.json").read_text())["environment"]["convolutions"] == CHOICE
+    assert json.loads((tmp_path / "whole" / "metrics.json").read_text("utf-8"))["environment"]["convolutions"] == CHOICE
     assert evaluate(whole.path)["accuracy"] == whole.history[-1]["test_accuracy"]
 
     with pytest.raises(cifar_resnet.CifarResnetError):

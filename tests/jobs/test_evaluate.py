@@ -30,7 +30,7 @@ def test_what_train_reports_is_what_evaluate_prints(tiny_run, tmp_path, cli):
     last = load_checkpoint(tiny_run).history[-1]
     code, out, _ = cli("evaluate", tiny_run / "checkpoint.pt", "--run-dir", tmp_path, "--tta", "flip")
     assert code == 0
-    found = json.loads((tmp_path / "evaluation.json").read_text())
+    found = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
     assert (found["accuracy"], found["loss"]) == (last["test_accuracy"], last["test_loss"])
     assert f"test accuracy {last['test_accuracy']:.2f} % of 40 images" in out
     assert sum(row["count"] for row in found["classes"].values()) == found["images"] == 40
@@ -45,7 +45,7 @@ def test_the_temperature_changes_loss_and_calibration_alone(tiny_run, tmp_path, 
     torch.save({**content, "temperature": 0.7}, tmp_path / "checkpoint.pt")
     code, out, _ = cli("evaluate", tmp_path)
     assert code == 0
-    before = json.loads((tmp_path / "evaluation.json").read_text())
+    before = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
     scaled = copy.deepcopy(content)
     for name in ("model", "averaged"):
         for key in ("fc.weight", "fc.bias"):
@@ -97,7 +97,7 @@ def test_where_bfloat16_is_only_emulated_evaluation_is_in_float32(native, no_fig
     code, out, err = cli("evaluate", tmp_path / "run")
     assert code == 0
     assert ("only emulates" in out + err) is not native
-    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text("utf-8"))
     assert found["precision"] == ("bfloat16" if native else "float32")
     loss = found["loss"]
     assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-6)
@@ -223,6 +223,7 @@ def test_two_checkpoints_of_one_folder_would_write_the_same_files(two_runs, refu
     assert not list(Path("runs").glob("*/evaluation.json"))
 
 
+@pytest.mark.posix
 def test_a_run_given_twice_is_evaluated_once(two_runs, cli, no_figures, tmp_path):
     Path("link").symlink_to("runs/digits-1")
     code, out, err = cli("evaluate", "runs/digits-1", "runs/digits-1/checkpoint.pt", "link", "--run-dir", "here")
@@ -253,7 +254,7 @@ def test_a_second_figure_leaves_out_labels_known_to_be_wrong(fake_cifar10, tmp_p
         train(Recipe.build(**small, **more), tmp_path / name)
     code, out, _ = cli("evaluate", tmp_path / "test")
     assert code == 0
-    found = json.loads((tmp_path / "test" / "evaluation.json").read_text())
+    found = json.loads((tmp_path / "test" / "evaluation.json").read_text("utf-8"))
     wrong = {mistake.index for mistake in misclassified(tmp_path / "test")}
     assert found["accuracy"] == pytest.approx(100 * (20 - len(wrong)) / 20)
     expected = 100 * (17 - len(wrong - {3, 4, 17})) / 17
@@ -273,7 +274,7 @@ def test_the_labels_known_to_be_wrong_are_those_published(tiny_run, tmp_path, no
 def test_json_is_what_the_file_holds_and_nothing_else_is_printed(tiny_run, unfinished, cli, tmp_path, no_figures):
     code, out, err = cli("evaluate", tiny_run, "--json", "--run-dir", tmp_path)
     assert (code, err) == (0, "")
-    assert json.loads(out) == json.loads((tmp_path / "evaluation.json").read_text())
+    assert json.loads(out) == json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
     runs = [shutil.copytree(run, tmp_path / run.name) for run in (tiny_run, unfinished)]
     code, out, err = cli("evaluate", *runs, "--json")
     assert (code, [each["checkpoint"] for each in json.loads(out)]) == (0, [str(run / "checkpoint.pt") for run in runs])
@@ -290,4 +291,4 @@ def test_the_figures_are_known_before_the_pictures_are_drawn(tiny_run, tmp_path,
     code, out, err = cli("evaluate", tiny_run, "--run-dir", tmp_path)
     assert (code, err) == (1, "cifar-resnet: no room for a picture\n")
     assert "% of 40 images" in out
-    assert json.loads((tmp_path / "evaluation.json").read_text())["images"] == 40
+    assert json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["images"] == 40

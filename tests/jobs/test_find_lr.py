@@ -33,7 +33,7 @@ def test_the_files_hold_what_was_found(tmp_path):
     history, found, trials, sweep, _ = find_lr(recipe, tmp_path, **options, progress=lambda *numbers: steps.append(numbers))
     assert (steps[-1], trials, sweep) == ((24, 24), [], [])
     assert len(history.lr) == 24
-    content = json.loads((tmp_path / "lr_finder.json").read_text())
+    content = json.loads((tmp_path / "lr_finder.json").read_text("utf-8"))
     assert content["history"] == {"lr": history.lr.tolist(), "loss": history.loss.tolist()}
     assert content["suggestions"] == found._asdict() == suggest(history)._asdict()
     assert content["recipe"] == with_statistics(recipe).to_dict()
@@ -53,7 +53,7 @@ def test_find_lr_with_trials_from_the_command_line(cli, tmp_path, no_figures):
     options = ("--train-limit", 300, "--batch-size", 16, "--precision", "float32", "--trial-steps", 20, "--workers", 0)
     code, out, err = cli("find-lr", "--dataset", "digits", *fast, *options, "--loader", "albumentations", "--run-dir", tmp_path)
     assert (code, err) == (0, "")
-    content = json.loads((tmp_path / "lr_finder.json").read_text())
+    content = json.loads((tmp_path / "lr_finder.json").read_text("utf-8"))
     history = History(*(np.array(content["history"][key]) for key in ("lr", "loss")))
     trials = [Trial(row["max_lr"], np.inf if row["loss"] is None else row["loss"]) for row in content["trials"]]
     assert content["trial_steps"] == 20
@@ -77,7 +77,7 @@ def test_a_sweep_gives_what_train_gives(cli, tmp_path, found_at_once, no_figures
     code, out, err = cli("find-lr", *options)
     assert (code, err) == (0, "")
     assert found_at_once[0]["steps"] == 20
-    content = json.loads((tmp_path / "find" / "lr_finder.json").read_text())
+    content = json.loads((tmp_path / "find" / "lr_finder.json").read_text("utf-8"))
     grid = [row["max_lr"] for row in content["sweep"] if row["rule"] == "grid"]
     of_its_length = 0.06 * (2 / 20) ** 0.2  # one epoch of 32 - 10 images
     np.testing.assert_allclose(grid, of_its_length * 2.0 ** np.arange(-3, 4))

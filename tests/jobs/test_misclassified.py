@@ -19,7 +19,7 @@ from cifar_resnet.look import pictures
 def test_every_mistake_is_listed(tiny_run, tmp_path, cli):
     code, out, _ = cli("misclassified", tiny_run, "--count", 4, "--run-dir", tmp_path)
     assert code == 0
-    found = json.loads((tmp_path / "misclassified.json").read_text())
+    found = json.loads((tmp_path / "misclassified.json").read_text("utf-8"))
     checkpoint = load_checkpoint(tiny_run)
     wrong = round(40 * (1 - checkpoint.history[-1]["test_accuracy"] / 100))
     assert (len(found["mistakes"]), found["images"], found["evaluated_on"]) == (wrong, 40, "test")
@@ -56,7 +56,7 @@ def test_the_pictures_show_those_chosen(tiny_run, tmp_path, monkeypatch, no_figu
         assert title.endswith(f"2 surest of {most} mistakes in 40 test images, true class {true}"), name
     assert drawn["grad_cam"][-2].startswith("Grad-CAM at layer3: ")
     assert {path.name for path in tmp_path.glob("*.pdf")} == {"misclassified.pdf", "gradcam.pdf"}
-    assert len(json.loads((tmp_path / "misclassified.json").read_text())["mistakes"]) == len(every)
+    assert len(json.loads((tmp_path / "misclassified.json").read_text("utf-8"))["mistakes"]) == len(every)
 
 
 def test_no_such_mistake_draws_no_picture(tiny_run, tmp_path, cli):
@@ -99,7 +99,7 @@ def test_labels_that_may_be_wrong_come_first(own_images, tmp_path, cli, no_figur
     assert code == 0
     assert "bright/=odd, one.png, labelled bright: perhaps mislabelled: dark?" in out
     assert drawn == [("The one label that may be wrong in 12 test images", "label")]
-    content = json.loads((tmp_path / "run" / "labels.json").read_text())
+    content = json.loads((tmp_path / "run" / "labels.json").read_text("utf-8"))
     rows = content["labels"]
     assert (rows[0]["name"], rows[0]["given"], rows[0]["suggested"]) == ("bright/=odd, one.png", "bright", "dark")
     assert (len(rows), content["images"]) == (12, 12)
@@ -146,7 +146,7 @@ def test_where_there_is_no_mistake_the_least_sure_images_are_shown(tiny_run, tmp
     assert code == 0
     title = "No mistake in 40 test images. The 3 least sure, all right"
     assert title in out
-    found = json.loads((tmp_path / "misclassified.json").read_text())
+    found = json.loads((tmp_path / "misclassified.json").read_text("utf-8"))
     assert found["mistakes"] == []
     judged = logits_of(tiny_run, None, "cpu", print)
     confidences = (judged.logits.double() / judged.checkpoint.temperature).softmax(1).max(1).values.sort().values
@@ -212,7 +212,7 @@ def test_the_files_of_mistakes_are_copied_by_class(own_images, own_run, tmp_path
     code, out, _ = cli("misclassified", own_run, "--copy-to", tmp_path / "new" / "copies", "--save-images", tmp_path / "small")
     assert code == 0
     assert f"19 images written in\n  {tmp_path / 'new' / 'copies'}" in out
-    listed = json.loads((own_run / "misclassified.json").read_text())["mistakes"]
+    listed = json.loads((own_run / "misclassified.json").read_text("utf-8"))["mistakes"]
     originals = {path.relative_to(own_images / "test").as_posix(): path for path in own_images.glob("test/**/*.png")}
     assert sorted(each["name"] for each in listed) == sorted(originals)
     bright = [*(f"{i}{which}.png" for i in range(6) for which in ("", "-2")), "a_b_c__.png"]
@@ -239,6 +239,7 @@ def test_images_without_files_are_written_by_their_index(tiny_run, tmp_path, ref
     assert not (tmp_path / "copies").exists()
 
 
+@pytest.mark.posix
 def test_images_go_into_a_new_folder_alone(own_images, own_run, tmp_path, monkeypatch, refused):
     all_wrong(monkeypatch)
     (tmp_path / "full").mkdir()

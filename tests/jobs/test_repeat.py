@@ -45,7 +45,7 @@ def test_repeat_trains_seeds_and_sums_them_up(cli, tmp_path):
     )  # enough images for three accuracies to differ
     code, out, _ = cli("train", *options, "--repeat", 3, "--seed", 5, "--run-dir", tmp_path / "many")
     assert code == 0
-    found = json.loads((tmp_path / "many" / "repeat.json").read_text())
+    found = json.loads((tmp_path / "many" / "repeat.json").read_text("utf-8"))
     runs = [load_checkpoint(tmp_path / "many" / f"s{seed}") for seed in (5, 6, 7)]
     assert found["accuracies"] == [run.history[-1]["test_accuracy"] for run in runs]
     assert [run.recipe.seed for run in runs] == [5, 6, 7]
@@ -57,7 +57,7 @@ def test_repeat_trains_seeds_and_sums_them_up(cli, tmp_path):
     shutil.rmtree(tmp_path / "many" / "s7")  # as if it had been stopped before the third
     before = (tmp_path / "many" / "s6" / "checkpoint.pt").stat().st_mtime_ns
     assert cli("train", "--resume", tmp_path / "many")[0] == 0
-    assert json.loads((tmp_path / "many" / "repeat.json").read_text()) == found
+    assert json.loads((tmp_path / "many" / "repeat.json").read_text("utf-8")) == found
     assert (tmp_path / "many" / "s6" / "checkpoint.pt").stat().st_mtime_ns == before
     code, _, err = cli("train", "--resume", tmp_path / "many", "--epochs", 3)
     assert code == 2
@@ -76,7 +76,7 @@ def test_there_is_no_interval_of_two_seeds_and_none_beyond_what_can_be():
 
 def test_a_repetition_of_two_seeds_prints_no_interval(recipe, tmp_path, capsys):
     content = repeat(recipe, 2, tmp_path / "many")
-    assert json.loads((tmp_path / "many" / "repeat.json").read_text())["interval"] is None
+    assert json.loads((tmp_path / "many" / "repeat.json").read_text("utf-8"))["interval"] is None
     console.repetition(content)
     assert "95 %" not in capsys.readouterr().out
     (group,) = compare([tmp_path / "many"])["groups"]
@@ -138,12 +138,12 @@ def test_a_repetition_goes_on_where_its_images_have_moved_to(own_images, tmp_pat
     with pytest.raises(Interrupted):
         repeat(Recipe.build(dataset=str(own_images), **fields), 3, many, watch=in_turn(Watcher(), StopAfter(1)))
     own_images.rename(now)
-    before = (many / "repeat.json").read_text()
+    before = (many / "repeat.json").read_text("utf-8")
     image = now / "train" / "dark" / "0.png"
     image.rename(tmp_path / "0.png")
     line = refused(1, "train", "--resume", many, "--dataset", now)
     assert f"not those of the run in {many / 's0'}: there were 48, and there are 47" in line
-    assert (many / "repeat.json").read_text() == before
+    assert (many / "repeat.json").read_text("utf-8") == before
     (tmp_path / "0.png").rename(image)
     with pytest.raises(Interrupted):
         repeat(resume=many, must_match={"dataset": str(now), "seed": 0}, watch=in_turn(Watcher(), Watcher(), StopAfter(1)))
@@ -177,10 +177,10 @@ def test_a_repetition_goes_on_with_a_copy_of_its_images(own_images, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         repeat(recipe, 2, many, watch=lambda: nullcontext(Second()))
     shutil.copytree(own_images, tmp_path / "copy")
-    before = (many / "s1" / "recipe.json").read_text()
+    before = (many / "s1" / "recipe.json").read_text("utf-8")
     with pytest.raises(UsageError, match="--epochs 7 contradicts"):
         repeat(resume=many, must_match={"dataset": str(tmp_path / "copy"), "epochs": 7})
-    assert (many / "s1" / "recipe.json").read_text() == before
+    assert (many / "s1" / "recipe.json").read_text("utf-8") == before
     assert len(repeat(resume=many, must_match={"dataset": str(tmp_path / "copy")})["accuracies"]) == 2
     assert load_checkpoint(many / "s1").recipe.dataset == str(tmp_path / "copy")
 
@@ -209,7 +209,7 @@ def test_a_repetition_gone_on_with_on_another_machine_keeps_its_precision(recipe
     native(begun)
     with pytest.raises(Interrupted):
         repeat(recipe, 2, tmp_path / "many", watch=in_turn(StopAfter(2)))
-    assert json.loads((tmp_path / "many" / "repeat.json").read_text())["recipe"]["precision"] == precision
+    assert json.loads((tmp_path / "many" / "repeat.json").read_text("utf-8"))["recipe"]["precision"] == precision
     native(not begun)
     repeat(resume=tmp_path / "many")
     assert precisions(tmp_path / "many", (0, 1)) == [precision, precision]
@@ -220,16 +220,16 @@ def test_a_repetition_of_the_version_before_goes_on_in_the_precision_of_its_firs
     native(False)
     repeat(recipe.replace(seed=9), 2, tmp_path / "many")
     path = tmp_path / "many" / "repeat.json"
-    written = json.loads(path.read_text())
+    written = json.loads(path.read_text("utf-8"))
     written["recipe"]["precision"] = "auto"
     del written["recipe"]["schema"]
     path.write_text(json.dumps({key: written[key] for key in ("schema", "recipe", "count")} | {"count": 3}))
     second = tmp_path / "many" / "s10" / "recipe.json"
-    second.write_text(second.read_text().replace("float32", "bfloat16"))  # as a machine between them may have left it
+    second.write_text(second.read_text("utf-8").replace("float32", "bfloat16"))  # as a machine between them may have left it
     native(True)
     repeat(resume=tmp_path / "many")
     assert precisions(tmp_path / "many", (9, 11)) == ["float32", "float32"]
-    assert json.loads(path.read_text())["recipe"]["precision"] == "float32"
+    assert json.loads(path.read_text("utf-8"))["recipe"]["precision"] == "float32"
 
 
 def test_a_repetition_that_was_killed_before_its_first_run_takes_the_precision_of_where_it_goes_on(recipe, tmp_path, native):
@@ -255,7 +255,7 @@ def test_what_is_no_repetition_is_refused(recipe, refused, tmp_path, tiny_run, m
     ):
         path.write_text(text)
         assert word in refused(2, "train", "--resume", path.parent)
-        assert path.read_text() == text
+        assert path.read_text("utf-8") == text
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="does not go with torchrun"):
         repeat(recipe, 2, tmp_path / "other")

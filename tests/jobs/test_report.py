@@ -26,7 +26,7 @@ def page(tiny_run, tmp_path_factory):
 
 
 def test_the_report_holds_the_figures_and_needs_nothing_beside_it(page, tiny_run):
-    html = page.read_text()
+    html = page.read_text("utf-8")
     assert f"{load_checkpoint(tiny_run).history[-1]['test_accuracy']:.2f} %" in html
     assert "n = 1 run, seed 0" in html
     assert command_line(load_checkpoint(tiny_run).recipe) in Reader(html).text
@@ -46,12 +46,12 @@ def test_the_report_holds_the_figures_and_needs_nothing_beside_it(page, tiny_run
 def test_labels_that_may_be_wrong_are_shown_as_misclassified_ranks_them(page, tiny_run, tmp_path, cli):
     """In the page and in the Markdown: the same images, in the same order, with the same guess."""
     assert cli("misclassified", tiny_run, "--sort", "label", "--run-dir", tmp_path)[0] == 0
-    ranked = json.loads((tmp_path / "labels.json").read_text())["labels"][:10]
-    section = page.read_text().partition("<h2>Labels that may be wrong")[2].partition('<div class="tables">')[0]
+    ranked = json.loads((tmp_path / "labels.json").read_text("utf-8"))["labels"][:10]
+    section = page.read_text("utf-8").partition("<h2>Labels that may be wrong")[2].partition('<div class="tables">')[0]
     cards = [Reader(card).text.split() for card in section.split('<div class="card">')[1:]]
     expected = [f"{row['given']}, {100 * row['score']:.1f} % perhaps mislabelled:{row['suggested']}?" for row in ranked]
     assert [" ".join(card) for card in cards] == [f"{text} image {row['index']}" for text, row in zip(expected, ranked, strict=True)]
-    text = report(tiny_run, tmp_path / "markdown", format="markdown").read_text()
+    text = report(tiny_run, tmp_path / "markdown", format="markdown").read_text("utf-8")
     rows = [f"| image {row['index']} | {row['given']} | {100 * row['score']:.2f} % | {row['suggested']}? |" for row in ranked]
     assert "\n".join(rows) in text
 
@@ -83,15 +83,16 @@ def test_what_a_checkpoint_holds_is_text_on_the_page_and_no_html(tiny_run, tmp_p
 
     digits = datasets._digits()
     monkeypatch.setattr(datasets, "_digits", lambda: (*digits[:2], tuple(found["classes"])))
-    shown = Reader(report(tmp_path / "run").read_text())
-    assert shown.tags <= Reader(page.read_text()).tags
+    shown = Reader(report(tmp_path / "run").read_text("utf-8"))
+    assert shown.tags <= Reader(page.read_text("utf-8")).tags
     assert shown.text.count(evil) >= 12
 
 
+@pytest.mark.posix
 def test_the_command_on_the_page_keeps_a_folder_with_spaces_in_one_word(own_images, tmp_path, no_figures):
     folder = own_images.rename(tmp_path / "my own")
     train(Recipe.build(dataset=str(folder), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
-    command = re.search("<pre>(.*?)</pre>", report(tmp_path / "run").read_text(), re.DOTALL)[1]
+    command = re.search("<pre>(.*?)</pre>", report(tmp_path / "run").read_text("utf-8"), re.DOTALL)[1]
     words = shlex.split(Reader(command).text)
     assert words[words.index("--dataset") + 1] == str(folder)
 
@@ -142,7 +143,7 @@ def test_the_report_prints_on_few_pages(page, tmp_path):
 def test_a_report_of_own_images_is_written_beside_the_run(own_images, tmp_path, no_figures):
     train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
     assert report(tmp_path / "run") == tmp_path / "run" / "report.html"
-    html = (tmp_path / "run" / "report.html").read_text()
+    html = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "default on own, seed 0" in html
     assert f"--dataset {shell_word(own_images)}" in Reader(html).text
 
@@ -158,10 +159,10 @@ def test_an_unfinished_run_is_reported_as_what_it_is(unfinished, tmp_path):
 def test_a_run_stopped_in_its_first_epoch_is_reported(tiny_recipe, tmp_path):
     with pytest.raises(Interrupted):
         train(tiny_recipe, tmp_path / "run", watcher=StopAfter(1))
-    page = report(tmp_path / "run").read_text()
+    page = report(tmp_path / "run").read_text("utf-8")
     assert "an unfinished run, after epoch 0 of 2, step 1" in page
     assert "Loss by epoch" not in page
-    assert "unfinished: after epoch 0 of 2, step 1." in report(tmp_path / "run", tmp_path / "md", format="markdown").read_text()
+    assert "unfinished: after epoch 0 of 2, step 1." in report(tmp_path / "run", tmp_path / "md", format="markdown").read_text("utf-8")
 
 
 def test_markdown_holds_the_run_and_its_pictures(tiny_run, tmp_path, cli):

@@ -87,7 +87,7 @@ def test_the_table_of_the_epochs_is_that_of_the_metrics(tiny_run):
 
 
 def test_the_tracker_shown_in_the_documentation_works(tmp_path, no_figures):
-    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text("utf-8")
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "(Watcher)" in block]
     names = {}
     exec(code.split("\nwith ")[0], names)
@@ -95,6 +95,6 @@ def test_the_tracker_shown_in_the_documentation_works(tmp_path, no_figures):
     recipe = Recipe.build(dataset="digits", width=4, epochs=1, batch_size=16, train_limit=48, test_limit=20)
     with shown(tmp_path / "log.jsonl") as watcher:
         train(recipe, tmp_path / "run", watcher=watcher)
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    lines = (tmp_path / "log.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 3 + 1
     assert len(code.split("\nwith ")[0].strip().splitlines()) <= 30

@@ -35,7 +35,7 @@ DIGITS = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--bat
 
 def test_a_run_leaves_the_files_that_are_documented(tiny_run, tiny_recipe):
     assert sorted(os.listdir(tiny_run)) == FILES
-    metrics = json.loads((tiny_run / "metrics.json").read_text())
+    metrics = json.loads((tiny_run / "metrics.json").read_text("utf-8"))
     assert set(metrics) == {"schema", "environment", "evaluated_on", "epochs", "final"}
     keys = {"epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second"}
     assert [set(row) for row in metrics["epochs"]] == [keys, keys]
@@ -156,6 +156,7 @@ def test_every_optimizer_goes_on_where_it_stood(tmp_path, no_figures, fields):
     assert_same_run(content(tmp_path / "run"), content(tmp_path / "whole"))
 
 
+@pytest.mark.posix
 def test_the_command_to_go_on_with_names_the_options_that_were_given(tmp_path, cli, monkeypatch, no_figures):
     pytest.importorskip("tensorboard", reason="the extra track is not installed")
     monkeypatch.setattr(progress.TrainingTable, "step", lambda self, step, state: signal.raise_signal(signal.SIGINT))
@@ -193,7 +194,7 @@ def test_a_second_ctrl_c_is_an_interrupt_of_python(tiny_recipe, tmp_path, no_fig
 
 
 def test_sigterm_is_exit_code_143_and_one_line(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress.TrainingTable, "step", lambda self, step, state: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(progress.TrainingTable, "step", lambda self, step, state: signal.raise_signal(signal.SIGTERM))
     folder = tmp_path / "run"
     code, _, err = cli("train", *DIGITS, "--run-dir", folder)
     assert (code, err) == (143, f"cifar-resnet: stopped by SIGTERM; go on with: cifar-resnet train --resume {shell_word(folder)}\n")
@@ -299,6 +300,7 @@ def test_a_run_outside_the_main_thread_takes_no_signals(tiny_recipe, tiny_run, t
     assert_same_run(content(tmp_path / "run"), content(tiny_run))
 
 
+@pytest.mark.posix
 def test_a_killed_run_goes_on(tiny_recipe, tiny_run, tmp_path):
     """SIGKILL in a process of its own, two steps after a save."""
     (tmp_path / "r.json").write_text(tiny_recipe.to_json())
@@ -362,7 +364,7 @@ def test_a_run_directory_of_the_version_before_evaluates_and_goes_on_to_its_end(
     code, out, err = cli("evaluate", folder)
     assert (code, err) == (0, "")
     assert "the run stands at epoch 1 of 2, step 1: what follows is not its end" in out
-    found = json.loads((folder / "evaluation.json").read_text())
+    found = json.loads((folder / "evaluation.json").read_text("utf-8"))
     assert (found["epoch"], found["images"]) == (1, 10)
     assert found["loss"] == pytest.approx(math.log(10))  # of weights that are all alike
     before = content(folder)
@@ -374,7 +376,7 @@ def test_a_run_directory_of_the_version_before_evaluates_and_goes_on_to_its_end(
     assert after["history"][0] == before["history"][0]
     assert after["recipe"] == {"schema": 3, "width": 64, "split": None, "batches": "fixed", **before["recipe"]}
     assert not torch.equal(after["model"]["fc.weight"], before["model"]["fc.weight"])
-    assert json.loads((folder / "recipe.json").read_text())["schema"] == 3
+    assert json.loads((folder / "recipe.json").read_text("utf-8"))["schema"] == 3
 
 
 def test_a_step_of_one_image_is_refused_but_a_run_that_has_one_goes_on(tmp_path, refused, no_figures):
@@ -431,7 +433,7 @@ def test_what_was_made_of_an_unfinished_run_says_so_and_goes_when_it_goes_on(unf
     evaluate(folder)
     misclassified(folder, count=1, format="svg")
     for name in ("evaluation.json", "misclassified.json"):
-        found = json.loads((folder / name).read_text())
+        found = json.loads((folder / name).read_text("utf-8"))
         assert (found["epoch"], found["epochs"]) == (1, 2)
     assert any("after epoch 1 of 2" in title for title in titles)
     (folder / "report.html").write_text("as an older version left it")
@@ -446,12 +448,12 @@ def test_what_was_made_of_an_unfinished_run_says_so_and_goes_when_it_goes_on(unf
     assert sorted(os.listdir(folder)) == sorted([*FILES, *own])
     evaluate(folder)
     train(resume=folder)  # which has ended
-    assert json.loads((folder / "evaluation.json").read_text())["epoch"] == 2
+    assert json.loads((folder / "evaluation.json").read_text("utf-8"))["epoch"] == 2
 
 
 def test_all_files_that_are_made_of_a_checkpoint_are_known():
     """By the table of the documentation."""
-    page = (Path(__file__).parents[2] / "docs" / "run-directory.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "run-directory.md").read_text("utf-8")
     rows = re.findall(r"^\| (`.*?) \| `(?:evaluate|misclassified|report|export)\b", page, re.MULTILINE)
     files = [Path(name) for row in rows for name in re.findall(r"`([^`]+\.\w+)`", row)]
     assert len(files) >= 10
@@ -551,10 +553,11 @@ def test_a_run_goes_on_where_its_images_have_moved_to(own_run, own_images, tmp_p
     code, _, err = cli("train", "--resume", tmp_path / "moved", "--dataset", tmp_path / "renamed")
     assert (code, err) == (0, "")
     assert_same_run(content(own_run), content(tmp_path / "moved"))
-    assert json.loads((tmp_path / "moved" / "recipe.json").read_text())["dataset"] == str(tmp_path / "renamed")
+    assert json.loads((tmp_path / "moved" / "recipe.json").read_text("utf-8"))["dataset"] == str(tmp_path / "renamed")
     assert cli("evaluate", tmp_path / "moved")[0] == 0
 
 
+@pytest.mark.posix
 def test_a_run_on_own_images_goes_on_in_any_spelling_of_their_folder(own_run, own_images, cli, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(own_images)
@@ -668,7 +671,7 @@ def test_a_table_that_cannot_be_written_does_not_stop_a_run_but_is_missed_at_its
     assert load_checkpoint(tmp_path / "run").finished
     train(resume=tmp_path / "run")
     assert sorted(os.listdir(tmp_path / "run")) == FILES
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + tiny_recipe.epochs
+    assert len((tmp_path / "run" / "metrics.csv").read_text("utf-8").splitlines()) == 1 + tiny_recipe.epochs
 
 
 def test_a_non_finite_loss_leaves_the_last_good_checkpoint(tiny_recipe, tmp_path):
@@ -848,7 +851,7 @@ def test_the_accuracy_curve_has_a_line_where_a_target_is_given_and_none_otherwis
     for name, option in (("with", ("--target", "37.5")), ("without", ())):
         options = ("--epochs", 1, "--format", "svg", *option, "--run-dir", tmp_path / name)
         assert cli("train", *DIGITS, *options)[0] == 0
-        svg = (tmp_path / name / "curves.svg").read_text()
+        svg = (tmp_path / name / "curves.svg").read_text("utf-8")
         assert "<!-- Accuracy -->" in svg
         assert ("<!-- target, 37.5 % -->" in svg) == (name == "with")
         assert "91.97" not in svg

@@ -28,7 +28,7 @@ def run(own_images, tmp_path, no_figures):
 
 def rank(run, **options):
     training_labels(run, folds=3, epochs=6, progress=False, **options)
-    return json.loads((run / "training_labels.json").read_text())
+    return json.loads((run / "training_labels.json").read_text("utf-8"))
 
 
 def files(folder):
@@ -40,7 +40,7 @@ def test_labels_that_were_made_wrong_come_first(run, own_images, tmp_path, cli):
     options = ("--sort", "label", "--folds", 3, "--epochs", 6, "--copy-to", tmp_path / "odd")
     code, out, _ = cli("misclassified", run, *options)
     assert code == 0
-    content = json.loads((run / "training_labels.json").read_text())
+    content = json.loads((run / "training_labels.json").read_text("utf-8"))
     assert sorted(row["name"] for row in content["labels"][:4]) == WRONG
     for row in content["labels"][:4]:
         brightness = np.asarray(Image.open(own_images / "train" / row["name"])).mean()

@@ -188,7 +188,7 @@ def test_a_step_that_cannot_be_captured_trains_as_before(tmp_path):
     assert done.returncode == 0, done.stderr
     assert " ".join((done.stdout + done.stderr).split()).count("the step cannot be captured as a graph") == 1
     for seed in (0, 1):
-        metrics = json.loads((tmp_path / "run" / f"s{seed}" / "metrics.json").read_text())
+        metrics = json.loads((tmp_path / "run" / f"s{seed}" / "metrics.json").read_text("utf-8"))
         assert metrics["environment"]["captured"] is False
         assert metrics["final"]["train_loss"] < 2.6
 

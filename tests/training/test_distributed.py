@@ -123,7 +123,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_goes_on(t
     said = [line for line in (stopped.stdout + stopped.stderr).splitlines() if line.startswith("cifar-resnet: ")]
     assert said == [f"cifar-resnet: stopped by SIGTERM; go on with: cifar-resnet train --resume {shell_word(folder)}"]
     assert re.search(r"rank\s+: 0 .*\n.*exitcode\s+: 143", stopped.stderr)
-    steps = [(tmp_path / f"steps-{rank}").read_text() for rank in (0, 1)]
+    steps = [(tmp_path / f"steps-{rank}").read_text("utf-8") for rank in (0, 1)]
     assert steps == ["3", "3"]
     content = load_checkpoint(folder).content
     assert (content["epoch"], content["step"]) == (0, 3)
@@ -133,7 +133,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_goes_on(t
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("going on after epoch 0, step 3") == 1
     assert resumed.stdout.count("last epoch:") == 1
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
     assert metrics["environment"]["processes"] == 3
     for row in metrics["epochs"]:  # 70 images, 3 steps of them by 2 processes and 2 by 3
         for key, images in (("train_accuracy", 70), ("test_accuracy", 41)):
@@ -159,6 +159,7 @@ def test_what_several_processes_cannot_do_is_one_line(tmp_path, monkeypatch, com
 
 
 @pytest.mark.slow
+@pytest.mark.posix
 def test_a_rank_that_is_killed_ends_all_in_one_line(tmp_path):
     code = f"import os, signal, sys; sys.path.insert(0, {str(Path(RANKS).parent)!r}); import ranks\n"
     code += "kill = os.kill; os.kill = lambda pid, number: kill(pid, signal.SIGKILL); ranks.run(*sys.argv[1:])"
