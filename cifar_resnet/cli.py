@@ -406,7 +406,10 @@ def train(
 
     watcher = watch(table)
     where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution)
-    if recipe and find:
+    if recipe and find:  # which takes minutes
+        training.check_options(save_every_minutes, target, recipe, run_dir, resume)
+        if repeat is not None:
+            repetition.check_count(repeat)
         recipe = _with_found_lr(recipe, suggest, run_dir, **where)
     must_match = {name: value for name, value in options.items() if value is not None}
     how: dict[str, Any] = dict(
@@ -704,10 +707,16 @@ TRIANGULAR = 0.001, 490, 3  # lower bound, steps from one bound to the other, cy
 @_command(BEFORE, "schedule", "schedule --recipe page --epochs 12", "schedule --policy triangular --max-lr 0.1")
 @with_fields(lambda name, panel: panel in ("Recipe", "Schedule") or name == "max_lr")
 def schedule(
-    recipe: Recipe, policy: Policy = "one-cycle", min_lr: MinLR = TRIANGULAR[0], step_size: StepSize = TRIANGULAR[1], cycles: Cycles = TRIANGULAR[2],
-    output: Picture = Path("schedule.png"),
+    options: dict[str, Any], recipe_file: RecipeFile = None, policy: Policy = "one-cycle", min_lr: MinLR = TRIANGULAR[0],
+    step_size: StepSize = TRIANGULAR[1], cycles: Cycles = TRIANGULAR[2], output: Picture = Path("schedule.png"),
 ) -> None:  # fmt: skip
     """Draw the learning rate of a run before it starts, for the 50,000 images of CIFAR-10."""
+    idle = [name.replace("_", "-") for name, value in options.items() if value is not None and name not in ("recipe", "max_lr")]
+    if policy == "triangular" and idle:
+        raise UsageError(
+            f"--{idle[0]} does not go with --policy triangular, which takes --max-lr, --min-lr, --step-size and --cycles"
+        )
+    recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
     if policy != "triangular" and (min_lr, step_size, cycles) != TRIANGULAR:
         raise UsageError("--min-lr, --step-size and --cycles go with --policy triangular")
     if step_size < 1 or cycles < 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -329,6 +330,10 @@ def _filled(fields: dict[str, Any], unnumbered: int, source: str) -> dict[str, A
     return {**missing, **{name: value for name, value in fields.items() if name != "schema"}}
 
 
+SHORT = reprlib.Repr()  # of what a file may hold instead of a number
+SHORT.maxstring = SHORT.maxother = 200
+
+
 def _other_images(before: Any, now: Any) -> bool:
     """Whether two values of `dataset` are given, and differ."""
     return isinstance(before, str) and isinstance(now, str) and os.path.abspath(before) != os.path.abspath(now)
@@ -367,4 +372,6 @@ def _one_line(problem: Any) -> str:
     if not problem["loc"]:
         return re.sub(r"[a-z]+(_[a-z]+)+", lambda field: "--" + field[0].replace("_", "-"), message)
     option = "--" + str(problem["loc"][0]).replace("_", "-")
-    return f"{option} {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    if problem["type"] == "extra_forbidden":
+        message = "no field of a recipe"
+    return f"{option} {SHORT.repr(problem['input'])}: {message[0].lower()}{message[1:]}"

@@ -15,7 +15,7 @@ from cifar_resnet.data import cache, cifar, datasets
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
-torch.backends.mps.is_available = lambda: False  # Apple's GPUs do not give the bits of a CPU
+torch.backends.mps.is_available = functools.cache(lambda: False)  # Apple's GPUs do not give the bits of a CPU
 datasets._digits = functools.cache(datasets._digits)  # the tests load them often
 
 

@@ -187,6 +187,8 @@ USAGE_ERRORS = [
     (("train", "--dataset", "digits", "--device", "cpu:x"), "--device cpu:x"),
     (("train", "--mean", "125", "123", "114"), "not within 0 to 1"),
     (("train", "--max-lr", "find", "--div-factor", "10"), "--div-factor"),
+    (("train", "--max-lr", "find", "--dataset", "nowhere", "--repeat", "1"), "--repeat 1 must be"),
+    (("train", "--max-lr", "find", "--dataset", "nowhere", "--save-every-minutes", "0"), "--save-every-minutes 0"),
     (("train", "--suggest", "valley"), "--suggest valley goes with --max-lr find"),
 ]
 
@@ -234,6 +236,7 @@ def test_a_schedule_is_drawn_before_the_run(cli, refused, tmp_path):
     assert ".gif" in refused(2, "schedule", "--output", tmp_path / "lr.gif")
     assert "go with --policy triangular" in refused(2, "schedule", "--cycles", 2)
     assert "--layer prep does not go with --folds" in refused(2, "misclassified", "--sort", "label", "--folds", 3, "--layer", "prep")
+    assert "--epochs does not go with --policy triangular" in refused(2, "schedule", "--policy", "triangular", "--epochs", 3)
     assert "--min-lr 3" in refused(2, "schedule", "--policy", "triangular", "--min-lr", 3)
     assert "--cycles 0" in refused(2, "schedule", "--policy", "triangular", "--cycles", 0)
 

@@ -280,6 +280,13 @@ def test_a_recipe_file_that_is_none_is_refused(content, tmp_path):
             Recipe.build(file=tmp_path / "r.json", **options)
 
 
+def test_what_a_wrong_file_holds_is_shortened(tiny_run):
+    with pytest.raises(UsageError, match="--final .*: no field of a recipe") as refusal:
+        Recipe.build(file=tiny_run / "metrics.json")
+    assert "--epochs [" in str(refusal.value)
+    assert len(str(refusal.value)) < 1000
+
+
 def test_a_recipe_file_of_another_recipe_than_the_one_named_is_refused(tmp_path):
     (tmp_path / "r.json").write_text(Recipe.build("page").to_json())
     with pytest.raises(UsageError, match="--recipe digits contradicts"):

@@ -159,7 +159,9 @@ def _parts(folder: Path, split: float | None, notify: Callable[[str], None]) -> 
             notify(f"the classes are the folders of {found['train']}; not used: {some(others)}")
         return [found["train"]]
     missing = [*(["train"] if "train" not in found else []), *(["test"] if not evaluation else [])]
-    advice = "" if evaluation else "; --split 0.2 sets a fifth of the images of train/CLASS/* or CLASS/* apart for evaluation"
+    advice = (
+        "" if evaluation else "; train --split 0.2 sets a fifth of the images of train/CLASS/* or CLASS/* apart for evaluation"
+    )
     raise DataError(f"{folder} must hold train/CLASS/* and test/CLASS/*: there is no {' and no '.join(missing)}{advice}")
 
 

@@ -156,7 +156,10 @@ def images_of(
         CifarResnetError: they are of other classes, or cannot be had.
     """
     if dataset is not None:
-        loaded = replace(loaded, recipe=loaded.recipe.replace(dataset=dataset_of(dataset)))
+        before, now = loaded.recipe.dataset, dataset_of(dataset)
+        if {before, now} <= set(DATASETS) and now != before:
+            raise UsageError(f"--dataset {now}: {loaded.path} was trained on {before}, which has other classes")
+        loaded = replace(loaded, recipe=loaded.recipe.replace(dataset=now))
     data = datasets.load(loaded.recipe, data_dir, notify)
     if data.classes != loaded.classes:
         raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")

@@ -10,8 +10,8 @@ from typing import Any
 from ..arguments import checked
 from ..errors import CifarResnetError, UsageError, shell_command
 from ..look import figures
-from ..recipe import DATASETS, Recipe
-from ..run_dir import SCHEMA, Checkpoint, find_runs, load_checkpoint, seeds_of
+from ..recipe import DATASETS, Recipe, read_json
+from ..run_dir import CHECKPOINT, REPEAT, SCHEMA, Checkpoint, find_runs, load_checkpoint, seeds_of
 from .common import save_figure, spread
 
 
@@ -36,6 +36,8 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
     """
     if not runs:
         raise UsageError("compare takes at least one run")
+    for run in runs:
+        _check_complete(Path(run))
     loaded = [_finished(run) for run in find_runs(runs)]
     _check_evaluated_alike(loaded)
     together: dict[tuple[Recipe, str], list[Checkpoint]] = {}
@@ -48,6 +50,21 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
     if path is not None:
         save_figure(figures.comparison(groups, evaluated_on), Path(path))
     return {"schema": SCHEMA, "evaluated_on": evaluated_on, "groups": groups}
+
+
+def _check_complete(folder: Path) -> None:
+    """Whether a repetition has all its seeds.
+
+    Raises:
+        CifarResnetError: a run of it is missing, or has not ended.
+    """
+    if not (folder / REPEAT).exists():
+        return
+    seeds, count = seeds_of(folder), read_json(folder / REPEAT, "repetition").get("count")
+    ended = sum((run / CHECKPOINT).exists() and load_checkpoint(run).finished for run in seeds)
+    if isinstance(count, int) and ended < count:
+        advice = f"finish it: {shell_command('train', '--resume', folder)}; or name the runs that have ended"
+        raise CifarResnetError(f"{folder} has {ended} of its {count} runs; {advice}")
 
 
 def _finished(path: Path | str) -> Checkpoint:

@@ -214,7 +214,7 @@ class _Shown:
 
     @cached_property
     def doubted(self) -> list[analysis.Mistake]:
-        """The images whose label is less probable than another class, the least believed first."""
+        """The images whose label is less probable than another class, the least probable first."""
         return by_label(self.judged[0])[0]
 
     @cached_property

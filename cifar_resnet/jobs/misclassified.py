@@ -246,7 +246,7 @@ def title(
         "confidence": "surest of",
         "class": "first, by class, of",
         "random": "drawn at random from",
-        "label": "least believed of",
+        "label": "least probable of",
     }
     what = "labels that may be wrong" if sort == "label" else "mistakes"
     which = f"{count} {order[sort]} {chosen} {what}" if count < chosen else f"All {chosen} {what}"

@@ -98,8 +98,7 @@ def repeat(
 @contextmanager
 def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) -> Iterator[tuple[Path, Recipe, int]]:
     """Folder, recipe and count of a new repetition. If its first run cannot begin, nothing of the repetition stays."""
-    if count < 2:
-        raise UsageError(f"--repeat {count} must be at least 2")
+    check_count(count)
     recipe.replace(seed=recipe.seed + count - 1)  # which is refused where it is too high
     recipe = resolve_precision(recipe, resolve_device(device))
     with directory_for(Path(run_dir) if run_dir else None, recipe, "repeat-") as folder:
@@ -110,6 +109,11 @@ def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) 
         finally:
             if not seeds_of(folder):
                 (folder / REPEAT).unlink(missing_ok=True)
+
+
+def check_count(count: int) -> None:
+    if count < 2:
+        raise UsageError(f"--repeat {count} must be at least 2")
 
 
 def _read_repetition(

@@ -49,7 +49,7 @@ def training_labels(
     notify: Callable[[str], None] = lambda message: None,
     written: Callable[[Path], None] = lambda path: None,
 ) -> list[analysis.Mistake]:
-    """The training images whose label is less probable than another class, the least believed first.
+    """The training images whose label is less probable than another class, the least probable first.
 
     The run's recipe is trained once for each fold, on all images but the fold's, and judges the fold's. Writes
     `training_labels.json` and `training_labels.csv`, with every training image, and a picture of the first of those chosen.

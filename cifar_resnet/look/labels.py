@@ -24,7 +24,7 @@ def label_scores(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Te
 def ranked(
     logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...], temperature: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Every image, the least believed label first: `index`, `name`, `given`, `suggested` and `score`.
+    """Every image, the least probable label first: `index`, `name`, `given`, `suggested` and `score`.
 
     `suggested` is the most probable class but for the given one.
     """

@@ -256,7 +256,7 @@ def test_images_in_no_folder_of_a_class_are_counted_and_named(tmp_path):
 
 def test_parts_that_do_not_fit_say_what_would(tmp_path):
     pets(tmp_path / "train-alone", parts=["train"])
-    assert "there is no test; --split 0.2 sets a fifth" in refusal(tmp_path / "train-alone")
+    assert "there is no test; train --split 0.2 sets a fifth" in refusal(tmp_path / "train-alone")
     pets(tmp_path / "direct", parts=[""])
     assert "--split 0.2 sets a fifth" in refusal(tmp_path / "direct")
     pets(tmp_path / "test-alone", parts=["test"])

@@ -94,6 +94,16 @@ def test_what_cannot_be_compared_is_refused(tiny_run, tiny_recipe, refused, tmp_
     assert "must end in" in refused(2, "compare", tiny_run, "--output", tmp_path / "x.jpg")
 
 
+def test_a_repetition_that_lacks_seeds_is_refused(tiny_run, unfinished, refused, tmp_path):
+    folder = tmp_path / "many"
+    shutil.copytree(tiny_run, folder / "s0")
+    (folder / "repeat.json").write_text('{"count": 3}')
+    for has in (1, 1):
+        line = refused(1, "compare", folder)
+        assert f"{folder} has {has} of its 3 runs; finish it: cifar-resnet train --resume {folder}; or name the runs" in line
+        shutil.copytree(unfinished, folder / "s1", dirs_exist_ok=True)
+
+
 def test_a_run_that_has_not_ended_is_refused(unfinished, refused):
     line = refused(1, "compare", unfinished)
     assert re.search(r"stands at epoch 1 of 2, step 1; finish it: cifar-resnet train --resume", line)

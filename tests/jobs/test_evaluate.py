@@ -143,6 +143,11 @@ def test_own_images_that_were_moved_are_found_and_others_refused(own_images, tmp
         evaluate(tmp_path / "run", data_dir=tmp_path / "elsewhere")
 
 
+def test_the_images_of_another_published_dataset_are_not_downloaded(tiny_run, refused):
+    line = refused(2, "evaluate", tiny_run, "--dataset", "cifar100")
+    assert f"--dataset cifar100: {tiny_run / 'checkpoint.pt'} was trained on digits, which has other classes" in line
+
+
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
 def test_a_folder_that_is_called_like_a_dataset_is_a_folder(own_images, tmp_path, cli, no_figures, monkeypatch, name):
     train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")

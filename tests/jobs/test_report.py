@@ -162,7 +162,9 @@ def test_a_run_stopped_in_its_first_epoch_is_reported(tiny_recipe, tmp_path):
     page = report(tmp_path / "run").read_text("utf-8")
     assert "an unfinished run, after epoch 0 of 2, step 1" in page
     assert "Loss by epoch" not in page
-    assert "unfinished: after epoch 0 of 2, step 1." in report(tmp_path / "run", tmp_path / "md", format="markdown").read_text("utf-8")
+    page = report(tmp_path / "run", tmp_path / "md", format="markdown").read_text("utf-8")
+    assert "unfinished: after epoch 0 of 2, step 1." in page
+    assert "## Training" not in page
 
 
 def test_markdown_holds_the_run_and_its_pictures(tiny_run, tmp_path, cli):
