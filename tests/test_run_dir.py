@@ -182,7 +182,7 @@ def test_a_folder_without_a_checkpoint_says_what_it_holds_instead(runs):
         ("runs/many", "a repetition of several runs; give one of them, runs/many/s0 for example"),
         ("runs/find-lr-digits-1", "a search for the learning rate, no run"),
     ):
-        with pytest.raises(CheckpointError, match=f"^there is no checkpoint {re.escape(str(folder / 'checkpoint.pt'))}: .*{words}$"):
+        with pytest.raises(CheckpointError, match=f"^there is no checkpoint {re.escape(str(Path(folder, 'checkpoint.pt')))}: .*{words}$"):
             load_checkpoint(folder)
     with pytest.raises(CheckpointError, match="^there is no checkpoint runs/checkpoint.pt$"):
         load_checkpoint("runs")

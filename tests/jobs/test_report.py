@@ -43,7 +43,7 @@ def test_the_report_holds_the_figures_and_needs_nothing_beside_it(page, tiny_run
         assert f"<td>{row['train_loss']:.4f}</td>" in html
 
 
-def test_labels_that_may_be_wrong_are_shown_as_misclassified_ranks_them(page, tiny_run, tmp_path, cli):
+def test_labels_that_may_be_wrong_are_shown_as_misclassified_ranks_them(page, tiny_run, tmp_path, cli, no_figures):
     """In the page and in the Markdown: the same images, in the same order, with the same guess."""
     assert cli("misclassified", tiny_run, "--sort", "label", "--run-dir", tmp_path)[0] == 0
     ranked = json.loads((tmp_path / "labels.json").read_text("utf-8"))["labels"][:10]
@@ -156,7 +156,7 @@ def test_an_unfinished_run_is_reported_as_what_it_is(unfinished, tmp_path):
     assert "unfinished: after epoch 1 of 2, step 1." in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_run_stopped_in_its_first_epoch_is_reported(tiny_recipe, tmp_path):
+def test_a_run_stopped_in_its_first_epoch_is_reported(tiny_recipe, tmp_path, no_figures):
     with pytest.raises(Interrupted):
         train(tiny_recipe, tmp_path / "run", watcher=StopAfter(1))
     page = report(tmp_path / "run").read_text("utf-8")
