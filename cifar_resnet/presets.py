@@ -16,7 +16,7 @@ class Preset(NamedTuple):
     fields: dict[str, Any]
 
 
-# What the five published recipes share.
+# What the six published recipes share.
 _DOCUMENTED = dict(
     init="default", flip_order="random", sam_share=0.0, nesterov=True, grad_clip=0.0,
     conv_bias=False, fc_bias=True, prep_order="bn-relu", pool_position="before-bn", output="logits", logit_scale=1.0,
@@ -45,13 +45,11 @@ PRESETS: dict[str, Preset] = {
     "page": Preset(
         "cifar10-fast (David Page, 2018): pool after ReLU, no FC bias, logits times 0.125, reflection padding",
         "the last short batch is kept, not dropped; the LR starts and ends just above 0 instead of at it",
-        dict(
-            pool_position="after-relu", fc_bias=False, conv_bias=False, logit_scale=0.125, optimizer="sgd", max_lr=0.4,
-            momentum=0.9, base_momentum=None, nesterov=True, weight_decay=5e-4, grad_clip=0.0, label_smoothing=0.0, ema_decay=0.0,
-            epochs=24, batch_size=512, batches="fixed", peak_epoch=5.0, div_factor=490.0, final_div_factor=4.0, pad=4, pad_mode="reflect",
-            flip_probability=0.5, flip_order="random", cutout_size=8, cutout_count=1, cutout_probability=1.0, cutout_fill=None,
-            init="default", sam_share=0.0,
-        ),
+        {
+            **_DOCUMENTED, "pool_position": "after-relu", "fc_bias": False, "logit_scale": 0.125, "optimizer": "sgd", "max_lr": 0.4,
+            "momentum": 0.9, "base_momentum": None, "weight_decay": 5e-4, "div_factor": 490.0, "final_div_factor": 4.0,
+            "pad_mode": "reflect", "cutout_probability": 1.0,
+        },
     ),
     "eva6-s9": Preset(
         "Session 9, Custom ResNet and Higher Receptive Fields",

@@ -233,11 +233,11 @@ class Recipe(BaseModel):
         fields = {**preset(recipe).fields, "recipe": recipe}
         for given in (from_file, options):
             if "epochs" in given and "peak_epoch" not in given:
-                before = cls.parse(fields)
+                before = cls(**fields)
                 with suppress(TypeError, ValueError, OverflowError):  # of what is no number, which is refused below
                     fields["peak_epoch"] = before.peak_epoch * max(int(given["epochs"]), 1) / before.epochs
             fields |= given
-        return cls.parse(fields)
+        return cls(**fields)
 
     @classmethod
     def load(cls, fields: Any, source: str = "") -> Recipe:
@@ -256,22 +256,14 @@ class Recipe(BaseModel):
         if not isinstance(fields, dict):
             raise UsageError(f"{source}a recipe is an object with its fields, not {fields!r:.60}")
         known = PRESETS.get(str(fields.get("recipe"))) if "schema" in fields else None
-        return cls.parse({**(known.fields if known else {}), **_filled(fields, 1, source)}, source)
-
-    @classmethod
-    def parse(cls, fields: dict[str, Any], source: str = "") -> Recipe:
-        """A Recipe from plain values, as JSON holds them.
-
-        Raises:
-            UsageError: one line that names each wrong field as its option, with its value.
-        """
+        plain = {**(known.fields if known else {}), **_filled(fields, 1, source)}
         try:
-            return cls(**fields)
+            return cls(**plain)
         except UsageError as error:
             raise UsageError(f"{source}{error}") from None
 
     def replace(self, **changes: Any) -> Recipe:
-        return self.parse({**self.model_dump(), **changes})
+        return type(self)(**{**self.model_dump(), **changes})
 
     @property
     def alternates(self) -> bool:

@@ -218,14 +218,9 @@ def content_of(found: Prediction, tta: str = "none") -> dict[str, Any]:
         "tta": None,
     }
     if tta != "none":
-        score = scores(mean_logits(found, tta), found.labels)
+        score = scores(analysis.mean_logits(found.model, found.images, tta, found.logits), found.labels)
         content["tta"] = {tta: {"loss": score["test_loss"], "accuracy": score["test_accuracy"]}}
     return content
-
-
-def mean_logits(found: Prediction, tta: str) -> Tensor:
-    """See `analysis.mean_logits`."""
-    return analysis.mean_logits(found.checkpoint.recipe, found.model, found.images, found.device, tta, found.logits)
 
 
 def _calibrated(found: Prediction) -> dict[str, float] | None:

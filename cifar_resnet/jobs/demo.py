@@ -152,7 +152,7 @@ class _Shown:
     def probabilities(self, images: np.ndarray, augmented: bool) -> np.ndarray:
         with self.lock:
             tta = "flip-shift" if augmented else "none"
-            logits = analysis.mean_logits(self.checkpoint.recipe, self.model, self._loader(images), self.device, tta)
+            logits = analysis.mean_logits(self.model, self._loader(images), tta)
         return analysis.probabilities(logits, self.checkpoint.temperature).numpy()
 
     def grad_cam(self, images: np.ndarray, names: Sequence[str], layer: str) -> np.ndarray:

@@ -16,10 +16,10 @@ from ..arguments import Format, GradCamLayer, Sort, checked
 from ..data.folders import present
 from ..errors import CifarResnetError, UsageError
 from ..files import check_new_folder, csv_of, new_folder, same_place, writable, write_json, write_whole
-from ..look import analysis, figures, labels, pictures
+from ..look import analysis, figures, pictures
 from ..recipe import DATASETS
 from ..run_dir import LATEST, SCHEMA, Checkpoint, load_checkpoint
-from .common import Prediction, dataset_of, grad_cams, logits_of, mean_logits, save_figure, standing
+from .common import Prediction, dataset_of, grad_cams, logits_of, save_figure, standing
 
 
 @checked
@@ -96,17 +96,16 @@ def _draw(
 
 
 def by_label(found: Prediction, logits: Tensor | None = None) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:
-    """The images whose label is less probable than another class, the least probable first; and the rows of `labels.ranked`.
+    """The images whose label is less probable than another class, the least probable first; and the rows of `analysis.ranked_labels`.
 
     By these logits, float32 (N, classes), or those of the network of `found`.
     """
-    split, classes, temperature = found.data.evaluation, found.data.classes, found.checkpoint.temperature
     if logits is None:
-        logits = mean_logits(found, "flip" if found.checkpoint.recipe.flip_probability else "none")
-    scores = labels.label_scores(logits, found.labels, temperature)
-    wrong = analysis.mistakes(logits, found.labels, split, classes, temperature)
-    wrong = sorted(wrong, key=lambda mistake: float(scores[mistake.position]))
-    return wrong, labels.ranked(logits, found.labels, split, classes, temperature)
+        tta = "flip" if found.checkpoint.recipe.flip_probability else "none"
+        logits = analysis.mean_logits(found.model, found.images, tta, found.logits)
+    judged = logits, found.labels, found.data.evaluation, found.data.classes, found.checkpoint.temperature
+    wrong = sorted(analysis.mistakes(*judged), key=lambda mistake: mistake.probabilities[mistake.true])
+    return wrong, analysis.ranked_labels(*judged)
 
 
 def write_labels(

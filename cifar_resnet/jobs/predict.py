@@ -74,7 +74,7 @@ def predict(
 
     def probable(pixels: list[np.ndarray]) -> list[list[dict[str, Any]]]:
         split = Split(np.stack(pixels), np.zeros(len(pixels), np.int64), np.arange(len(pixels)))
-        logits = analysis.mean_logits(loaded.recipe, model, TensorLoader(split, loaded.recipe, resolved), resolved, tta)
+        logits = analysis.mean_logits(model, TensorLoader(split, loaded.recipe, resolved), tta)
         return analysis.most_probable(logits, loaded.classes, top, loaded.temperature)
 
     return _predictions(probable, loaded.whites, asked, others, progress, skipped, notify)

@@ -120,7 +120,7 @@ def _charts(found: Prediction, content: dict[str, Any]) -> dict[str, str]:
         "Learning rate of every step": figures.learning_rate(recipe, steps, CHART),
         "Confusion matrix": figures.confusion_matrix(content["confusion_matrix"], list(content["classes"]), "", CHART),
         "Recall by class": figures.class_accuracy(content["classes"], "", CHART),
-        "Calibration": figures.reliability(content["reliability"], content["calibration_error"], content["loss"], "", CHART),
+        "Calibration": figures.reliability(content, "", CHART),
     }
     return {caption: _svg(figure) for caption, figure in drawn.items()}
 

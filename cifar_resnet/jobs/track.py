@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def track(kind: str) -> TensorBoard:
     return TensorBoard()
 
 
-class TensorBoard(Watcher):
+class TensorBoard(Watcher, AbstractContextManager):
     """Writes loss and LR of every step, the metrics of every epoch, the recipe, and at the end the pictures, into the run's folder.
 
     The horizontal axis counts the steps of the run. A loss is read from the device at the end of its epoch, so no step waits.
@@ -86,9 +87,6 @@ class TensorBoard(Watcher):
             self.writer.add_scalar("step/loss", loss, at)
             self.writer.add_scalar("step/LR", step.lr, at)
         self.steps = []
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: Any) -> None:
         """Writes the steps of an epoch that was not finished, too."""

@@ -136,8 +136,8 @@ def train(
     check_options(save_every_minutes, target, recipe, run_dir, resume)
     with distributed.joined(), ExitStack() as held:
         run = _Run(recipe, run_dir, resume, must_match or {}, asked, _watchers(held, progress, on_epoch, watcher))
-        if run.read():
-            return run.finished_checkpoint()
+        if ended := run.read():
+            return ended
         run.load_images(held)
         run.claim_folder(held)
         run.make_state()
@@ -198,10 +198,10 @@ class _Run:
         self.drawn, self.drawing = time.monotonic(), 0.5  # when the curves were drawn last, and the seconds that it took
         self.read_data: Data | None = None  # on rank 0, before the others have the recipe
 
-    def read(self) -> bool:
-        """Reads what is to be trained. True where that is a run that has ended."""
+    def read(self) -> Checkpoint | None:
+        """Reads what is to be trained; gives the checkpoint of a run that has ended."""
         self.recipe, self.checkpoint, finished = distributed.on_first(self._read)
-        return finished
+        return self.checkpoint if finished else None
 
     def _read(self) -> tuple[Recipe, Checkpoint | None, bool]:
         """On rank 0, which says what is wrong with the options of all."""
@@ -214,6 +214,8 @@ class _Run:
         if self.resume is not None:
             planned, checkpoint = self.resume.open(self.must_match)
             if checkpoint and checkpoint.finished and self.resume.has_last_file():
+                with suppress(RunDirectoryError), self.resume.lock():  # it may have been killed right after its last file
+                    self.resume.remove_parts()
                 return planned, checkpoint, True
         where = self.asked["device"], self.asked["data_dir"]
         planned, _, self.read_data = prepare(planned, *where, self.watcher.warn, self.watcher.reading)
@@ -225,14 +227,6 @@ class _Run:
                 f"--ema-every {planned.ema_every} is more than the {steps} steps of the run: there would be no average"
             )
         return planned, checkpoint, False
-
-    def finished_checkpoint(self) -> Checkpoint:
-        assert self.checkpoint is not None
-        assert self.resume is not None
-        if distributed.rank() == 0:
-            with suppress(RunDirectoryError), self.resume.lock():  # it may have been killed right after its last file
-                self.resume.remove_parts()
-        return self.checkpoint
 
     def load_images(self, held: ExitStack) -> None:
         share = Share(distributed.rank(), distributed.ranks())

@@ -133,7 +133,7 @@ def _held_out_logits(
                 steps = recipe.epochs * loader.steps
                 told(fold * steps + state.epoch * loader.steps + state.step, len(parts) * steps)
             flips = "flip" if recipe.flip_probability else "none"
-            done.append(analysis.mean_logits(recipe, state.tested, held, device, flips))
+            done.append(analysis.mean_logits(state.tested, held, flips))
         except KeyboardInterrupt:
             kept = f"the folds before it are kept in {path}; the same command goes on from there"
             raise _Stopped(f"stopped in fold {fold + 1} of {len(parts)}; {kept if fold else 'nothing was done before'}") from None

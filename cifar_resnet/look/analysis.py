@@ -78,17 +78,15 @@ def views(tta: str) -> list[tuple[float, Callable[[Tensor], Tensor]]]:
     return [(1 / 4, plain), (1 / 4, mirrored), *moved]
 
 
-def mean_logits(
-    recipe: Recipe, model: ResNet, images: TensorLoader, device: torch.device, tta: str, plain: Tensor | None = None
-) -> Tensor:
+def mean_logits(model: ResNet, images: TensorLoader, tta: str, plain: Tensor | None = None) -> Tensor:
     """Mean of the logits of the views of test-time augmentation, float32 (N, classes).
 
     `plain` has those of the first view, the image as it is, where they are known.
     """
     (first, _), *others = views(tta)
     if plain is None:
-        plain = predict_logits(recipe, model, images.plain(), device)[0]
-    every = [weight * predict_logits(recipe, model, images.plain(), device, view)[0] for weight, view in others]
+        plain = predict_logits(images.recipe, model, images.plain(), images.device)[0]
+    every = [weight * predict_logits(images.recipe, model, images.plain(), images.device, view)[0] for weight, view in others]
     return torch.stack([first * plain, *every]).sum(0)
 
 
@@ -184,6 +182,29 @@ def _listed(believed: Tensor, classes: tuple[str, ...], label: int) -> dict[str,
     if len(classes) <= MANY:
         return dict(zip(classes, believed.tolist(), strict=True))
     return {classes[i]: float(believed[i]) for i in (*believed.topk(LISTED).indices.tolist(), label)}
+
+
+def ranked_labels(
+    logits: Tensor, labels: Tensor, split: Split, classes: tuple[str, ...], temperature: float = 1.0
+) -> list[dict[str, Any]]:
+    """Every image, the least probable label first: `index`, `name`, `given`, `suggested` and `score`.
+
+    `score` is the probability of the label, which confident learning calls self-confidence (Northcutt, Jiang and Chuang 2021,
+    arXiv:1911.00068). What other scores find is in docs/log/confidence.md. `suggested` is the most probable other class.
+    """
+    scores = probabilities(logits, temperature)[torch.arange(len(labels)), labels]
+    given = functional.one_hot(labels, logits.shape[1]).bool()
+    suggested = logits.masked_fill(given, -float("inf")).argmax(1)
+    return [
+        {
+            "index": int(split.indices[i]),
+            "name": None if split.names is None else str(split.names[i]),
+            "given": classes[labels[i]],
+            "suggested": classes[suggested[i]],
+            "score": float(scores[i]),
+        }
+        for i in scores.argsort(stable=True).tolist()
+    ]
 
 
 def _class(option: str, name: str | None, classes: Sequence[str]) -> str | None:

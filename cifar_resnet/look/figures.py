@@ -19,7 +19,7 @@ from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageFile
+from PIL import Image
 
 from ..recipe import Recipe
 from ..training import optim
@@ -50,9 +50,7 @@ def render(figure: Figure, format: str = "png") -> bytes:
 
 def _in_few_colours(png: bytes) -> bytes:
     """The picture in 256 colours, of which those of lines and letters are exact: a quarter of the size."""
-    reader = ImageFile.Parser()
-    reader.feed(png)
-    picture = reader.close().convert("RGB")
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
     exact = np.array([to_rgb(colour) for colour in ("white", "black", *COLOURS)]) * 255
     found: np.ndarray = np.reshape(picture.quantize(256 - len(exact)).getpalette() or [], (-1, 3))
     far = np.abs(found[:, None] - exact).max(2).min(1) > 8  # Pillow does not tell neighbours apart
@@ -260,11 +258,10 @@ def evaluation(content: dict[str, Any]) -> dict[str, Figure]:
     """The pictures of what `evaluation.json` holds, by the name of their file."""
     what = f"{content['recipe']}{unfinished(content)}, {content['images']:,} {content['evaluated_on']} images"
     right = f"{what}: {content['accuracy']:.2f} % right"
-    bins, error, loss = (content[key] for key in ("reliability", "calibration_error", "loss"))
     return {
         "confusion_matrix": confusion_matrix(content["confusion_matrix"], list(content["classes"]), f"Confusion matrix. {right}"),
         "class_accuracy": class_accuracy(content["classes"], right),
-        "reliability": reliability(bins, error, loss, f"How far confidence can be believed: {what}"),
+        "reliability": reliability(content, f"How far confidence can be believed: {what}"),
     }
 
 
@@ -338,20 +335,19 @@ def class_accuracy(classes: dict[str, dict[str, float]], title: str, size: Size 
     return figure
 
 
-def reliability(
-    bins: Sequence[dict[str, Any]], calibration_error: float, loss: float, title: str, size: Size = (6.4, 6.2)
-) -> Figure:
-    """Accuracy by confidence with the diagonal of perfect calibration, over the count of images in each bin.
+def reliability(content: dict[str, Any], title: str, size: Size = (6.4, 6.2)) -> Figure:
+    """Of what `evaluate` returns: accuracy by confidence with the diagonal of perfect calibration, over the count of images in each bin.
 
     Bins of fewer than 30 images are hatched.
     """
     figure, (axis, below) = _figure(size, rows=2, sharex=True, height_ratios=(3, 1))
+    bins = content["reliability"]
     centres, width = [(row["from"] + row["to"]) / 2 for row in bins], bins[0]["to"] - bins[0]["from"]
     bars = axis.bar(centres, [row["accuracy"] or 0 for row in bins], 0.92 * width, color=BLUE)
     filled = [row for row in bins if row["count"]]
     axis.plot([r["confidence"] for r in filled], [r["accuracy"] for r in filled], "o", color=RED, label="at its mean confidence")
     axis.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="perfectly calibrated")
-    numbers = f"expected calibration error {calibration_error:.2f} %, negative log likelihood {loss:.4f}"
+    numbers = f"expected calibration error {content['calibration_error']:.2f} %, negative log likelihood {content['loss']:.4f}"
     axis.set(ylabel="accuracy, percent", ylim=(0, 103), xlim=(0, 100))
     axis.set_title(f"{textwrap.fill(lettering.title(title), 60)}\n{numbers}" if title else "")
     counts = below.bar(centres, [row["count"] for row in bins], 0.92 * width, color=GREY)

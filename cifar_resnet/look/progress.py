@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -202,7 +202,7 @@ def epoch_line(m: dict[str, float], evaluated_on: str) -> str:
     )
 
 
-class TrainingTable:
+class TrainingTable(AbstractContextManager):
     """A Watcher that prints a row an epoch, above a line that tells of the epoch under way.
 
     Without a terminal it prints a line an epoch, and one every two minutes of an epoch that takes longer.
@@ -218,9 +218,6 @@ class TrainingTable:
         self.live: LiveLine | None = None
         self.lines: list[str] = []  # of a notebook
         self.now: Step | None = None
-
-    def __enter__(self) -> TrainingTable:
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()

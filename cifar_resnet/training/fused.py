@@ -27,8 +27,8 @@ from ..errors import first_line
 try:
     import triton
     import triton.language as tl
-except ImportError:  # then `usable` says no
-    triton = None
+except ImportError:  # torch brings it where it can run; else `usable` says no
+    triton = tl = None
 
 CHANNELS, ROWS = 64, 64  # of a tile
 SUM_ROWS, POOL_ROWS = 64, 32  # of a tile of what is summed; when pooling each row is made of four; multiples of 16

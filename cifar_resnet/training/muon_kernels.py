@@ -11,13 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import triton_works, worth_launching
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch brings it where it can run
-    triton = None
+from .fused import tl, triton, triton_works, worth_launching
 
 BLOCK = 2048
 

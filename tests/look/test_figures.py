@@ -110,7 +110,7 @@ def test_accuracy_by_class_is_drawn_as_reported():
 def test_the_reliability_diagram_shows_its_bins():
     generator = torch.Generator().manual_seed(0)
     bins = reliability(torch.randn(300, 4, generator=generator), torch.randint(0, 4, (300,), generator=generator))
-    above, below = figures.reliability(bins, 1.234, 0.5, "title").axes
+    above, below = figures.reliability(dict(reliability=bins, calibration_error=1.234, loss=0.5), "title").axes
     assert [bar.get_height() for bar in above.patches] == [row["accuracy"] or 0 for row in bins]
     assert [bar.get_height() for bar in below.patches] == [row["count"] for row in bins]
     points = above.lines[0]
