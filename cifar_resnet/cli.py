@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
@@ -27,9 +27,6 @@ from .errors import CifarResnetError, UsageError, printable
 from .look import console, progress
 from .look.words import plural
 from .recipe import Recipe
-
-if TYPE_CHECKING:
-    from .training.lr_finder import FoundLR
 
 app = typer.Typer(
     help="Train a small ResNet on CIFAR-10: find the learning rate, train, evaluate, see what it gets wrong and where it looked.",
@@ -343,13 +340,17 @@ def find_lr(
     The range test trains a new model while the learning rate rises. Three to six short trainings then try peaks around the rate of its lowest loss.
     """
     from .jobs.common import command_line
-    from .jobs.find_lr import with_found_lr
+    from .jobs.find_lr import find_lr, with_found_lr
     from .run_dir import directory_for
 
-    swept = dict(start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, trial_steps=trial_steps, sweep=sweep)
-    where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution, format=format)
+    swept: dict[str, Any] = dict(
+        start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, trial_steps=trial_steps, sweep=sweep
+    )
+    where: dict[str, Any] = dict(
+        data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution, format=format
+    )
     with directory_for(run_dir, recipe, "find-lr-") as folder:
-        found = _find_lr(recipe, folder, **swept, **where)
+        found = find_lr(recipe, folder, **swept, **where, notify=console.say)
     then = ""
     if found.suggestions.by(suggest):
         chosen = with_found_lr(recipe, found.suggestions, suggest)
@@ -359,13 +360,6 @@ def find_lr(
     at_once = " ".join([*words, *([f"--suggest {suggest}"] if suggest != "recommended" else [])])
     console.lr_suggestions(found, suggest, then, at_once)
     _say_written(folder / "lr_finder.json", folder / f"lr_finder.{format}")
-
-
-def _find_lr(recipe: Recipe, folder: Path | None, **settings: Any) -> FoundLR:
-    from .jobs.find_lr import find_lr
-
-    with progress.progress("learning rate", "steps") as told:
-        return find_lr(recipe, folder, **settings, progress=told, notify=console.say)
 
 
 @_command(STEPS, "train --dataset digits", "train --epochs 24 --batch-size 512 --seed 1", "train --resume runs/default-1")
@@ -450,13 +444,13 @@ def _check_resumed(given: dict[str, Any]) -> None:
 
 
 def _with_found_lr(recipe: Recipe, suggest: str, run_dir: Path | None, **where: Any) -> Recipe:
-    from .jobs.find_lr import with_found_lr
+    from .jobs.find_lr import find_lr, with_found_lr
     from .run_dir import check_free
 
     if run_dir is not None:
         check_free(run_dir)
-    trials = {} if suggest == "recommended" else {"trial_steps": 0}
-    recipe = with_found_lr(recipe, _find_lr(recipe, None, **where, **trials).suggestions, suggest)
+    found = find_lr(recipe, trial_steps=None if suggest == "recommended" else 0, **where, notify=console.say)
+    recipe = with_found_lr(recipe, found.suggestions, suggest)
     console.say(f"found: LR from {recipe.max_lr / recipe.div_factor:.3g} to {recipe.max_lr:.3g}")
     return recipe
 
@@ -567,8 +561,7 @@ def misclassified(
         device=device, format=format, notify=console.say, written=written.append,
     )  # fmt: skip
     if folds is not None:
-        with progress.progress("training on folds", "steps") as told:
-            chosen = training_labels(run, run_dir, folds=folds, epochs=epochs, progress=told, **how)
+        chosen = training_labels(run, run_dir, folds=folds, epochs=epochs, **how)
     else:
         with console.console.status("looking for mistakes"):
             chosen = misclassified(run, run_dir, sort=sort, layer=layer, **how)
@@ -619,7 +612,7 @@ def predict(
 
     run, images = _run_and_images(run_and_images)
     skipped, others = list[str](), list[str]()
-    with progress.progress("predicting", "images") as told:
+    with progress.telling(None, "predicting", "images") as told:
         how: dict[str, Any] = dict(top=top, tta=tta, device=device)
         found = list(predict(run, images, **how, progress=told, skipped=skipped.append, notify=others.append))
     if json_output:
@@ -754,8 +747,7 @@ def bench(
         if json_file.is_dir():
             raise UsageError(f"--json {json_file} is a folder; give a file")
     where: dict[str, Any] = dict(device=device, workers=workers, compile=compile, convolution=convolution)
-    with progress.progress("measuring", "rounds", rounds) as told:
-        content = bench(recipe, rounds=rounds, reference=reference, profile=profile, **where, progress=told)
+    content = bench(recipe, rounds=rounds, reference=reference, profile=profile, **where)
     console.bench(content)
     if json_file:
         writable(json_file.parent)

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain, count
 from typing import Any, cast
@@ -94,15 +94,16 @@ def bench(
     _check(rounds, seconds, workers)
     place = resolve_device(device)
     recipe = resolve_precision(with_statistics(recipe or Recipe()), place)
-    timings, ways = _ways(recipe, place, compile, convolution)
-    contestants, used = _contestants(recipe, place, workers, compile, ways)
-    if reference and ways:
-        contestants["torch's convolutions"] = (_model_alone(recipe, place, compile, {}), recipe.batch_size)
-    with _plain_process(recipe, place, _whole(recipe), used) if reference else nullcontext() as step:
-        if step:
+    with ExitStack() as held:
+        told = held.enter_context(telling(progress, "measuring", "rounds", rounds))
+        timings, ways = _ways(recipe, place, compile, convolution)
+        contestants, used = _contestants(recipe, place, workers, compile, ways)
+        if reference and ways:
+            contestants["torch's convolutions"] = (_model_alone(recipe, place, compile, {}), recipe.batch_size)
+        if reference:
+            step = held.enter_context(_plain_process(recipe, place, _whole(recipe), used))
             contestants["plain loop"] = (step, recipe.batch_size)
-        with telling(progress, "measuring", "rounds", rounds) as told:
-            steps, measured = _measure(contestants, place, rounds, seconds, told)
+        steps, measured = _measure(contestants, place, rounds, seconds, told)
     operators = _operators(contestants["tensor"][0], max(3, steps["tensor"]), place) if profile else None
     native = resolve_precision(recipe.replace(precision="auto"), place).precision == "bfloat16"
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,26 +72,23 @@ def find_lr(
     _check(start_lr, end_lr, num_iter, trial_steps, sweep)
     if run_dir is not None:
         check_writable(Path(run_dir))
-    recipe, place, data = prepare(recipe, device, data_dir, notify)
-    if sweep:
-        apart = dict(holdout=max(len(data.train) // 10, len(data.classes)), test_limit=None)
-        recipe = recipe if recipe.holdout else recipe.replace(**apart)
-        data = load(recipe, data_dir, notify)
-    check_batches(recipe, len(data.train))
-    with (
-        closing(make_loader(data.train, recipe, place, loader, workers)) as batches,
-        telling(progress, "learning rate", "steps") as told,
-    ):
+    with ExitStack() as held:
+        told = held.enter_context(telling(progress, "learning rate", "steps"))
+        recipe, place, data = prepare(recipe, device, data_dir, notify)
+        if sweep:
+            apart = dict(holdout=max(len(data.train) // 10, len(data.classes)), test_limit=None)
+            recipe = recipe if recipe.holdout else recipe.replace(**apart)
+            data = load(recipe, data_dir, notify)
+        check_batches(recipe, len(data.train))
+        batches = held.enter_context(closing(make_loader(data.train, recipe, place, loader, workers)))
         ways = choose(convolution, build_model(recipe), recipe, place)
         search = _Search(recipe, data, batches, place, sweep or 0, told, ways)
         found = search.run(usual_steps(recipe, batches) if trial_steps is None else trial_steps, settings)
     if run_dir is not None:
         folder = writable(Path(run_dir))
         write_json(folder / "lr_finder.json", search.content(found, settings))
-        save_figure(
-            figures.lr_finder(found.history, found.suggestions, recipe, step_mode, found.trials, found.sweep),
-            folder / f"lr_finder.{format}",
-        )
+        figure = figures.lr_finder(found.history, found.suggestions, recipe, step_mode, found.trials, found.sweep)
+        save_figure(figure, folder / f"lr_finder.{format}")
     return found
 
 

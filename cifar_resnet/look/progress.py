@@ -93,8 +93,17 @@ class _Live(Live):
 
 
 @contextmanager
-def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A bar for a job; gives what the job calls with the count done, and with the total where it alone knows that."""
+def telling(asked: Told | bool | None, what: str, unit: str, total: int | None = None) -> Iterator[Told]:
+    """What a job calls with the count done, and with the total where it alone knows that.
+
+    It is the function given; or shows a bar, if asked for or, by default, if somebody sees the bar.
+    """
+    if callable(asked):
+        yield asked
+        return
+    if not (visible() if asked is None else asked):
+        yield lambda *_: None
+        return
     replace_unencodable()
     began, state = time.monotonic(), [0, total]
 
@@ -125,18 +134,6 @@ def _counted(what: str, unit: str, began: float, done: int, total: int) -> Line:
 def visible() -> bool:
     """Whether somebody sees what moves: in a terminal, and in a notebook."""
     return console.console.is_terminal or console.console.is_jupyter
-
-
-@contextmanager
-def telling(asked: Told | bool | None, what: str, unit: str, total: int | None = None) -> Iterator[Told]:
-    """What a job calls with its progress: the given function; or a line, if asked for or, by default, if somebody sees it."""
-    if callable(asked):
-        yield asked
-    elif visible() if asked is None else asked:
-        with progress(what, unit, total) as told:
-            yield told
-    else:
-        yield lambda *_: None
 
 
 class Pace:

@@ -178,7 +178,7 @@ def test_a_closed_terminal_does_not_end_a_run(tiny_recipe, tmp_path, monkeypatch
 
 
 def test_a_bar_is_gone_when_its_job_is_done(terminal):
-    with progress.progress("measuring", "rounds", 6) as tell:
+    with progress.telling(True, "measuring", "rounds", 6) as tell:
         tell(5)
         time.sleep(0.3)
         assert "measuring · 5 of 6 rounds" in terminal.lines()[-1]
@@ -199,7 +199,7 @@ def test_a_bar_tells_of_images_whose_reading_takes_longer_than_a_second(terminal
 
 
 def test_without_a_terminal_nothing_moves(capsys):
-    with progress.progress("measuring", "rounds", 6) as tell:
+    with progress.telling(True, "measuring", "rounds", 6) as tell:
         tell(3)
     assert capsys.readouterr() == ("", "")
 
