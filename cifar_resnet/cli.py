@@ -403,7 +403,7 @@ def train(
     if recipe and find:  # which takes minutes
         training.check_options(save_every_minutes, target, recipe, run_dir, resume)
         if repeat is not None:
-            repetition.check_count(repeat)
+            repetition.check_count(recipe, repeat)
         recipe = _with_found_lr(recipe, suggest, run_dir, **where)
     must_match = {name: value for name, value in options.items() if value is not None}
     how: dict[str, Any] = dict(

@@ -13,11 +13,16 @@ def shell_command(*words: object) -> str:
 
 
 def shell_word(word: object) -> str:
-    """Of Windows a word in double quotes, which cmd and PowerShell both take; a name with % or $ in it is not quoted for both."""
+    """The word as the system's shell takes it for one.
+
+    cmd and PowerShell both take double quotes. A word with % or $ is not quoted for both of them.
+    """
     if os.name != "nt":
         return shlex.quote(str(word))
-    plain = subprocess.list2cmdline([str(word)])
-    return plain if plain.startswith('"') or re.fullmatch(r"[\w.:\\/+=-]+", plain) else f'"{plain}"'
+    if re.fullmatch(r"[\w.:\\/+=-]+", str(word)):
+        return str(word)
+    quoted = subprocess.list2cmdline([f"{word} "])  # the blank asks for quotes, and for two backslashes before a quote
+    return re.sub(r"(\\*) \"$", r'\1\1"', quoted)
 
 
 class CifarResnetError(Exception):

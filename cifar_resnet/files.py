@@ -17,6 +17,8 @@ from typing import Any
 
 from .errors import RunDirectoryError
 
+LEFT_BY_SYSTEMS = {".ds_store", "desktop.ini", "thumbs.db", "ehthumbs.db", "icon\r"}
+
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Under a temporary name, flushed to the disk, then renamed: a kill leaves the old file or the new one.
@@ -51,8 +53,9 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def rename(part: Path, path: Path) -> None:
-    """Renames a file, over an old one, or a folder. Windows refuses while another program has one of them open, often a virus scanner
-    for a moment: two seconds of tries.
+    """Renames a file, over an old one, or a folder.
+
+    Windows refuses while another program has one of them open. That is often a virus scanner, for a moment. So two seconds of tries.
     """
     for _ in range(20 if sys.platform == "win32" else 0):
         with suppress(PermissionError):
@@ -63,7 +66,7 @@ def rename(part: Path, path: Path) -> None:
 
 def left_by_systems(name: str) -> bool:
     """Whether a file is one that file browsers leave in folders that they show."""
-    return name.lower() in (".ds_store", "desktop.ini", "thumbs.db")
+    return name.startswith("._") or name.lower() in LEFT_BY_SYSTEMS
 
 
 def same_place(one: Path | str, other: Path | str) -> bool:
@@ -103,7 +106,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         part.mkdir()
         yield part
         if path.exists():
-            for name in os.listdir(path):
+            for name in filter(left_by_systems, os.listdir(path)):
                 (path / name).unlink()
             path.rmdir()
         rename(part, path)

@@ -17,7 +17,7 @@ class Preset(NamedTuple):
 
 
 # What the six published recipes share.
-_DOCUMENTED = dict(
+_PUBLISHED = dict(
     init="default", flip_order="random", sam_share=0.0, nesterov=True, grad_clip=0.0,
     conv_bias=False, fc_bias=True, prep_order="bn-relu", pool_position="before-bn", output="logits", logit_scale=1.0,
     loss="cross-entropy", label_smoothing=0.0, ema_decay=0.0, epochs=24, batch_size=512, batches="fixed", peak_epoch=5.0,
@@ -46,7 +46,7 @@ PRESETS: dict[str, Preset] = {
         "cifar10-fast (David Page, 2018): pool after ReLU, no FC bias, logits times 0.125, reflection padding",
         "the last short batch is kept, not dropped; the LR starts and ends just above 0 instead of at it",
         {
-            **_DOCUMENTED, "pool_position": "after-relu", "fc_bias": False, "logit_scale": 0.125, "optimizer": "sgd", "max_lr": 0.4,
+            **_PUBLISHED, "pool_position": "after-relu", "fc_bias": False, "logit_scale": 0.125, "optimizer": "sgd", "max_lr": 0.4,
             "momentum": 0.9, "base_momentum": None, "weight_decay": 5e-4, "div_factor": 490.0, "final_div_factor": 4.0,
             "pad_mode": "reflect", "cutout_probability": 1.0,
         },
@@ -56,7 +56,7 @@ PRESETS: dict[str, Preset] = {
         "SGD with Nesterov momentum cycled 0.95 to 0.85, no weight decay, black padding, final_div_factor 1e4; gradients cut at 0.1 "
         "as in the code beside the document",
         {
-            **_DOCUMENTED, "conv_bias": True, "prep_order": "relu-bn", "optimizer": "sgd", "max_lr": 0.507, "batch_size": 128,
+            **_PUBLISHED, "conv_bias": True, "prep_order": "relu-bn", "optimizer": "sgd", "max_lr": 0.507, "batch_size": 128,
             "grad_clip": 0.1, "div_factor": 16.0, "flip_probability": 0.1, "cutout_probability": 0.1, "cutout_fill": 0.473363,
             "mean": (0.49139968, 0.48215841, 0.44653091), "std": (0.24703223, 0.24348513, 0.26158784),
         },
@@ -65,7 +65,7 @@ PRESETS: dict[str, Preset] = {
         "Higher Receptive Fields in CNNs: softmax inside the model, cross entropy on top of it",
         "holes lie whole inside the image; the rest is as in the notebook of its run, which seems to go on from trained weights",
         {
-            **_DOCUMENTED, "output": "softmax", "optimizer": "adam", "max_lr": 1.17e-4, "weight_decay": 1e-2, "div_factor": 40.0,
+            **_PUBLISHED, "output": "softmax", "optimizer": "adam", "max_lr": 1.17e-4, "weight_decay": 1e-2, "div_factor": 40.0,
             "peak_epoch": 7.2, "pad": 2, "pad_mode": "reflect", "cutout_probability": 1.0, "cutout_fill": 0.0,
             "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
         },
@@ -74,7 +74,7 @@ PRESETS: dict[str, Preset] = {
         "S11 assignment: log-softmax and NLL, weight decay 1e-2, two holes",
         "max LR 0.035 (its later version: between 0.03 and 0.04), reflection padding, hole probability 0.5",
         {
-            **_DOCUMENTED, "conv_bias": True, "output": "log-softmax", "loss": "nll", "optimizer": "sgd", "nesterov": True,
+            **_PUBLISHED, "conv_bias": True, "output": "log-softmax", "loss": "nll", "optimizer": "sgd", "nesterov": True,
             "max_lr": 0.035, "weight_decay": 1e-2, "peak_epoch": 6.0, "div_factor": 24.0, "final_div_factor": 1.0,
             "pad_mode": "reflect", "cutout_count": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
         },
@@ -83,7 +83,7 @@ PRESETS: dict[str, Preset] = {
         "ERA session 10: no FC bias",
         "max LR 0.01, no weight decay, beta1 cycled 0.95 to 0.85",
         {
-            **_DOCUMENTED, "fc_bias": False, "optimizer": "adam", "max_lr": 0.01, "div_factor": 100.0,
+            **_PUBLISHED, "fc_bias": False, "optimizer": "adam", "max_lr": 0.01, "div_factor": 100.0,
             "final_div_factor": 100.0, "pad_mode": "mean", "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010),
         },
     ),
@@ -92,7 +92,7 @@ PRESETS: dict[str, Preset] = {
         "max LR 1.73e-2 (the later of its two), flip and hole probability 0.5, black padding, div_factor 25, "
         "final_div_factor 1e4, beta1 cycled 0.95 to 0.85, CIFAR-10's own mean and std",
         {
-            **_DOCUMENTED, "optimizer": "adam", "max_lr": 1.73e-2, "weight_decay": 1e-4,
+            **_PUBLISHED, "optimizer": "adam", "max_lr": 1.73e-2, "weight_decay": 1e-4,
             "mean": CIFAR10_MEAN, "std": CIFAR10_STD,
         },
     ),

@@ -165,7 +165,9 @@ class Recipe(BaseModel):
             try:
                 super().__init__(**fields)
             except ValidationError as error:
-                raise UsageError("; ".join(_one_line(problem) for problem in error.errors())) from None
+                wrong = [_one_line(problem) for problem in error.errors()]
+                more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+                raise UsageError("; ".join(wrong[:10] + more)) from None
 
     @field_validator("grad_clip", mode="before")
     @classmethod
@@ -272,7 +274,7 @@ class Recipe(BaseModel):
 
     @property
     def dataset_name(self) -> str:
-        return printable(folder_name(self.dataset))
+        return printable(folder_name(self.dataset)) or "images"
 
     @property
     def title(self) -> str:
@@ -322,10 +324,6 @@ def _filled(fields: dict[str, Any], unnumbered: int, source: str) -> dict[str, A
     return {**missing, **{name: value for name, value in fields.items() if name != "schema"}}
 
 
-SHORT = reprlib.Repr()  # of what a file may hold instead of a number
-SHORT.maxstring = SHORT.maxother = 200
-
-
 def _other_images(before: Any, now: Any) -> bool:
     """Whether two values of `dataset` are given, and differ."""
     return isinstance(before, str) and isinstance(now, str) and os.path.abspath(before) != os.path.abspath(now)
@@ -355,6 +353,10 @@ def read_json(path: Path | str, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"{what} {path} holds a {type(value).__name__}, not an object")
     return value
+
+
+SHORT = reprlib.Repr()  # of what a file may hold instead of a number
+SHORT.maxstring = SHORT.maxother = 200
 
 
 def _one_line(problem: Any) -> str:

@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
         if "posix" in item.keywords and sys.platform == "win32":
-            item.add_marker(pytest.mark.skip(reason="Windows has no such links, signals or file names"))
+            item.add_marker(pytest.mark.skip(reason="Windows has no such links, signals, terminals or file names"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -34,7 +34,6 @@ from cifar_resnet.data import cifar
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.data.splits import Split
-from cifar_resnet.errors import CifarResnetError
 from cifar_resnet.training import engine
 from cifar_resnet.training.capture import CapturedEpoch, capturable
 from cifar_resnet.training.runtime import environment, resolve_device, set_tf32, wait_for
@@ -304,9 +303,9 @@ def main():
                 failed |= row.get("code", 0) != 0
                 options.output.write_text(json.dumps(content, indent=1) + "\n")
                 print(f"{part}, {name}: {shown(row)}", flush=True)
-        except CifarResnetError as error:
-            content[part]["failed"], failed = str(error), True
-            print(f"{part}: {error}", flush=True)
+        except Exception:
+            content[part]["failed"], failed = traceback.format_exc(), True
+            print(content[part]["failed"], flush=True)
         content[part]["seconds"] = time.perf_counter() - began
         options.output.write_text(json.dumps(content, indent=1) + "\n")
         print(f"{part}: {content[part]['seconds']:.1f} s", flush=True)

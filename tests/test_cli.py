@@ -188,6 +188,7 @@ USAGE_ERRORS = [
     (("train", "--mean", "125", "123", "114"), "not within 0 to 1"),
     (("train", "--max-lr", "find", "--div-factor", "10"), "--div-factor"),
     (("train", "--max-lr", "find", "--dataset", "nowhere", "--repeat", "1"), "--repeat 1 must be"),
+    (("train", "--max-lr", "find", "--dataset", "nowhere", "--repeat", "3", "--seed", 2**32 - 1), "--seed 4294967297"),
     (("train", "--max-lr", "find", "--dataset", "nowhere", "--save-every-minutes", "0"), "--save-every-minutes 0"),
     (("train", "--suggest", "valley"), "--suggest valley goes with --max-lr find"),
 ]

@@ -32,6 +32,7 @@ def test_a_shell_takes_the_words_apart_as_they_were():
         ("runs\\Bär", "runs\\Bär"),
         (r"C:\R&D\run", r'"C:\R&D\run"'),
         ("two words", '"two words"'),
+        ("C:\\R&D\\", r'"C:\R&D\\"'),
         ("it's", '"it\'s"'),
         ("a;b", '"a;b"'),
         ("f(x)", '"f(x)"'),

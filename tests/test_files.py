@@ -87,6 +87,14 @@ def test_what_a_file_browser_left_in_a_folder_does_not_count(tmp_path, left):
         check_new_folder(tmp_path / "new")
 
 
+def test_what_comes_into_a_folder_that_is_about_to_be_filled_stays(tmp_path):
+    (tmp_path / "new").mkdir()
+    with pytest.raises(RunDirectoryError, match="could not be written"), new_folder(tmp_path / "new"):
+        (tmp_path / "new" / "mine.txt").touch()
+    assert os.listdir(tmp_path) == ["new"]
+    assert os.listdir(tmp_path / "new") == ["mine.txt"]
+
+
 def test_a_drive_that_is_not_there_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)
     with pytest.raises(RunDirectoryError, match="cannot be made: there is no "):

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError, UsageError
+from ..files import left_by_systems
 from ..recipe import DATASETS, folder_name
 from . import cache
 from .cifar import given_directory
@@ -21,8 +22,7 @@ from .splits import Split, stratified
 
 SPLIT_SEED = 20_15  # fixed, so that runs with different seeds set the same images apart
 EVALUATION = ("test", "val", "valid", "validation", "eval")  # what the folder beside train may be called
-# What systems leave in folders, beside names that begin with a dot.
-LEFT_BY_SYSTEMS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r", "__pycache__"}
+FOLDERS_OF_SYSTEMS = {"__macosx", "@eadir", "$recycle.bin", "__pycache__"}
 PATIENCE = 1.0  # seconds of reading until that is said
 Progress = Callable[[int, int], None]
 
@@ -108,7 +108,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _is_data(name: str) -> bool:
-    return not name.startswith(".") and name.lower() not in LEFT_BY_SYSTEMS
+    return not name.startswith(".") and not left_by_systems(name) and name.lower() not in FOLDERS_OF_SYSTEMS
 
 
 def _is_image(path: Path) -> bool:
@@ -130,7 +130,8 @@ def present(folder: Path, moved_to: Path | str | None) -> Path:
         UsageError: it is in neither place.
     """
     moved_to = given_directory(moved_to)
-    places = [folder, *([moved_to / folder_name(folder)] if moved_to else [])]
+    name = folder_name(folder)
+    places = [folder, *([moved_to / name] if moved_to and name else [])]
     for place in places:
         if place.is_dir():
             return place

@@ -131,14 +131,14 @@ def opened(
 ) -> tuple[Checkpoint, torch.device]:
     """A checkpoint to evaluate in the arithmetic of its run, and the device.
 
-    A CPU that only emulates bfloat16 evaluates in float32, and says so.
+    A run in bfloat16 is evaluated in float32 on a CPU that is slow in bfloat16, and that is said.
     """
     resolved = resolve_device(device)
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
     set_tf32(bool(loaded.environment.get("tf32")))
     recipe = without_emulation(loaded.recipe, resolved)
     if recipe != loaded.recipe:
-        notify("this run was in bfloat16, which this CPU only emulates: evaluated in float32, so the last digits may differ")
+        notify("this run was in bfloat16, and is evaluated in float32 on this CPU: the last digits may differ")
     return replace(loaded, recipe=recipe), resolved
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,12 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
         and `folders`: the one of a whole repetition, or those of the runs.
 
     Raises:
-        CifarResnetError: a run cannot be read or has not ended.
+        CifarResnetError: a run cannot be read or has not ended, or a repetition lacks a seed.
         UsageError: a run is given twice, or two of them are of one recipe and seed, or holdout and test figures would mix.
     """
     if not runs:
         raise UsageError("compare takes at least one run")
-    for run in runs:
-        _check_complete(Path(run))
-    loaded = [_finished(run) for run in find_runs(runs)]
+    loaded = [checkpoint for run in runs for checkpoint in _ended(run)]
     _check_evaluated_alike(loaded)
     together: dict[tuple[Recipe, str], list[Checkpoint]] = {}
     known = {checkpoint.recipe.dataset: _images(checkpoint) for checkpoint in loaded if checkpoint.fingerprints}
@@ -52,19 +51,24 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
     return {"schema": SCHEMA, "evaluated_on": evaluated_on, "groups": groups}
 
 
-def _check_complete(folder: Path) -> None:
-    """Whether a repetition has all its seeds.
+def _ended(run: Path | str) -> list[Checkpoint]:
+    """The last checkpoint of a run, or those of all runs of a repetition.
 
     Raises:
-        CifarResnetError: a run of it is missing, or has not ended.
+        CifarResnetError: one cannot be read, is missing, or has not ended.
     """
+    folder, found = Path(run), find_runs([run])
     if not (folder / REPEAT).exists():
-        return
-    seeds, count = seeds_of(folder), read_json(folder / REPEAT, "repetition").get("count")
-    ended = sum((run / CHECKPOINT).exists() and load_checkpoint(run).finished for run in seeds)
-    if isinstance(count, int) and ended < count:
+        return [_finished(each) for each in found]
+    count: Any = None
+    with suppress(UsageError):  # of a file that is damaged: then those that were begun are all
+        count = read_json(folder / REPEAT, "repetition").get("count")
+    planned = count if type(count) is int else len(found)
+    ended = [each for each in (load_checkpoint(one) for one in found if (one / CHECKPOINT).exists()) if each.finished]
+    if len(ended) < planned:
         advice = f"finish it: {shell_command('train', '--resume', folder)}; or name the runs that have ended"
-        raise CifarResnetError(f"{folder} has {ended} of its {count} runs; {advice}")
+        raise CifarResnetError(f"{folder} has {len(ended)} of its {planned} runs; {advice}")
+    return ended
 
 
 def _finished(path: Path | str) -> Checkpoint:

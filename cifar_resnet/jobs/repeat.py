@@ -98,8 +98,7 @@ def repeat(
 @contextmanager
 def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) -> Iterator[tuple[Path, Recipe, int]]:
     """Folder, recipe and count of a new repetition. If its first run cannot begin, nothing of the repetition stays."""
-    check_count(count)
-    recipe.replace(seed=recipe.seed + count - 1)  # which is refused where it is too high
+    check_count(recipe, count)
     recipe = resolve_precision(recipe, resolve_device(device))
     with directory_for(Path(run_dir) if run_dir else None, recipe, "repeat-") as folder:
         check_free(folder)
@@ -111,9 +110,10 @@ def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) 
                 (folder / REPEAT).unlink(missing_ok=True)
 
 
-def check_count(count: int) -> None:
+def check_count(recipe: Recipe, count: int) -> None:
     if count < 2:
         raise UsageError(f"--repeat {count} must be at least 2")
+    recipe.replace(seed=recipe.seed + count - 1)  # which is refused where it is too high
 
 
 def _read_repetition(

@@ -126,7 +126,7 @@ def train(
         progress: whether a table of the epochs is shown; by default in a terminal and in a notebook.
         on_epoch: called after every epoch with its metrics, as `metrics.json` has them.
         watcher: is told of the run's course: an object with any of the methods of `Watcher`.
-        captured: steps that earlier calls captured on a GPU, or None, by what they depend on; this call uses and adds to it.
+        captured: steps that earlier calls captured on a GPU, by what they depend on, None if they could not be; this call adds to it.
 
     Raises:
         CifarResnetError: one line that says what was wrong. A run that had begun can be resumed.
@@ -396,12 +396,12 @@ class _Run:
             save = partial(self.folder.save, self.state, self.data, self.environment, checkpoint, self.temperature)
             trouble = distributed.on_first(save)
             self.state.totals *= distributed.rank() == 0
+            if not trouble and self.state.epoch < self.recipe.epochs:  # else see `finish`
+                distributed.on_first(partial(self._unless_refused, self._write_table))
         if trouble and must_succeed:
             raise RunDirectoryError(trouble)
         if trouble:
             self.watcher.warn(f"{trouble}; the run goes on, unsaved")
-        else:
-            distributed.on_first(partial(self._unless_refused, self._write_table))
 
     def _write_table(self) -> None:
         self.folder.write_table(self.state.history)
@@ -432,8 +432,8 @@ class _Run:
         """Draws the run, and gives its checkpoint."""
         from ..look import figures
 
-        self._write_table()
         self._write_curves()
+        self._write_table()
         figure = figures.learning_rate(self.recipe, self.loader.steps)
         save_figure(figure, self.folder.path / f"learning_rate.{self.asked['format']}")  # see `RunDir.has_last_file`
         return load_checkpoint(self.folder.path)

@@ -70,12 +70,12 @@ def training_labels(
     loaded, place = opened(run, device, notify)
     analysis.choose([], loaded.classes, "label", true, predicted)  # which raises for a class that is none
     check_new_folders(loaded, copy_to, save_images, dataset, data_dir)
-    loaded, data = images_of(loaded, data_dir, notify, dataset)
-    if changed := loaded.difference("train", data.fingerprints["train"]):
-        notify(f"the training images are not those of the run: {changed}")
-    recipe, parts = _shortened(loaded.recipe, epochs), _parts(data, folds, loaded.recipe.seed)
-    folder = writable(Path(run_dir) if run_dir else loaded.path.parent)
     with telling(progress, "training on folds", "steps") as told:
+        loaded, data = images_of(loaded, data_dir, notify, dataset)
+        if changed := loaded.difference("train", data.fingerprints["train"]):
+            notify(f"the training images are not those of the run: {changed}")
+        recipe, parts = _shortened(loaded.recipe, epochs), _parts(data, folds, loaded.recipe.seed)
+        folder = writable(Path(run_dir) if run_dir else loaded.path.parent)
         logits = _held_out_logits(recipe, data, parts, place, loaded.convolutions, folder / FOLDS, notify, told)
     found = _as_prediction(loaded, recipe, data, logits, place)
     doubted, ranked = by_label(found, logits)

@@ -208,7 +208,7 @@ def ranked_labels(
 
 
 def _class(option: str, name: str | None, classes: Sequence[str]) -> str | None:
-    """The class of this name, of which macOS takes two spellings of an accent for one.
+    """The class of this name. A letter and its accent may be one character or two: macOS takes both for one name.
 
     Raises:
         UsageError: there is none.

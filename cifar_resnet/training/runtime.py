@@ -71,7 +71,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool | None:
     """None where torch does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
+    if device.type == "cpu":  # whether that of a Mac is fast in it was not measured
         return sys.platform != "darwin" and any(_cpu().get(key) for key in BFLOAT16_FEATURES)
     return None
 

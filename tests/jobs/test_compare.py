@@ -98,10 +98,15 @@ def test_a_repetition_that_lacks_seeds_is_refused(tiny_run, unfinished, refused,
     folder = tmp_path / "many"
     shutil.copytree(tiny_run, folder / "s0")
     (folder / "repeat.json").write_text('{"count": 3}')
-    for has in (1, 1):
-        line = refused(1, "compare", folder)
-        assert f"{folder} has {has} of its 3 runs; finish it: cifar-resnet train --resume {folder}; or name the runs" in line
-        shutil.copytree(unfinished, folder / "s1", dirs_exist_ok=True)
+    said = f"{folder} has 1 of its 3 runs; finish it: cifar-resnet train --resume {folder}; or name the runs"
+    assert said in refused(1, "compare", folder)
+    shutil.copytree(unfinished, folder / "s1")
+    assert said in refused(1, "compare", folder)
+    assert compare([folder / "s0"])["groups"][0]["n"] == 1
+    (folder / "repeat.json").write_text("damaged")
+    assert "1 of its 2 runs" in refused(1, "compare", folder)
+    shutil.rmtree(folder / "s1")
+    assert compare([folder])["groups"][0]["n"] == 1
 
 
 def test_a_run_that_has_not_ended_is_refused(unfinished, refused):

@@ -24,7 +24,6 @@ from cifar_resnet.jobs.interrupt import Interrupted, signals
 from cifar_resnet.look import progress
 from cifar_resnet.signals import ENDING
 
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor such terminals")
 DIGITS = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--width", 4)
 
 
@@ -144,7 +143,7 @@ def test_every_signal_that_ends_a_process_is_waited_with(name):
     assert signal.getsignal(number) is before
 
 
-@POSIX
+@pytest.mark.posix
 def test_what_is_ignored_or_has_a_handler_of_its_own_stays_so(monkeypatch):
     """As SIGHUP is under nohup, and SIGUSR1 in a program that uses the library."""
     heard = []
@@ -165,7 +164,7 @@ def test_what_is_ignored_or_has_a_handler_of_its_own_stays_so(monkeypatch):
             signal.signal(number, handler)
 
 
-@POSIX
+@pytest.mark.posix
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGALRM", "SIGUSR1"])
 def test_other_signals_than_ctrl_c_save_the_run_too(tiny_recipe, tmp_path, no_figures, name):
     number = getattr(signal, name)
@@ -175,7 +174,7 @@ def test_other_signals_than_ctrl_c_save_the_run_too(tiny_recipe, tmp_path, no_fi
     assert content(tmp_path / "run")["step"] == 2
 
 
-@POSIX
+@pytest.mark.posix
 def test_a_terminal_that_is_closed_saves_the_run(tmp_path):
     master, terminal = os.openpty()
     code = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from cifar_resnet.cli import main; main()"

@@ -76,6 +76,28 @@ def test_what_is_chosen_can_be_used_and_a_slow_way_is_not_chosen(quick, monkeypa
     assert convolution.used(model) == choice
 
 
+@pytest.mark.parametrize(
+    ("other", "calls", "seconds"),
+    [
+        ([1.9, 0.9, 0.9, 0.9], 4, 0.9),  # the first call prepares: it does not count
+        ([1.9, 0.5], 2, 0.5),  # the other one is too slow to go on
+        ([2.1], 1, 2.1),  # hopeless at first
+        ([1.9, 1.6], 2, 1.6),  # slow in its second call, too
+        ([1.2, 1.4, 1.0, 1.1], 4, 1.1),  # the median of three
+    ],
+)
+def test_a_way_is_called_again_while_it_may_be_the_quickest(monkeypatch, other, calls, seconds):
+    clock, left = [0.0], {"torch": iter([1.0] * 4), "other": iter(other)}
+
+    def call(way):
+        clock[0] += next(left[way])
+
+    monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    found = autotune._seconds(["torch", "other"], call)
+    assert found == pytest.approx({"torch": 1.0, "other": seconds})
+    assert len(other) - len(list(left["other"])) == calls
+
+
 def test_ties_go_to_the_way_that_is_named_first():
     assert autotune.fastest({"torch": 1.04, "patches": 1.0, "winograd": 1.01}) == "torch"
     assert autotune.fastest({"torch": 1.06, "patches": 1.04, "winograd": 1.0}) == "patches"

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from cifar_resnet import Recipe, build_model
 from cifar_resnet.look.analysis import layers
-from cifar_resnet.training.model import ResNet, _as_mps_wants
+from cifar_resnet.training.model import Chain, ResNet
 
 PARAMETERS = {
     "eva6-s9": 6_574_090, "eva4-s11": 6_574_090, "eva8-s8": 6_573_130, "week5-s10": 6_573_130, "era-s10": 6_573_120,
@@ -153,11 +153,16 @@ def test_a_norm_on_an_apple_gpu_gets_channels_first():
     class Pretended(torch.Tensor):
         device = torch.device("mps")
 
-    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    assert _as_mps_wants(x) is x
-    found = _as_mps_wants(x.as_subclass(Pretended)).as_subclass(torch.Tensor)
-    assert found.is_contiguous()
-    assert torch.equal(found, x)
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x.is_contiguous())
+            return x
+
+    seen, x = [], torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    chain = Chain(Norm(), Norm())
+    assert torch.equal(chain(x.as_subclass(Pretended)).as_subclass(torch.Tensor), x)
+    chain(x)
+    assert seen == [True, True, False, False]
 
 
 @pytest.mark.parametrize("output", ["softmax", "log-softmax"])
