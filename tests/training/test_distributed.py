@@ -122,7 +122,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_goes_on(t
     folder = tmp_path / "run"
     stopped = torchrun(2, RANKS, "run", tmp_path, *TINY, "--run-dir", folder, "--loader", "albumentations")
     said = [line for line in (stopped.stdout + stopped.stderr).splitlines() if line.startswith("cifar-resnet: ")]
-    assert said == [f"cifar-resnet: stopped by SIGTERM; go on with: cifar-resnet train --resume {shell_word(folder)}"]
+    assert said == [f"cifar-resnet: stopped by SIGTERM; go on with: cifar-resnet train --resume {shell_word(folder)} --loader albumentations"]
     assert re.search(r"rank\s+: 0 .*\n.*exitcode\s+: 143", stopped.stderr)
     steps = [(tmp_path / f"steps-{rank}").read_text("utf-8") for rank in (0, 1)]
     assert steps == ["3", "3"]
