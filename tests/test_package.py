@@ -171,7 +171,8 @@ def test_a_script_trains_where_workers_start_afresh(method, tmp_path, tiny_recip
         pytest.skip(f"there is no {method} here")
     (tmp_path / "recipe.json").write_text(tiny_recipe.to_json())
     (tmp_path / "script.py").write_text(AFRESH)
-    done = subprocess.run([sys.executable, "script.py", method], cwd=tmp_path, capture_output=True, text=True)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # on which the last bits depend
+    done = subprocess.run([sys.executable, "script.py", method], cwd=tmp_path, capture_output=True, text=True, env=threads)
     assert (done.returncode, done.stderr) == (0, "")
     train(tiny_recipe, tmp_path / "alone", loader="albumentations", workers=0)
     assert equal_weights(content(tmp_path / "run"), content(tmp_path / "alone"))

@@ -148,7 +148,7 @@ def test_a_report_of_own_images_is_written_beside_the_run(own_images, tmp_path, 
     assert f"--dataset {shell_word(own_images)}" in Reader(html).text
 
 
-def test_an_unfinished_run_is_reported_as_what_it_is(unfinished, tmp_path):
+def test_an_unfinished_run_is_reported_as_what_it_is(unfinished, tmp_path, no_figures):
     page = report(unfinished, tmp_path / "page.html").read_text(encoding="utf-8")
     assert "an unfinished run, after epoch 1 of 2, step 1" in page
     assert "after the last epoch" not in page

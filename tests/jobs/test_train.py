@@ -376,7 +376,7 @@ def test_a_compiled_run_gives_what_the_plain_one_gives(tmp_path, monkeypatch, no
 
 @pytest.mark.cifar10
 def test_a_short_run_on_real_images_learns(cli, tmp_path):
-    options = ("--epochs", 2, "--train-limit", 1024, "--test-limit", 300, "--batch-size", 64, "--max-lr", 0.1, "--width", 16)
+    options = ("--epochs", 2, "--train-limit", 1024, "--test-limit", 300, "--batch-size", 64, "--max-lr", 0.1, "--width", 8)
     code, out, _ = cli("train", *options, "--run-dir", tmp_path / "run")
     assert code == 0
     history = load_checkpoint(tmp_path / "run").history
