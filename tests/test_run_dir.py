@@ -268,31 +268,32 @@ def test_what_was_made_of_a_checkpoint_and_cannot_be_removed_is_named(tmp_path, 
 # Create, open, resume
 
 
-def test_a_folder_whose_name_the_file_system_takes_for_another_gets_the_next_number(tmp_path, monkeypatch):
-    """Of runs/Images-1 and runs/images-1 Windows and macOS see one."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def never_first(tmp_path, monkeypatch):
+    """Gives what makes runs/default-1 a folder that cannot be made."""
     make = Path.mkdir
+    monkeypatch.chdir(tmp_path)
 
-    def mkdir(path, *given, **options):
-        if path.name == "default-1":
-            raise FileExistsError
-        make(path, *given, **options)
+    def refuse(error):
+        def mkdir(path, *given, **options):
+            if path.name == "default-1":
+                raise error
+            make(path, *given, **options)
 
-    monkeypatch.setattr(Path, "mkdir", mkdir)
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+
+    return refuse
+
+
+def test_a_folder_whose_name_the_file_system_takes_for_another_gets_the_next_number(never_first):
+    """Of runs/Images-1 and runs/images-1 Windows and macOS see one."""
+    never_first(FileExistsError)
     assert default_directory(Recipe()) == Path("runs", "default-2")
 
 
-def test_a_folder_that_can_never_be_made_is_said(tmp_path, monkeypatch):
+def test_a_folder_that_can_never_be_made_is_said(never_first):
     """As Windows has it of a path that is too long."""
-    monkeypatch.chdir(tmp_path)
-    make = Path.mkdir
-
-    def mkdir(path, *given, **options):
-        if path.name == "default-1":
-            raise FileNotFoundError
-        make(path, *given, **options)
-
-    monkeypatch.setattr(Path, "mkdir", mkdir)
+    never_first(FileNotFoundError)
     with pytest.raises(RunDirectoryError, match="default-1, -2 ... can be made"):
         default_directory(Recipe())
 
