@@ -401,7 +401,7 @@ def train(
     watcher = watch(table)
     where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution)
     if recipe and find:  # which takes minutes
-        training.check_options(save_every_minutes, target, recipe, run_dir, resume)
+        training.check_options(save_every_minutes, target)
         if repeat is not None:
             repetition.check_count(recipe, repeat)
         recipe = _with_found_lr(recipe, suggest, run_dir, **where)

@@ -129,8 +129,9 @@ def check_free(path: Path) -> None:
         RunDirectoryError: it is not empty, or cannot be made or written.
     """
     check_writable(path)
-    passing = {LOCK, HOLDER}
-    if path.exists() and not all(name in passing or name.endswith(".part") or left_by_systems(name) for name in os.listdir(path)):
+    if path.exists() and not all(
+        name in (LOCK, HOLDER) or name.endswith(".part") or left_by_systems(name) for name in os.listdir(path)
+    ):
         advice = "choose another"
         if (path / RECIPE).exists() or (path / REPEAT).exists():
             advice += f", leave it out for a new one, or go on with the run in it: {shell_command('train', '--resume', path)}"

@@ -133,7 +133,7 @@ def train(
     """
     where: dict[str, Any] = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution)
     asked = dict(where, save_every_minutes=save_every_minutes, compile=compile, tf32=tf32, target=target, format=format)
-    check_options(save_every_minutes, target, recipe, run_dir, resume)
+    check_options(save_every_minutes, target)
     with distributed.joined(), ExitStack() as held:
         run = _Run(recipe, run_dir, resume, must_match or {}, asked, _watchers(held, progress, on_epoch, watcher))
         if ended := run.read():
@@ -156,15 +156,11 @@ def _watchers(
     return Watchers(*(each for each in (table, calling, watcher) if each is not None))
 
 
-def check_options(
-    save_every_minutes: float, target: float | None, recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None
-) -> None:  # fmt: skip
+def check_options(save_every_minutes: float, target: float | None) -> None:
     if not save_every_minutes > 0:
         raise UsageError(f"--save-every-minutes {save_every_minutes:g} must be above 0")
     if target is not None and not 0 <= target <= 100:
         raise UsageError(f"--target {target:g} must be 0 to 100")
-    if resume is not None and (recipe is not None or run_dir is not None):
-        raise UsageError("a resumed run takes recipe and folder from itself; give neither")
 
 
 def to_go_on(options: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +187,8 @@ class _Run:
         self, recipe: Recipe | None, run_dir: Path | str | None, resume: Path | str | None, must_match: dict[str, Any],
         asked: dict[str, Any], watcher: Watchers,
     ) -> None:  # fmt: skip
+        if resume is not None and (recipe is not None or run_dir is not None):
+            raise UsageError("a resumed run takes recipe and folder from itself; give neither")
         self.asked_recipe, self.run_dir, self.must_match, self.asked = recipe, run_dir, must_match, asked
         self.resume = RunDir(find_run(resume)) if resume is not None else None
         self.watcher = watcher if distributed.rank() == 0 else Watchers()

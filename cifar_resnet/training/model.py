@@ -32,7 +32,7 @@ class Chain(nn.Sequential):
 
 
 def _as_mps_wants(x: Tensor) -> Tensor:
-    """On Apple's GPUs torch before 2.14 has wrong gradients of BatchNorm where channels are last (pytorch/pytorch issue 175189)."""
+    """On Apple's GPUs some versions of torch have wrong gradients of BatchNorm where channels are last (pytorch/pytorch issue 175189)."""
     return x.contiguous() if x.device.type == "mps" else x
 
 
