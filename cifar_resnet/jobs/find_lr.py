@@ -62,8 +62,8 @@ def find_lr(
         sweep: also trains this many epochs at each of up to nine maxima: seven a factor of 2 apart around the recommended one, or
             the recipe's if none is recommended; the steepest point; and the recommended one. The recipe's holdout judges these
             trainings, or else a tenth of the training images, on which they do not train.
-        progress: True or False shows a bar or none; by default it is shown in a terminal and in a notebook. A function is called
-            with the steps done and those planned.
+        progress: a function is called with the steps done and those planned. Else a bar is shown in a terminal and in a notebook; anywhere
+            else standard error gets a line every two minutes. False: nothing is shown.
 
     Raises:
         CifarResnetError: one line that says what was wrong.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # torch stays out of what only prints
 
 Told = Callable[..., None]
 MARGIN = 4  # columns that the line leaves free: a key pressed there is wiped with the line
-SILENCE = 120.0  # seconds: where nothing moves, an epoch under way is told of as often
+SILENCE = 120.0  # seconds: where nothing moves, what is under way is told of as often
 GONE = (OSError, SystemExit)  # of a terminal or a pipe that was closed, as rich ends the process then: what runs goes on
 
 
@@ -96,16 +97,15 @@ class _Live(Live):
 def telling(asked: Told | bool | None, what: str, unit: str, total: int | None = None) -> Iterator[Told]:
     """What a job calls with the count done, and with the total where it alone knows that.
 
-    It is the function given; or shows a bar, if asked for or, by default, if somebody sees the bar.
+    It is the function given; or, unless asked is False, shows a bar where somebody sees the bar, and else writes a line every two
+    minutes to standard error.
     """
-    if callable(asked):
-        yield asked
-        return
-    if not (visible() if asked is None else asked):
-        yield lambda *_: None
+    if asked is False or callable(asked):
+        yield asked or (lambda *_: None)
         return
     replace_unencodable()
     began, state = time.monotonic(), [0, total]
+    printed = began
 
     def line() -> Line:
         done, of = state[0] or 0, state[1]
@@ -114,8 +114,13 @@ def telling(asked: Told | bool | None, what: str, unit: str, total: int | None =
         return _counted(what, unit, began, done, of)
 
     def tell(done: int, total: int | None = total) -> None:
+        nonlocal printed
         state[:] = done, total
         shown.update()
+        if not visible() and time.monotonic() - printed >= SILENCE:
+            printed = time.monotonic()
+            with suppress(*GONE):
+                print(line().fitted(120), file=sys.stderr, flush=True)
 
     shown = LiveLine(line)
     try:

@@ -198,10 +198,16 @@ def test_a_bar_tells_of_images_whose_reading_takes_longer_than_a_second(terminal
     assert terminal.lines() == []
 
 
-def test_without_a_terminal_nothing_moves(capsys):
-    with progress.telling(True, "measuring", "rounds", 6) as tell:
-        tell(3)
-    assert capsys.readouterr() == ("", "")
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_without_a_terminal_a_long_job_is_told_of_every_two_minutes_on_standard_error(asked, capsys, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with progress.telling(asked, "measuring", "rounds", 6) as tell:
+        for done, seconds in ((1, 60), (2, 60), (3, 60), (4, 60)):  # 60, 120, 180 and 240 seconds after the beginning
+            clock[0] += seconds
+            tell(done)
+    expected = "measuring · 2 of 6 rounds · 4 min left\nmeasuring · 4 of 6 rounds · 2 min left\n"
+    assert capsys.readouterr() == ("", "" if asked is False else expected)
 
 
 def test_without_a_terminal_a_long_epoch_is_told_of_every_two_minutes(begun, capsys, monkeypatch):

