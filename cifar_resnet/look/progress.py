@@ -117,7 +117,7 @@ def telling(asked: Told | bool | None, what: str, unit: str, total: int | None =
         nonlocal printed
         state[:] = done, total
         shown.update()
-        if not visible() and time.monotonic() - printed >= SILENCE:
+        if not visible() and not console.console.quiet and time.monotonic() - printed >= SILENCE:
             printed = time.monotonic()
             with suppress(*GONE):
                 print(line().fitted(120), file=sys.stderr, flush=True)
