@@ -113,9 +113,7 @@ RunArgument = Annotated[list[Path] | None, _argument(
 RunArguments = Annotated[list[Path] | None, _argument(
     "Folders of runs or of repetitions, or checkpoint files. Without one, or with latest: the newest run in runs/.", "RUN"
 )]
-RecipeFile = Annotated[Path | None, _option(
-    "recipe.json of a run, or a part of one, to start from.", "Recipe", default="none"
-)]
+RecipeFile = Annotated[Path | None, _option("recipe.json of a run, or a part of one, to start from.", "Recipe", default="none")]
 Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _option(
     "Rule for the learning rate. recommended: by the short trainings. steepest: where the loss falls fastest. valley: the middle of the "
     "longest fall. minimum: a tenth of the learning rate at the lowest loss.", RANGE, metavar=NAME
@@ -135,9 +133,7 @@ Loader = Annotated[arguments.LoaderKind, _option(
     "How images are augmented. tensor: a batch at a time, on the device. albumentations: one by one, in worker processes. auto: tensor, or the loader of a resumed run.",
     metavar=NAME,
 )]
-Workers = Annotated[int | None, _option(
-    "Worker processes of the albumentations loader.", default="1 on a CPU, 4 beside a GPU"
-)]
+Workers = Annotated[int | None, _option("Worker processes of the albumentations loader.", default="1 on a CPU, 4 beside a GPU")]
 Compile = Annotated[arguments.Compile, _option(
     "Whether torch.compile compiles the model before the first step: on, off, or auto, which is off.", metavar=NAME
 )]
@@ -164,23 +160,17 @@ TrialSteps = Annotated[int | None, _option(
 Sweep = Annotated[int | None, _option(
     "Also train this many epochs at each of up to nine peak learning rates, and evaluate each training on held-out images.", RANGE
 )]
-FinderDir = Annotated[Path | None, _option(
-    "Folder for lr_finder.json and its picture.", default="runs/find-lr-<name>-<n>"
-)]
+FinderDir = Annotated[Path | None, _option("Folder for lr_finder.json and its picture.", default="runs/find-lr-<name>-<n>")]
 
 MaxLR = Annotated[str | None, _option(
     "Learning rate at the peak of the schedule; or find, to search for it first, as find-lr does.",
     "Optimizer", metavar="<float>", default=str(Recipe.model_fields["max_lr"].default),
 )]
-NewRunDir = Annotated[Path | None, _option(
-    "Empty or new folder for what the run writes.", default="runs/<name>-<n>"
-)]
+NewRunDir = Annotated[Path | None, _option("Empty or new folder for what the run writes.", default="runs/<name>-<n>")]
 Resume = Annotated[Path | None, _option("Go on with the run or repetition in this folder; latest is the newest run in runs/.", show_default=False)]
 Repeat = Annotated[int | None, _option("Train this many seeds in a row, two or more, from --seed upward, each in a folder of its own.", show_default=False)]
 SaveEveryMinutes = Annotated[float, _option("Minutes between two checkpoints inside an epoch.")]
-TF32 = Annotated[bool, _option(
-    "Let float32 matrix products and convolutions use TF32 on NVIDIA GPUs.", WHERE, "--tf32"
-)]
+TF32 = Annotated[bool, _option("Let float32 matrix products and convolutions use TF32 on NVIDIA GPUs.", WHERE, "--tf32")]
 Track = Annotated[Literal["tensorboard"] | None, _option(
     "Also write the run for a viewer: tensorboard. It needs the package's extra track.", metavar=NAME, default="none"
 )]
@@ -197,9 +187,7 @@ Folds = Annotated[int | None, _option(
 FoldEpochs = Annotated[int | None, _option("With --folds: epochs of each network.", CHOICE, "--epochs", default="the run's")]
 TrueClass = Annotated[str | None, _option("Only this true class.", CHOICE, metavar="CLASS", default="all")]
 PredictedClass = Annotated[str | None, _option("Only this predicted class.", CHOICE, metavar="CLASS", default="all")]
-CopyTo = Annotated[Path | None, _option(
-    "New folder: copy all chosen files to true/predicted/file.", CHOICE, default="none"
-)]
+CopyTo = Annotated[Path | None, _option("New folder: copy all chosen files to true/predicted/file.", CHOICE, default="none")]
 SaveImages = Annotated[Path | None, _option(
     "New folder: write all chosen images to true/predicted/ as PNG, 32x32.", CHOICE, default="none"
 )]
@@ -341,7 +329,7 @@ def find_lr(
     """
     from .jobs.common import command_line
     from .jobs.find_lr import find_lr, with_found_lr
-    from .run_dir import directory_for
+    from .run_dir import folder_for
 
     swept: dict[str, Any] = dict(
         start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, trial_steps=trial_steps, sweep=sweep
@@ -349,7 +337,7 @@ def find_lr(
     where: dict[str, Any] = dict(
         data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution, format=format
     )
-    with directory_for(run_dir, recipe, "find-lr-") as folder:
+    with folder_for(run_dir, recipe, "find-lr-") as folder:
         found = find_lr(recipe, folder, **swept, **where, notify=console.say)
     then = ""
     if found.suggestions.by(suggest):

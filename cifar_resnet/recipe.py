@@ -187,30 +187,23 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        def refuse(wrong: bool, message: str) -> None:
-            if wrong:
-                raise ValueError(message)
-
-        refuse(
-            self.split is not None and self.dataset in DATASETS,
-            f"--split {self.split} is for a folder of images; {self.dataset} has its own for evaluation",
-        )
-        refuse(self.peak_epoch >= self.epochs, f"peak_epoch {self.peak_epoch:g} is not before the last of {self.epochs} epochs")
-        refuse(
-            (self.loss == "nll") != (self.output == "log-softmax"),
-            f"loss {self.loss} does not fit output {self.output}: nll takes log-softmax, cross-entropy the other two",
-        )
-        refuse(self.loss == "nll" and self.label_smoothing > 0, "label_smoothing needs loss cross-entropy, not nll")
-        refuse(
-            self.base_momentum is not None and self.base_momentum > self.momentum,
-            f"base_momentum {self.base_momentum} is above momentum {self.momentum}",
-        )
-        refuse(
-            self.optimizer in ("sgd", "muon") and self.nesterov and 0 in (self.momentum, self.base_momentum),
-            "nesterov needs a momentum above 0",
-        )
-        refuse(self.mean is not None and not 0 <= min(self.mean) <= max(self.mean) <= 1, f"mean {self.mean} is not within 0 to 1")
-        refuse(self.std is not None and min(self.std) <= 0, f"std {self.std} has a channel that is not above 0")
+        if self.split is not None and self.dataset in DATASETS:
+            raise ValueError(f"--split {self.split} is for a folder of images; {self.dataset} has its own for evaluation")
+        if self.peak_epoch >= self.epochs:
+            raise ValueError(f"peak_epoch {self.peak_epoch:g} is not before the last of {self.epochs} epochs")
+        if (self.loss == "nll") != (self.output == "log-softmax"):
+            fits = "nll takes log-softmax, cross-entropy the other two"
+            raise ValueError(f"loss {self.loss} does not fit output {self.output}: {fits}")
+        if self.loss == "nll" and self.label_smoothing > 0:
+            raise ValueError("label_smoothing needs loss cross-entropy, not nll")
+        if self.base_momentum is not None and self.base_momentum > self.momentum:
+            raise ValueError(f"base_momentum {self.base_momentum} is above momentum {self.momentum}")
+        if self.optimizer in ("sgd", "muon") and self.nesterov and 0 in (self.momentum, self.base_momentum):
+            raise ValueError("nesterov needs a momentum above 0")
+        if self.mean is not None and not 0 <= min(self.mean) <= max(self.mean) <= 1:
+            raise ValueError(f"mean {self.mean} is not within 0 to 1")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std {self.std} has a channel that is not above 0")
         return self
 
     @classmethod

@@ -35,14 +35,11 @@ from .training.optim import make_optimizer
 CHECKPOINT, RECIPE, REPEAT, LOCK, HOLDER = "checkpoint.pt", "recipe.json", "repeat.json", ".lock", ".lock-holder"
 RUNS, LATEST, TRIES = Path("runs"), "latest", 100
 PICTURES = (".png", ".svg", ".pdf")
+DRAWN = ("class_accuracy", "confusion_matrix", "reliability", "gradcam", "misclassified")
 # Files that commands make of a checkpoint, and write beside it. labels.csv is not among them: a user may have corrected it.
 MADE_OF_CHECKPOINT = {
     *("evaluation.json", "labels.json", "misclassified.json", "model.onnx", "model.safetensors", "report.html"),
-    *(
-        f"{name}{suffix}"
-        for name in ("class_accuracy", "confusion_matrix", "reliability", "gradcam", "misclassified")
-        for suffix in PICTURES
-    ),
+    *(f"{name}{suffix}" for name in DRAWN for suffix in PICTURES),
 }
 ROW = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second")
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
@@ -71,7 +68,7 @@ def default_directory(recipe: Recipe, prefix: str = "") -> Path:
 
 
 @contextmanager
-def directory_for(path: Path | None, recipe: Recipe, prefix: str) -> Iterator[Path]:
+def folder_for(path: Path | None, recipe: Recipe, prefix: str) -> Iterator[Path]:
     """The folder given, else a default one, which goes again if nothing was written into it."""
     folder = path or default_directory(recipe, prefix)
     try:
@@ -354,9 +351,7 @@ def _check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     for index, slots in checkpoint.content["optimizer"]["state"].items():
         shape = shapes[range(len(shapes)).index(index)]  # which raises for what is no index, a negative one too
-        fits = all(
-            value.shape == (() if name == "step" else shape) and value.is_floating_point() for name, value in slots.items()
-        )
+        fits = all(each.shape == (() if name == "step" else shape) and each.is_floating_point() for name, each in slots.items())
         if slots and (set(slots) != kept or not fits):
             raise CheckpointError(f"{checkpoint.path} has an optimizer state of another model")
 

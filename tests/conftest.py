@@ -12,6 +12,7 @@ import torch
 
 from cifar_resnet import Recipe, train
 from cifar_resnet.data import cache, cifar, datasets
+from cifar_resnet.jobs import convolutions
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -35,7 +36,7 @@ def pytest_collection_modifyitems(items):
 def kept_for_the_tests_alone(tmp_path_factory):
     """What is read of folders, and chosen, is kept, but not in the user's cache folder."""
     folder = tmp_path_factory.mktemp("cache")
-    cache.directory = lambda kind="folders": folder / kind
+    cache.user_cache = convolutions.user_cache = lambda: folder
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from cifar_resnet.data.loaders import Batch
 from cifar_resnet.data.splits import Data, Split
 from cifar_resnet.errors import CheckpointError, RunDirectoryError, UsageError, shell_command
 from cifar_resnet.files import new_folder, writable
-from cifar_resnet.run_dir import RunDir, SavePolicy, check_free, default_directory, directory_for, find_run, find_runs
+from cifar_resnet.run_dir import RunDir, SavePolicy, check_free, default_directory, find_run, find_runs, folder_for
 from cifar_resnet.training.engine import rates_at, start, train_step
 
 CPU = torch.device("cpu")
@@ -133,11 +133,11 @@ def test_processes_that_ask_at_the_same_time_get_folders_of_their_own(tmp_path, 
 
 def test_a_default_folder_that_nothing_was_written_into_goes_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError), directory_for(None, Recipe(), "find-lr-"):
+    with pytest.raises(UsageError), folder_for(None, Recipe(), "find-lr-"):
         raise UsageError
     assert os.listdir(tmp_path) == []
     for path in (None, Path("mine")):
-        with directory_for(path, Recipe(), "find-lr-") as folder:
+        with folder_for(path, Recipe(), "find-lr-") as folder:
             (folder if path is None else writable(folder)).joinpath("lr_finder.json").write_text("{}")
         assert os.listdir(folder) == ["lr_finder.json"]
     assert sorted(os.listdir(tmp_path)) == ["mine", "runs"]

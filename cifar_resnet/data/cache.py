@@ -17,15 +17,6 @@ from .cifar import user_cache
 from .images import RULE
 
 
-def directory(kind: str = "folders") -> Path:
-    """Where things of a kind are kept.
-
-    Raises:
-        DataError: the user has no home.
-    """
-    return user_cache() / kind
-
-
 def state_of(folder: Path, files: Sequence[Path], whites: Mapping[str, int]) -> str:
     """A digest of what decides the pixels: names, sizes and times of the files, and the rule of reading."""
     digest = hashlib.sha256(f"{RULE} {PIL.__version__} {sorted(whites.items())}".encode())
@@ -64,4 +55,4 @@ def keep(folder: Path, state: str, images: np.ndarray, whites: Mapping[str, int]
 
 
 def _path(folder: Path) -> Path:
-    return directory() / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.npz"
+    return user_cache() / "folders" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.npz"

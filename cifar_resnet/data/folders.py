@@ -182,11 +182,7 @@ def _listed(folder: Path) -> Listing:
 
 
 def _check_classes(folder: Path, listings: Sequence[Listing]) -> None:
-    """Whether every part has images of every class, and the same classes.
-
-    Raises:
-        DataError: the classes that are missing or empty, by name.
-    """
+    """Whether every part has images of every class, and the same classes."""
     for part in listings:
         filled = set(part.labels.tolist())
         if empty := [name for label, name in enumerate(part.classes) if label not in filled]:
@@ -260,11 +256,7 @@ def _read(listing: Listing, whites: dict[str, int], tell: Callable[[int], None])
 
 
 def _decoded(listing: Listing, whites: dict[str, int], tell: Callable[[int], None]) -> tuple[np.ndarray, dict[str, int]]:
-    """As `_read`, from the files. Those of a type that `whites` lacks are read twice: first for the type's highest value.
-
-    Raises:
-        DataError: files that cannot be read, the first ten by name.
-    """
+    """As `_read`, from the files. Those of a type that `whites` lacks are read twice: first for the type's highest value."""
     images = np.empty((len(listing.files), 32, 32, 3), np.uint8)
     tops: dict[str, float] = {}
     again, bad = list[int](), list[str]()

@@ -95,7 +95,11 @@ def decode(path: Path, picture: Image.Image | None = None) -> Decoded:
     except Exception as error:  # whatever a damaged file makes its decoder raise
         raise DataError(f"{path}: {_reason(path, error)}") from None
     if found.values is not None:
-        _check_values(found.values, path)
+        if not np.isfinite(found.values).all():
+            raise DataError(f"{path}: holds values that are no numbers (NaN or infinite)")
+        low, high = found.values.min(initial=0), found.values.max(initial=0)
+        if low < 0 or high > WHITES[-1]:
+            raise DataError(f"{path}: holds values from {low:g} to {high:g}; an image's are within 0 to {WHITES[-1]}")
     return found
 
 
@@ -146,14 +150,6 @@ def _channels_of_16_bits(path: Path) -> np.ndarray | None:
         return None
     found: np.ndarray | None = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     return found if found is not None and found.dtype == np.uint16 and found.shape[2:] in ((3,), (4,)) else None
-
-
-def _check_values(values: np.ndarray, path: Path) -> None:
-    if not np.isfinite(values).all():
-        raise DataError(f"{path}: holds values that are no numbers (NaN or infinite)")
-    low, high = values.min(initial=0), values.max(initial=0)
-    if low < 0 or high > WHITES[-1]:
-        raise DataError(f"{path}: holds values from {low:g} to {high:g}; an image's are within 0 to {WHITES[-1]}")
 
 
 def _in_8_bits(found: Decoded, whites: Mapping[str, int], path: Path) -> Image.Image:

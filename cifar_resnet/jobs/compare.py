@@ -52,11 +52,7 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
 
 
 def _ended(run: Path | str) -> list[Checkpoint]:
-    """The last checkpoint of a run, or those of all runs of a repetition.
-
-    Raises:
-        CifarResnetError: one cannot be read, is missing, or has not ended.
-    """
+    """The last checkpoint of a run, or those of all runs of a repetition."""
     folder, found = Path(run), find_runs([run])
     if not (folder / REPEAT).exists():
         return [_finished(each) for each in found]
@@ -72,17 +68,11 @@ def _ended(run: Path | str) -> list[Checkpoint]:
 
 
 def _finished(path: Path | str) -> Checkpoint:
-    """The last checkpoint of a run.
-
-    Raises:
-        CifarResnetError: it cannot be read, or the run has not ended.
-    """
+    """The last checkpoint of a run."""
     checkpoint = load_checkpoint(path)
     if not checkpoint.finished:
-        where = f"stands at {checkpoint.stands_at}"
-        raise CifarResnetError(
-            f"{checkpoint.path} {where}; finish it: {shell_command('train', '--resume', checkpoint.path.parent)}"
-        )
+        again = shell_command("train", "--resume", checkpoint.path.parent)
+        raise CifarResnetError(f"{checkpoint.path} stands at {checkpoint.stands_at}; finish it: {again}")
     return checkpoint
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..data import cache
+from ..data.cifar import user_cache
 from ..errors import CifarResnetError
 from ..files import write_json
 from ..recipe import Recipe
@@ -91,4 +91,4 @@ def _machine(recipe: Recipe) -> dict[str, str]:
 
 
 def _path(recipe: Recipe) -> Path:
-    return cache.directory("convolutions") / f"{hashlib.sha256(json.dumps(_machine(recipe)).encode()).hexdigest()[:32]}.json"
+    return user_cache() / "convolutions" / f"{hashlib.sha256(json.dumps(_machine(recipe)).encode()).hexdigest()[:32]}.json"

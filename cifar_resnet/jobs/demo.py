@@ -173,9 +173,7 @@ class _Shown:
             raise Problem(f"There are no mistakes to show: {error}") from None
         chosen = analysis.choose(wrong, found.data.classes, ORDERS[order], true, predicted)
         images = found.data.evaluation.images
-        return [
-            Mistake(each.caption, each.true, each.predicted, each.confidence, images[each.position], doubted) for each in chosen
-        ]
+        return [Mistake(one.caption, one.true, one.predicted, one.confidence, images[one.position], doubted) for one in chosen]
 
     def overlays(self, shown: Sequence[Mistake]) -> tuple[np.ndarray, np.ndarray]:
         from ..look.page import overlay
@@ -188,10 +186,7 @@ class _Shown:
     def run(self) -> str:
         """The last tab, as HTML."""
         loaded, missing, content = self.checkpoint, "", None
-        pictures = {
-            f"{each.capitalize()} by epoch": figures.curve(each, loaded.history, loaded.recipe, loaded.evaluated_on, (6, 3.8))
-            for each in ("loss", "accuracy") if loaded.history
-        }  # fmt: skip
+        pictures = figures.captioned_curves(loaded.history, loaded.recipe, loaded.evaluated_on, (6, 3.8))
         try:
             content = content_of(self.judged[0])
             pictures["Confusion matrix"] = figures.evaluation(content)["confusion_matrix"]

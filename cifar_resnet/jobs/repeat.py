@@ -12,19 +12,7 @@ from ..data.datasets import load
 from ..errors import UsageError
 from ..files import writable, write_json, write_whole
 from ..recipe import Recipe, read_json
-from ..run_dir import (
-    CHECKPOINT,
-    RECIPE,
-    REPEAT,
-    SCHEMA,
-    RunDir,
-    check_free,
-    check_match,
-    directory_for,
-    find_run,
-    moved,
-    seeds_of,
-)
+from ..run_dir import CHECKPOINT, RECIPE, REPEAT, SCHEMA, RunDir, check_free, check_match, find_run, folder_for, moved, seeds_of
 from ..training import distributed
 from ..training.capture import CapturedEpoch
 from ..training.runtime import resolve_device, resolve_precision
@@ -100,7 +88,7 @@ def _begin(recipe: Recipe, count: int, run_dir: Path | str | None, device: str) 
     """Folder, recipe and count of a new repetition. If its first run cannot begin, nothing of the repetition stays."""
     check_count(recipe, count)
     recipe = resolve_precision(recipe, resolve_device(device))
-    with directory_for(Path(run_dir) if run_dir else None, recipe, "repeat-") as folder:
+    with folder_for(Path(run_dir) if run_dir else None, recipe, "repeat-") as folder:
         check_free(folder)
         write_json(writable(folder) / REPEAT, _content(recipe, count))
         try:

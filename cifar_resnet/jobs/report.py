@@ -110,13 +110,8 @@ def _charts(found: Prediction, content: dict[str, Any]) -> dict[str, str]:
     """Charts of one size as SVG elements, by their captions."""
     checkpoint, recipe, judged = found.checkpoint, found.checkpoint.recipe, content["evaluated_on"]
     steps = len(batch_sizes(recipe, len(found.data.train)))
-    history = checkpoint.history
-    curves = {
-        f"{each.capitalize()} by epoch": figures.curve(each, history, recipe, judged, CHART)
-        for each in ("loss", "accuracy") if history
-    }  # fmt: skip
     drawn = {
-        **curves,
+        **figures.captioned_curves(checkpoint.history, recipe, judged, CHART),
         "Learning rate of every step": figures.learning_rate(recipe, steps, CHART),
         "Confusion matrix": figures.confusion_matrix(content["confusion_matrix"], list(content["classes"]), "", CHART),
         "Recall by class": figures.class_accuracy(content["classes"], "", CHART),

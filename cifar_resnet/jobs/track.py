@@ -55,9 +55,7 @@ class TensorBoard(Watcher, AbstractContextManager):
         self.steps_per_epoch = len(batch_sizes(recipe, len(data.train)))
         first = state.epoch * self.steps_per_epoch + state.step + 1  # a run that was killed may have written later ones
         self.writer = SummaryWriter(str(run_dir / FOLDER), purge_step=first)
-        fields = {
-            name: value if isinstance(value, bool | int | float) else str(value) for name, value in recipe.to_dict().items()
-        }
+        fields = {name: each if isinstance(each, bool | int | float) else str(each) for name, each in recipe.to_dict().items()}
         for summary in hparams(fields, {f"{self.judged}/accuracy": None}):
             self.writer.file_writer.add_summary(summary)
 

@@ -208,11 +208,7 @@ def ranked_labels(
 
 
 def _class(option: str, name: str | None, classes: Sequence[str]) -> str | None:
-    """The class of this name. A letter and its accent may be one character or two: macOS takes both for one name.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The class of this name. A letter and its accent may be one character or two: macOS takes both for one name."""
     if name is None:
         return None
     for each in classes:

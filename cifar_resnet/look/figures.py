@@ -44,7 +44,7 @@ def render(figure: Figure, format: str = "png") -> bytes:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # which choose_fonts has said
         figure.savefig(buffer, format=format, dpi=DPI)
     if format == "svg":
-        return _titled(buffer.getvalue())
+        return re.sub(rb'<g id="hover: ([^"]*)">', rb"<g><title>\1</title>", buffer.getvalue())
     return _in_few_colours(buffer.getvalue()) if format == "png" else buffer.getvalue()
 
 
@@ -63,10 +63,6 @@ def _in_few_colours(png: bytes) -> bytes:
 def _hover(artist: Artist, text: str) -> None:
     """What an svg shows where the mouse rests on the artist."""
     artist.set_gid(f"hover: {text}")
-
-
-def _titled(svg: bytes) -> bytes:
-    return re.sub(rb'<g id="hover: ([^"]*)">', rb"<g><title>\1</title>", svg)
 
 
 def _figure(size: Size = (7, 4.2), rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
@@ -105,6 +101,12 @@ def curve(quantity: str, history: Sequence[dict], recipe: Recipe, evaluated_on: 
             point = axis.scatter(row["epoch"], value, s=150, alpha=0)
             _hover(point, f"epoch {row['epoch']}: {name} {quantity} {form.format(value)}")
     return figure
+
+
+def captioned_curves(history: Sequence[dict], recipe: Recipe, evaluated_on: str, size: Size) -> dict[str, Figure]:
+    """Both curves by their captions; none before the first epoch has ended."""
+    shown = ("loss", "accuracy") if history else ()
+    return {f"{each.capitalize()} by epoch": curve(each, history, recipe, evaluated_on, size) for each in shown}
 
 
 def _draw_curve(

@@ -56,9 +56,7 @@ class Content:
     probabilities: Callable[[np.ndarray, bool], np.ndarray]  # of images, with test-time augmentation or not: (N, classes)
     grad_cam: Callable[[np.ndarray, Sequence[str], str], np.ndarray]  # of images, classes and a layer: (N, 32, 32) in 0 to 1
     mistakes: Callable[[str, str | None, str | None], Sequence[Mistake]]  # in an order, of a true and of a predicted class
-    overlays: Callable[
-        [Sequence[Mistake]], tuple[np.ndarray, np.ndarray]
-    ]  # of the class predicted and of the true one: see `overlay`
+    overlays: Callable[[Sequence[Mistake]], tuple[np.ndarray, np.ndarray]]  # of the class predicted, and of the true one
     run: Callable[[], str]  # HTML
 
 
@@ -128,9 +126,7 @@ def _upload() -> gr.Image:
     return picture
 
 
-Received = tuple[
-    str | None, bytes | None, str
-]  # a picture to show, the 32x32 pixels of it, and what is wrong with it if anything
+Received = tuple[str | None, bytes | None, str]  # a picture to show, its 32x32 pixels, and what is wrong with it if anything
 RECENT = 20
 
 
@@ -162,11 +158,7 @@ def receive(content: Content, recent: dict[str, Received], source: str | None) -
 
 
 def _preview(file: str | io.BytesIO) -> Image.Image:
-    """The centred square of an image, RGB, 320 pixels wide.
-
-    Raises:
-        Problem: it is a huge one.
-    """
+    """The centred square of an image, RGB, 320 pixels wide."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

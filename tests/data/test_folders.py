@@ -384,9 +384,9 @@ def damages(path):
 
 
 def test_kept_images_that_are_damaged_are_read_again(own, decoded, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "directory", lambda: tmp_path / "kept")
+    monkeypatch.setattr(cache, "user_cache", lambda: tmp_path)
     first = read(own)
-    kept = sorted((tmp_path / "kept").iterdir())
+    kept = sorted((tmp_path / "folders").iterdir())
     assert len(kept) == 2
     for damage in [damage for path in kept[:1] for damage in damages(path)]:
         kept[0].write_bytes(damage)
@@ -395,7 +395,7 @@ def test_kept_images_that_are_damaged_are_read_again(own, decoded, tmp_path, mon
         assert len(decoded) == 6
         for a, b in ((first.train, loaded.train), (first.evaluation, loaded.evaluation)):
             assert np.array_equal(a.images, b.images)
-    assert sorted((tmp_path / "kept").iterdir()) == kept
+    assert sorted((tmp_path / "folders").iterdir()) == kept
 
 
 def test_whites_are_kept_with_the_images(tmp_path, decoded):
@@ -408,11 +408,11 @@ def test_whites_are_kept_with_the_images(tmp_path, decoded):
 
 @pytest.mark.parametrize("where", [None, "file"])
 def test_where_nothing_can_be_kept_images_are_read_all_the_same(own, where, tmp_path, monkeypatch):
-    def directory():
+    def user_cache():
         if where is None:
             raise DataError("this user has no home folder")
         return tmp_path / where
 
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(cache, "directory", directory)
+    monkeypatch.setattr(cache, "user_cache", user_cache)
     assert [len(read(own).train) for _ in range(2)] == [6, 6]

@@ -25,7 +25,7 @@ def recipe():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(convolutions.cache, "directory", lambda kind: tmp_path / kind)
+    monkeypatch.setattr(convolutions, "user_cache", lambda: tmp_path)
     return tmp_path / "convolutions"
 
 
@@ -100,12 +100,12 @@ def test_a_kept_choice_that_cannot_be_used_is_measured_anew(damaged, recipe, fol
 
 
 def test_without_a_folder_to_keep_it_in_a_choice_is_made_each_time(recipe, timed, monkeypatch, tmp_path):
-    def homeless(kind):
+    def homeless():
         raise DataError("this user has no home folder")
 
     (tmp_path / "file").write_text("")
-    for nowhere in (homeless, lambda kind: tmp_path / "file" / kind):
-        monkeypatch.setattr(convolutions.cache, "directory", nowhere)
+    for nowhere in (homeless, lambda: tmp_path / "file"):
+        monkeypatch.setattr(convolutions, "user_cache", nowhere)
         assert convolutions.choose("auto", build_model(recipe), recipe, CPU) == CHOICE
     assert len(timed) == 2
 
