@@ -108,6 +108,6 @@ def test_a_place_is_the_same_by_a_link_and_by_what_the_file_system_says(tmp_path
     assert same_place(tmp_path / "link", tmp_path / "pets")
     assert same_place(tmp_path / "gone", tmp_path / "link" / ".." / "gone")
     assert not same_place(tmp_path / "gone", tmp_path / "pets")
-    assert not same_place(tmp_path / "Pets", tmp_path / "pets")
+    assert same_place(tmp_path / "Pets", tmp_path / "pets") == (tmp_path / "Pets").exists()  # as a Mac takes them for one
     monkeypatch.setattr(os.path, "samefile", lambda one, other: str(one).lower() == str(other).lower())
     assert same_place(tmp_path / "Pets", tmp_path / "pets")

@@ -117,11 +117,11 @@ def test_the_default_folder_is_named_after_the_recipe_or_its_images_and_numbered
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.build(**fields)
     found = [default_directory(recipe), default_directory(recipe, "find-lr-"), default_directory(recipe)]
-    assert [str(each) for each in found] == [f"runs/{name}-1", f"runs/find-lr-{name}-1", f"runs/{name}-2"]
+    assert [each.as_posix() for each in found] == [f"runs/{name}-1", f"runs/find-lr-{name}-1", f"runs/{name}-2"]
     assert all(each.is_dir() for each in found)
     found[0].rmdir()
     (tmp_path / "runs" / f"{name}-10").write_text("a file takes a number too")
-    assert str(default_directory(recipe)) == f"runs/{name}-11"
+    assert default_directory(recipe).as_posix() == f"runs/{name}-11"
 
 
 def test_processes_that_ask_at_the_same_time_get_folders_of_their_own(tmp_path, monkeypatch):
@@ -178,13 +178,13 @@ def test_the_newest_run_is_the_one_written_last(runs):
 def test_a_folder_without_a_checkpoint_says_what_it_holds_instead(runs):
     runs("runs/many/repeat.json", "runs/many/s0/recipe.json")
     for folder, words in (
-        ("runs/digits-2", "go on with: cifar-resnet train --resume runs/digits-2"),
-        ("runs/many", "a repetition of several runs; give one of them, runs/many/s0 for example"),
+        ("runs/digits-2", f"go on with: {shell_command('train', '--resume', Path('runs/digits-2'))}"),
+        ("runs/many", f"a repetition of several runs; give one of them, {Path('runs/many/s0')} for example"),
         ("runs/find-lr-digits-1", "a search for the learning rate, no run"),
     ):
-        with pytest.raises(CheckpointError, match=f"^there is no checkpoint {re.escape(str(Path(folder, 'checkpoint.pt')))}: .*{words}$"):
+        with pytest.raises(CheckpointError, match=f"^there is no checkpoint {re.escape(str(Path(folder, 'checkpoint.pt')))}: .*{re.escape(words)}$"):
             load_checkpoint(folder)
-    with pytest.raises(CheckpointError, match="^there is no checkpoint runs/checkpoint.pt$"):
+    with pytest.raises(CheckpointError, match=f"^there is no checkpoint {re.escape(str(Path('runs/checkpoint.pt')))}$"):
         load_checkpoint("runs")
 
 
@@ -624,7 +624,7 @@ def test_checkpoints_that_cannot_be_trusted_are_refused_in_one_line(tiny_run, tm
         (with_slots(0, {"momentum_buffer": buffer.long()}), "optimizer state of another model"),
         (with_slots(0, {"exp_avg": buffer}), "optimizer state of another model"),
         (with_slots(0, {"momentum_buffer": {}}), "no attribute 'shape'"),
-        (with_slots(99, {"momentum_buffer": buffer}), "99 is not in range"),
+        (with_slots(99, {"momentum_buffer": buffer}), "not in range"),
         (dict(history=[{}]), "metrics"),
         (dict(history=[{**row, "seconds": torch.tensor(1.0)} for row in good["history"]]), "not JSON serializable"),
         (dict(environment=None), "does not say where it was trained"),

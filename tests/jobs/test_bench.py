@@ -1,5 +1,6 @@
 import json
 import statistics
+import sys
 
 import numpy as np
 import pytest
@@ -80,7 +81,8 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
         row = next(line for line in out.splitlines() if each["layer"] in line and each["direction"].replace("_", " ") in line)
         assert row.split()[-4:] == ["patches", *times, f"{share:.2f}"]
     assert content["predicted_seconds"]["training"] == pytest.approx((18 + 2 * 6) * 100 / medians["tensor"])
-    assert 1e8 < content["peak_memory"]["process"] < 1e11
+    peak = content["peak_memory"]["process"]
+    assert peak is None if sys.platform == "win32" else 1e8 < peak < 1e11
     assert content["peak_memory"]["device"] is None
     assert {"bfloat16", "threads", "torch", "albumentations", "device_name"} <= set(content["environment"])
     operators = {row["operator"]: row for row in content["profile"]}

@@ -1,12 +1,14 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from cifar_resnet import Recipe, compare, load_checkpoint, train
+from cifar_resnet.errors import shell_command
 from cifar_resnet.look import console, figures
 
 
@@ -80,7 +82,7 @@ def test_runs_are_of_one_group_by_their_images_and_not_by_the_name_of_a_folder(o
     assert code == 0
     assert "images" in out
     groups = compare(runs)["groups"]
-    assert [[run["path"].split("/")[-2] for run in group["runs"]] for group in groups] == [["a", "b"], ["c"]]
+    assert [[Path(run["path"]).parent.name for run in group["runs"]] for group in groups] == [["a", "b"], ["c"]]
     assert groups[0]["differs"]["images"] != groups[1]["differs"]["images"]
 
 
@@ -98,7 +100,7 @@ def test_a_repetition_that_lacks_seeds_is_refused(tiny_run, unfinished, refused,
     folder = tmp_path / "many"
     shutil.copytree(tiny_run, folder / "s0")
     (folder / "repeat.json").write_text('{"count": 3}')
-    said = f"{folder} has 1 of its 3 runs; finish it: cifar-resnet train --resume {folder}; or name the runs"
+    said = f"{folder} has 1 of its 3 runs; finish it: {shell_command('train', '--resume', folder)}; or name the runs"
     assert said in refused(1, "compare", folder)
     shutil.copytree(unfinished, folder / "s1")
     assert said in refused(1, "compare", folder)

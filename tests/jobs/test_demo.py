@@ -27,6 +27,9 @@ pytest.importorskip("gradio", reason="the extra demo is not installed")
 from cifar_resnet.jobs.demo import content_of_page  # noqa: E402
 from cifar_resnet.look import page  # noqa: E402
 
+WINDOWS = os.name == "nt"
+IN_USE = "Only one usage of each socket address" if WINDOWS else "Address already in use"
+
 
 @pytest.fixture(scope="module")
 def served(tiny_run, tmp_path_factory):
@@ -34,13 +37,14 @@ def served(tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "cifar_resnet", "demo", str(tiny_run), "--port", str(port)]
+    command = [sys.executable, "-m", "cifar_resnet", "demo", str(tiny_run), "--port", str(port), "--device", "cpu"]
     environment = {**os.environ, "TMPDIR": str(folder)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, **piped, env=environment, creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if WINDOWS else 0)
     line = process.stdout.readline()
     assert line == f"the page is at http://127.0.0.1:{port}/, until Ctrl-C\n", process.communicate()
     yield line.split()[4].rstrip(","), folder
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.CTRL_BREAK_EVENT if WINDOWS else signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
     assert list(folder.iterdir()) == []
@@ -292,7 +296,7 @@ def test_an_address_of_ipv6_is_served(tiny_run, refused, monkeypatch):
         pytest.skip("there is no IPv6 here")
     with taken:
         port = taken.getsockname()[1]
-        assert "Address already in use" in refused(1, "demo", tiny_run, "--host", "::1", "--port", port)
+        assert IN_USE in refused(1, "demo", tiny_run, "--host", "::1", "--port", port)
     told = []
     monkeypatch.setattr("cifar_resnet.jobs.demo._wait_for_the_end", lambda: told.append(urlopen(f"http://[::1]:{port}").status))
     demo(tiny_run, host="::1", port=port, notify=told.append)
@@ -302,7 +306,7 @@ def test_an_address_of_ipv6_is_served(tiny_run, refused, monkeypatch):
 def test_what_cannot_be_served_is_one_line(refused, tiny_run, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         line = refused(1, "demo", tiny_run, "--port", taken.getsockname()[1])
-        assert f"--port {taken.getsockname()[1]}: Address already in use" in line
+        assert f"--port {taken.getsockname()[1]}: {IN_USE}" in line
     assert "--port 70000 must be 1 to 65535" in refused(2, "demo", tiny_run, "--port", 70000)
     assert "no.such.host.invalid" in refused(1, "demo", tiny_run, "--host", "no.such.host.invalid")
     assert "there is no checkpoint" in refused(1, "demo", tmp_path)

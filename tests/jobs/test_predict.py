@@ -58,7 +58,7 @@ def test_what_is_no_image_is_named_and_skipped(digit_images, tiny_run, cli, tmp_
     (folder / "bb.png").write_bytes((folder / "00.png").read_bytes()[:60])
     code, out, err = cli("predict", tiny_run, ".", tmp_path / "missing.png")
     assert (code, err.count("\n")) == (1, 2)
-    assert f"cifar-resnet: skipped {tmp_path}/missing.png: No such file" in err
+    assert f"cifar-resnet: skipped {tmp_path / 'missing.png'}: No such file" in err
     assert "cifar-resnet: 2 of the files in folders could not be read as images: aa.txt, bb.png\n" in err
     assert "39.png" in out
     code, out, err = cli("predict", tiny_run, "aa.txt", "bb.png", "00.png")
@@ -74,7 +74,8 @@ def test_what_lies_in_a_folder_and_is_no_image_is_skipped_and_counted_once(digit
     (folder / ".venv" / "logo.png").write_bytes((folder / "00.png").read_bytes())
     code, out, err = cli("predict", tiny_run, "images", "--json")
     assert (code, len(json.loads(out))) == (0, 40)
-    assert err == "cifar-resnet: 2 of the files in folders could not be read as images: images/notes.txt, images/more/readme.md\n"
+    skipped = f"{Path('images/notes.txt')}, {Path('images/more/readme.md')}"
+    assert err == f"cifar-resnet: 2 of the files in folders could not be read as images: {skipped}\n"
 
 
 # What predict takes from Python
@@ -197,8 +198,8 @@ def test_predict_takes_the_newest_run_where_none_is_given(tiny_run, tmp_path, cl
     Image.new("RGB", (32, 32)).save("photos/black.png")
     expected = cli("predict", tiny_run, "photos/black.png", "photos", "--json")
     assert (expected[0], expected[2], len(json.loads(expected[1]))) == (0, "", 2)
-    said = "cifar-resnet: the newest run is runs/digits-1\n"
+    said = f"cifar-resnet: the newest run is {Path('runs/digits-1')}\n"
     assert cli("predict", "photos/black.png", "photos", "--json") == (0, expected[1], said)
     assert cli("predict", "latest", "photos/black.png", "photos", "--json") == (0, expected[1], said)
     assert "that is a run, and no image is given" in refused(2, "predict", "runs/digits-1")
-    assert "there is no checkpoint runs/digit-1" in refused(1, "predict", "runs/digit-1", "photos/black.png")
+    assert f"there is no checkpoint {Path('runs/digit-1')}" in refused(1, "predict", "runs/digit-1", "photos/black.png")

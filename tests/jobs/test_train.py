@@ -56,7 +56,7 @@ def test_the_metrics_of_every_epoch_are_handed_to_a_function(tiny_recipe, tmp_pa
     monkeypatch.chdir(tmp_path)
     told = []
     checkpoints = [train(tiny_recipe, on_epoch=told.append) for _ in range(2)]  # as a cell that is run twice
-    assert [str(each.path.parent) for each in checkpoints] == ["runs/digits-1", "runs/digits-2"]
+    assert [each.path.parent.as_posix() for each in checkpoints] == ["runs/digits-1", "runs/digits-2"]
     assert told == checkpoints[0].history + checkpoints[1].history
     assert type(told[0]) is dict
 
@@ -330,7 +330,7 @@ def test_curves_that_cannot_be_written_are_said_and_the_run_goes_on(tiny_recipe,
     monkeypatch.setattr("cifar_resnet.jobs.common.write_whole", full_at_first)
     heard = Listener()
     assert train(tiny_recipe, tmp_path, watcher=heard).finished
-    assert heard.warnings == [f"{tmp_path}/curves.png could not be written: No space left on device; the run goes on"]
+    assert heard.warnings == [f"{tmp_path / 'curves.png'} could not be written: No space left on device; the run goes on"]
 
 
 def test_the_accuracy_curve_has_a_line_where_a_target_is_given_and_none_otherwise(cli, tmp_path):

@@ -33,16 +33,14 @@ def small(recipe="digits", **changes):
 
 
 def test_steepest_is_torch_lr_finders_own():
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from torch_lr_finder import LRFinder
 
     history = made()
     model = torch.nn.Linear(1, 1)
     finder = LRFinder(model, torch.optim.SGD(model.parameters(), 0.1), torch.nn.MSELoss(), device="cpu")
     finder.history = {"lr": history.lr.tolist(), "loss": lr_finder.exponential(history.loss).tolist()}
-    axis = plt.figure().gca()
-    _, theirs = finder.plot(ax=axis, suggest_lr=True)
-    plt.close("all")
+    _, theirs = finder.plot(ax=Figure().subplots(), suggest_lr=True)
     assert suggest(history).steepest == pytest.approx(theirs)
 
 

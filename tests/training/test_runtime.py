@@ -186,7 +186,7 @@ def test_one_process_compiles_as_many_models_as_it_trains_and_leaves_them_as_the
 
 
 def lacks_a_compiler():
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
     if not shutil.which(compiler):
         return f"there is no C++ compiler: {compiler}"
     if " " in tempfile.gettempdir():
