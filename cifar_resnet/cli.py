@@ -705,9 +705,10 @@ def schedule(
     if policy == "triangular" and not 0 < min_lr < recipe.max_lr:
         raise UsageError(f"--min-lr {min_lr:g} must be above 0 and below --max-lr {recipe.max_lr:g}")
     from .data.loaders import batch_sizes
-    from .jobs.common import save_figure
+    from .jobs.common import check_picture, save_figure
     from .look import figures
 
+    check_picture(output)
     if policy == "triangular":
         figure = figures.triangular(min_lr, recipe.max_lr, step_size, cycles)
     else:
@@ -727,13 +728,11 @@ def bench(
 
     bench needs no data. On two CPU cores it takes two to ten minutes: ten without bfloat16 and with --reference. Run nothing else meanwhile.
     """
-    from .files import check_writable, writable, write_json
+    from .files import check_file, writable, write_json
     from .jobs.bench import bench
 
     if json_file:
-        check_writable(json_file.parent)
-        if json_file.is_dir():
-            raise UsageError(f"--json {json_file} is a folder; give a file")
+        check_file(json_file)
     where: dict[str, Any] = dict(device=device, workers=workers, compile=compile, convolution=convolution)
     content = bench(recipe, rounds=rounds, reference=reference, profile=profile, **where)
     console.bench(content)

@@ -140,6 +140,17 @@ def check_writable(path: Path) -> None:
         raise RunDirectoryError(f"folder {path} cannot be made or written: {there} is no folder that can be written")
 
 
+def check_file(path: Path) -> None:
+    """Whether a file can be written there.
+
+    Raises:
+        RunDirectoryError: it cannot.
+    """
+    if path.is_dir():
+        raise RunDirectoryError(f"{path} could not be written: it is a folder")
+    check_writable(path.parent)
+
+
 def writable(path: Path) -> Path:
     """The folder, made if it is missing.
 

@@ -45,6 +45,8 @@ def keep(folder: Path, state: str, images: np.ndarray, whites: Mapping[str, int]
         path = _path(folder)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.part"):  # by a process that was killed
+            left.unlink(missing_ok=True)
         try:
             with open(part, "wb") as file:
                 kinds, values = np.array(list(whites), str), np.array(list(whites.values()), np.int64)

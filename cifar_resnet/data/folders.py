@@ -6,6 +6,7 @@ import difflib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ EVALUATION = ("test", "val", "valid", "validation", "eval")  # what the folder b
 FOLDERS_OF_SYSTEMS = {"__macosx", "@eadir", "$recycle.bin", "__pycache__"}
 PATIENCE = 1.0  # seconds of reading until that is said
 Progress = Callable[[int, int], None]
+Telling = Callable[["Listing"], Callable[[int], None]]  # of a listing: what is called with how many of its images are read
 
 
 class Listing(NamedTuple):
@@ -71,10 +73,10 @@ def image_folder(
     _check_classes(folder, listings)
     _say_skipped([path.relative_to(folder) for listing in listings for path in listing.skipped], folder, notify)
     _say_loose([listing.folder for listing in listings], notify)
-    tell = _telling(progress, notify, folder, sum(len(each.files) for each in listings))
-    train, whites = _read(listings[0], {}, tell)
+    telling = partial(_telling, progress, notify)
+    train, whites = _read(listings[0], {}, telling)
     if split is None:
-        test, _ = _read(listings[1], whites, lambda done: tell(len(train) + done))
+        test, _ = _read(listings[1], whites, telling)
     else:
         train, test = _set_apart(train, split, listings[0].classes, folder)
     for name, part in (("training", train), ("evaluation", test)):
@@ -224,9 +226,9 @@ def _say_loose(folders: Sequence[Path], notify: Callable[[str], None]) -> None:
             )
 
 
-def _telling(progress: Progress, notify: Callable[[str], None], folder: Path, total: int) -> Callable[[int], None]:
-    """What is called with how many images are read. It says once that reading takes long, and how long."""
-    began, said = time.monotonic(), False
+def _telling(progress: Progress, notify: Callable[[str], None], listing: Listing) -> Callable[[int], None]:
+    """What is called with how many images of a listing are read. It says once that reading takes long, and how long."""
+    began, said, total = time.monotonic(), False, len(listing.files)
 
     def tell(done: int) -> None:
         nonlocal said
@@ -234,14 +236,13 @@ def _telling(progress: Progress, notify: Callable[[str], None], folder: Path, to
         passed = time.monotonic() - began
         if passed > PATIENCE and not said:
             said = True
-            notify(
-                f"reading {total:,} images in {folder}: about {passed * (total - done) / done:,.0f} s; they are kept for the next time"
-            )
+            left = f"about {passed * (total - done) / done:,.0f} s"
+            notify(f"reading {total:,} images in {listing.folder}: {left}; they are kept for the next time")
 
     return tell
 
 
-def _read(listing: Listing, whites: dict[str, int], tell: Callable[[int], None]) -> tuple[Split, dict[str, int]]:
+def _read(listing: Listing, whites: dict[str, int], telling: Telling) -> tuple[Split, dict[str, int]]:
     """A listing's images, from where they are kept or from their files, and the values of white.
 
     Files of a type of more than 8 bits that `whites` lacks decide its white together.
@@ -249,7 +250,7 @@ def _read(listing: Listing, whites: dict[str, int], tell: Callable[[int], None])
     state = cache.state_of(listing.folder, listing.files, whites)
     images, found = cache.find(listing.folder, state, len(listing.files)) or (None, {})
     if images is None:
-        images, found = _decoded(listing, whites, tell)
+        images, found = _decoded(listing, whites, telling(listing))
         cache.keep(listing.folder, state, images, found)
     names = np.array([path.relative_to(listing.folder).as_posix() for path in listing.files])
     return Split(images, listing.labels, np.arange(len(images)), names, listing.folder), found

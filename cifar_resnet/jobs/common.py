@@ -20,7 +20,7 @@ from ..data import datasets, label_errors
 from ..data.loaders import TensorLoader
 from ..data.splits import Data, fingerprint, same_images
 from ..errors import CifarResnetError, UsageError, shell_word
-from ..files import write_whole
+from ..files import check_file, writable, write_whole
 from ..look import analysis
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe
@@ -98,18 +98,23 @@ def spread(accuracies: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "interval": interval}
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes the figure whole, in the format of its suffix, and gives the path.
+def check_picture(path: Path) -> None:
+    """Whether `save_figure` can write there.
 
     Raises:
         UsageError: the suffix is none of .png, .svg and .pdf.
         RunDirectoryError: the file cannot be written.
     """
-    from ..look import figures
-
     if path.suffix not in PICTURES:
         raise UsageError(f"{path} must end in .png, .svg or .pdf")
-    write_whole(path, figures.render(figure, path.suffix[1:]))
+    check_file(path)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes the figure whole, in the format of its suffix, into a folder that is made if it is missing; gives the path."""
+    from ..look import figures
+
+    write_whole(writable(path.parent) / path.name, figures.render(figure, path.suffix[1:]))
     return path
 
 

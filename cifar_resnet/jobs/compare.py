@@ -13,7 +13,7 @@ from ..errors import CifarResnetError, UsageError, shell_command
 from ..look import figures
 from ..recipe import DATASETS, Recipe, read_json
 from ..run_dir import CHECKPOINT, REPEAT, SCHEMA, Checkpoint, find_runs, load_checkpoint, seeds_of
-from .common import save_figure, spread
+from .common import check_picture, save_figure, spread
 
 
 @checked
@@ -37,6 +37,8 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
     """
     if not runs:
         raise UsageError("compare takes at least one run")
+    if path is not None:
+        check_picture(Path(path))
     loaded = [checkpoint for run in runs for checkpoint in _ended(run)]
     _check_evaluated_alike(loaded)
     together: dict[tuple[Recipe, str], list[Checkpoint]] = {}

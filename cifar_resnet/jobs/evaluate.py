@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Format, Tta, checked
-from ..files import writable, write_json
+from ..files import check_writable, writable, write_json
 from ..look import figures
-from ..run_dir import LATEST
+from ..run_dir import LATEST, load_checkpoint
 from .common import content_of, logits_of, save_figure
 
 
@@ -39,10 +39,11 @@ def evaluate(
     Raises:
         CifarResnetError: one line that says what was wrong.
     """
-    prediction = logits_of(checkpoint, data_dir, device, notify, dataset)
-    content = content_of(prediction, tta)
-    folder = writable(Path(run_dir) if run_dir else prediction.checkpoint.path.parent)
-    write_json(folder / "evaluation.json", content)
+    loaded = load_checkpoint(checkpoint)
+    folder = Path(run_dir) if run_dir else loaded.path.parent
+    check_writable(folder)
+    content = content_of(logits_of(loaded, data_dir, device, notify, dataset), tta)
+    write_json(writable(folder) / "evaluation.json", content)
     found(content)
     for name, figure in figures.evaluation(content).items():
         save_figure(figure, folder / f"{name}.{format}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..arguments import ExportFormat, checked
 from ..errors import CifarResnetError, UsageError
-from ..files import write_whole
+from ..files import check_file, writable, write_whole
 from ..recipe import DATASETS
 from ..run_dir import LATEST, Checkpoint, load_checkpoint
 from ..training.model import ResNet
@@ -71,6 +71,9 @@ def export(
     recipe = loaded.recipe
     if format == "space" and recipe.dataset not in DATASETS:  # what is published says no path of this machine
         recipe = recipe.model_copy(update={"dataset": f"./{recipe.dataset_name}"})
+    path = Path(path) if path else loaded.path.parent / ("space" if format == "space" else f"model.{format}")
+    if format != "space":
+        check_file(path)
     told = {"recipe": recipe.to_dict(), "classes": loaded.classes, "temperature": loaded.temperature, **standing(loaded)}
     metadata = {name: json.dumps(value) for name, value in told.items()}
     try:
@@ -79,12 +82,10 @@ def export(
         extra = "demo" if format == "space" else "export"
         raise CifarResnetError(f'export needs the package {error.name}: pip install "cifar-resnet[{extra}]"') from None
     if format == "space":
-        path = Path(path) if path else loaded.path.parent / "space"
         space(loaded, recipe, path, content, data_dir, device, notify)
         return path
     say_unfinished(loaded, notify)
-    path = Path(path) if path else loaded.path.parent / f"model.{format}"
-    write_whole(path, content)
+    write_whole(writable(path.parent) / path.name, content)
     return path
 
 

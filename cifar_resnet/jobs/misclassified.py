@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import Format, GradCamLayer, Sort, checked
 from ..data.folders import present
 from ..errors import CifarResnetError, UsageError
-from ..files import check_new_folder, csv_of, new_folder, same_place, writable, write_json, write_whole
+from ..files import check_new_folder, check_writable, csv_of, new_folder, same_place, writable, write_json, write_whole
 from ..look import analysis, figures, pictures
 from ..recipe import DATASETS
 from ..run_dir import LATEST, SCHEMA, Checkpoint, load_checkpoint
@@ -65,14 +65,15 @@ def misclassified(
     loaded = load_checkpoint(checkpoint)
     analysis.choose([], loaded.classes, sort, true, predicted)  # which raises for what there is not
     check_new_folders(loaded, copy_to, save_images, dataset, data_dir)
+    folder = Path(run_dir) if run_dir else loaded.path.parent
+    check_writable(folder)
     found = logits_of(loaded, data_dir, device, notify, dataset)
     wrong = analysis.mistakes(*found.judged)
     listed, ranked = by_label(found) if sort == "label" else (wrong, [])
     chosen = analysis.choose(listed, found.data.classes, sort, true, predicted)
     right = [] if chosen or sort == "label" else analysis.mistakes(*found.judged, right=True)
     unsure = analysis.choose(right, found.data.classes, "confidence", true, predicted)[:count]
-    folder = writable(Path(run_dir) if run_dir else found.checkpoint.path.parent)
-    write_json(folder / "misclassified.json", _content(found, wrong, unsure))
+    write_json(writable(folder) / "misclassified.json", _content(found, wrong, unsure))
     written(folder / "misclassified.json")
     if ranked:
         write_labels(found, ranked, folder, "labels", {}, written)

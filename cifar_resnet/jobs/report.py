@@ -18,7 +18,7 @@ from PIL import Image
 from ..arguments import ReportFormat, checked
 from ..data.loaders import batch_sizes
 from ..errors import printable
-from ..files import check_writable, writable, write_whole
+from ..files import check_file, check_writable, writable, write_whole
 from ..look import analysis, figures, pictures
 from ..look.progress import epoch_line
 from ..look.words import count_of, duration, plural
@@ -56,7 +56,7 @@ def report(
     """
     checkpoint = load_checkpoint(run)
     path = Path(path) if path else checkpoint.path.parent / ("report.html" if format == "html" else "report")
-    check_writable(path.parent)
+    (check_file if format == "html" else check_writable)(path)
     found = logits_of(checkpoint, data_dir, device, notify, dataset)
     content = content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")
     wrong = analysis.mistakes(*found.judged)

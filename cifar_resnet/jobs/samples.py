@@ -13,7 +13,7 @@ from ..data.loaders import epoch_order, make_loader
 from ..errors import UsageError
 from ..look import analysis, figures, pictures
 from ..recipe import Recipe
-from .common import prepare, save_figure
+from .common import check_picture, prepare, save_figure
 
 
 @checked
@@ -40,6 +40,8 @@ def samples(
     """
     if not 1 <= views <= 20:
         raise UsageError(f"--views {views} must be 1 to 20")
+    if path is not None:
+        check_picture(Path(path))
     recipe, device, data = prepare(recipe or Recipe(), "cpu", data_dir, notify)
     rng = np.random.default_rng(recipe.seed)
     classes = data.classes[: figures.MOST_CLASSES]

@@ -148,7 +148,7 @@ def _held_out_logits(
 def _as_prediction(loaded: Checkpoint, recipe: Recipe, data: Data, logits: Tensor, device: torch.device) -> Prediction:
     """The training images in the place of those of the evaluation, with logits of several networks; the run's own is not asked."""
     labels = torch.from_numpy(data.train.labels)
-    fitted, content = calibration.fit_temperature(logits, labels), {**loaded.content, "epoch": recipe.epochs}
+    fitted, content = calibration.fit_temperature(logits, labels), {**loaded.content, "epoch": recipe.epochs, "step": 0}
     judged = replace(loaded, recipe=recipe, temperature=fitted, content=content)
     data, images = replace(data, evaluation=data.train, evaluated_on="training"), TensorLoader(data.train, recipe, device)
     return Prediction(judged, loaded.model(device), data, images, logits, labels, device, "")

@@ -237,7 +237,8 @@ class TrainingTable(AbstractContextManager):
             self.live = LiveLine(lambda: _counted("reading", "images", self.reading_since, *self.read))
         if self.live and done < total:
             self.live.update()
-        else:
+        elif done == total:
+            self.reading_since = 0.0  # another part may follow
             self.close()
 
     def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: Data, state: State) -> None:
