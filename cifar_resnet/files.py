@@ -127,8 +127,8 @@ def check_new_folder(path: Path) -> None:
         raise RunDirectoryError(f"folder {path} is not empty; choose a new one")
 
 
-def check_writable(path: Path) -> None:
-    """Whether the folder, or the nearest one above it that is there, can be written.
+def check_writable(path: Path) -> Path:
+    """The folder, which is not made yet, if it can be written, or if the nearest one above it that is there can.
 
     Raises:
         RunDirectoryError: it cannot.
@@ -138,6 +138,7 @@ def check_writable(path: Path) -> None:
         raise RunDirectoryError(f"folder {path} cannot be made: there is no {path.absolute().anchor}")
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise RunDirectoryError(f"folder {path} cannot be made or written: {there} is no folder that can be written")
+    return path
 
 
 def check_file(path: Path) -> None:

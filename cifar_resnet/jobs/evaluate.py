@@ -40,8 +40,7 @@ def evaluate(
         CifarResnetError: one line that says what was wrong.
     """
     loaded = load_checkpoint(checkpoint)
-    folder = Path(run_dir) if run_dir else loaded.path.parent
-    check_writable(folder)
+    folder = check_writable(Path(run_dir) if run_dir else loaded.path.parent)
     content = content_of(logits_of(loaded, data_dir, device, notify, dataset), tta)
     write_json(writable(folder) / "evaluation.json", content)
     found(content)

@@ -65,8 +65,7 @@ def misclassified(
     loaded = load_checkpoint(checkpoint)
     analysis.choose([], loaded.classes, sort, true, predicted)  # which raises for what there is not
     check_new_folders(loaded, copy_to, save_images, dataset, data_dir)
-    folder = Path(run_dir) if run_dir else loaded.path.parent
-    check_writable(folder)
+    folder = check_writable(Path(run_dir) if run_dir else loaded.path.parent)
     found = logits_of(loaded, data_dir, device, notify, dataset)
     wrong = analysis.mistakes(*found.judged)
     listed, ranked = by_label(found) if sort == "label" else (wrong, [])
