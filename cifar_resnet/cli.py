@@ -705,6 +705,7 @@ def schedule(
     if policy == "triangular" and not 0 < min_lr < recipe.max_lr:
         raise UsageError(f"--min-lr {min_lr:g} must be above 0 and below --max-lr {recipe.max_lr:g}")
     from .data.loaders import batch_sizes
+    from .files import writable
     from .jobs.common import check_picture, save_figure
     from .look import figures
 
@@ -713,6 +714,7 @@ def schedule(
         figure = figures.triangular(min_lr, recipe.max_lr, step_size, cycles)
     else:
         figure = figures.learning_rate(recipe, len(batch_sizes(recipe, 50_000)))
+    writable(output.parent)
     save_figure(figure, output)
     _say_written(output)
 

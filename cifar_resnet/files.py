@@ -27,8 +27,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
         RunDirectoryError: it cannot be written, and the old file is as it was; or the new file is there, and its folder could not be
             flushed.
     """
-    if os.path.isdir(path):
-        raise RunDirectoryError(f"{path} could not be written: it is a folder")
+    refuse_folder(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -128,28 +127,32 @@ def check_new_folder(path: Path) -> None:
 
 
 def check_writable(path: Path) -> Path:
-    """The folder, which is not made yet, if it can be written, or if the nearest one above it that is there can.
+    """Gives the folder back. It need not be there, and is not made.
 
     Raises:
-        RunDirectoryError: it cannot.
+        RunDirectoryError: the folder or, if it is missing, the nearest one above it cannot be written.
     """
-    there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None)
+    there = next((folder for folder in (path, *path.absolute().parents) if os.path.exists(folder)), None)
     if there is None:  # a drive of Windows
         raise RunDirectoryError(f"folder {path} cannot be made: there is no {path.absolute().anchor}")
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
         raise RunDirectoryError(f"folder {path} cannot be made or written: {there} is no folder that can be written")
     return path
 
 
 def check_file(path: Path) -> None:
-    """Whether a file can be written there.
+    """Whether a file can be written there, whose folder may be missing.
 
     Raises:
         RunDirectoryError: it cannot.
     """
-    if path.is_dir():
-        raise RunDirectoryError(f"{path} could not be written: it is a folder")
+    refuse_folder(path)
     check_writable(path.parent)
+
+
+def refuse_folder(path: Path) -> None:
+    if os.path.isdir(path):  # which raises nothing, unlike Path.is_dir
+        raise RunDirectoryError(f"{path} cannot be written: it is a folder")
 
 
 def writable(path: Path) -> Path:

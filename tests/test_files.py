@@ -12,7 +12,7 @@ from faulty import CALLS, CODES, Faulty
 
 from cifar_resnet import files
 from cifar_resnet.errors import RunDirectoryError
-from cifar_resnet.files import check_new_folder, check_writable, new_folder, same_place, write_whole
+from cifar_resnet.files import check_file, check_new_folder, check_writable, new_folder, same_place, writable, write_whole
 
 
 @pytest.mark.posix
@@ -28,8 +28,22 @@ def test_a_whole_write_flushes_the_file_before_and_the_folder_after_the_rename(t
 def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch, name):
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunDirectoryError, match=f"{re.escape(str(Path(name)))} could not be written: it is a folder"):
+    with pytest.raises(RunDirectoryError, match=f"{re.escape(str(Path(name)))} cannot be written: it is a folder"):
         write_whole(Path(name), "text")
+    with pytest.raises(RunDirectoryError, match="it is a folder"):
+        check_file(Path(name))
+
+
+@pytest.mark.parametrize("name", [300 * "a", f"{300 * 'a'}/file"])
+def test_a_name_that_is_too_long_is_one_line(tmp_path, name):
+    def write():
+        check_file(tmp_path / name)
+        writable((tmp_path / name).parent)
+        write_whole(tmp_path / name, "text")
+
+    with pytest.raises(RunDirectoryError):
+        write()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
@@ -96,7 +110,7 @@ def test_what_comes_into_a_folder_that_is_about_to_be_filled_stays(tmp_path):
 
 
 def test_a_drive_that_is_not_there_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda path: False)
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
     with pytest.raises(RunDirectoryError, match="cannot be made: there is no "):
         check_writable(tmp_path / "run")
 

@@ -67,8 +67,8 @@ def test_a_run_whose_disk_fails_once_goes_on_to_the_same_end(unfinished, tiny_ru
     assert_same_run(whole, content(tiny_run))
     points = range(len(calls)) if every else [len(CALLS) * 2 * n + n % len(CALLS) for n in range((writes + 1) // 2)]
     went_on = 0
-    for failing in points:
-        for code in CODES if every else [CODES[failing % 3]]:
+    for n, failing in enumerate(points):
+        for code in CODES if every else [CODES[n % 3]]:
             _, result, ended = attempt(failing, code)
             assert_same_run(result, whole)
             went_on += ended

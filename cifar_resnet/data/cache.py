@@ -1,9 +1,10 @@
-"""The user's cache folder, and images of a folder that were read once, kept there. Whoever deletes them loses time only."""
+"""Images of a folder that were read once, kept in the user's cache folder. Whoever deletes them loses time only."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -45,8 +46,10 @@ def keep(folder: Path, state: str, images: np.ndarray, whites: Mapping[str, int]
         path = _path(folder)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.part"):  # by a process that was killed
-            left.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.part"):
+            with suppress(OSError):  # of another user, or open on Windows
+                if time.time() - left.stat().st_mtime > 3600:  # by a process that was killed: none writes for so long
+                    left.unlink()
         try:
             with open(part, "wb") as file:
                 kinds, values = np.array(list(whites), str), np.array(list(whites.values()), np.int64)

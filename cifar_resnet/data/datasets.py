@@ -35,7 +35,7 @@ def load(
     Args:
         data_dir: see `cifar` and `folders.present`.
         notify: called with a line for what the user should know: a download, files that are left out.
-        progress: called with how many image files of a folder's part are read, of how many.
+        progress: called with how many image files are read, of how many: first for the training images, then for the others.
 
     Raises:
         DataError: a file is missing and cannot be downloaded, or is damaged.

@@ -26,7 +26,6 @@ EVALUATION = ("test", "val", "valid", "validation", "eval")  # what the folder b
 FOLDERS_OF_SYSTEMS = {"__macosx", "@eadir", "$recycle.bin", "__pycache__"}
 PATIENCE = 1.0  # seconds of reading until that is said
 Progress = Callable[[int, int], None]
-Telling = Callable[["Listing"], Callable[[int], None]]  # of a listing: what is called with how many of its images are read
 
 
 class Listing(NamedTuple):
@@ -37,6 +36,9 @@ class Listing(NamedTuple):
     files: list[Path]
     labels: np.ndarray  # int64 (N,)
     skipped: list[Path]  # files that are no images
+
+
+Telling = Callable[[Listing], Callable[[int], None]]  # gives, for a listing, what is called with how many of its images are read
 
 
 def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -234,7 +236,7 @@ def _telling(progress: Progress, notify: Callable[[str], None], listing: Listing
         nonlocal said
         progress(done, total)
         passed = time.monotonic() - began
-        if passed > PATIENCE and not said:
+        if passed > PATIENCE and done < total and not said:
             said = True
             left = f"about {passed * (total - done) / done:,.0f} s"
             notify(f"reading {total:,} images in {listing.folder}: {left}; they are kept for the next time")

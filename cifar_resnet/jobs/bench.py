@@ -79,8 +79,7 @@ def bench(
         compile: "auto", "on" or "off"; see `runtime.compiled`.
         convolution: "auto", or "torch" for torch's own. With auto every way is timed, and later runs go by these timings.
         seconds: about how long one measurement takes; a step at least.
-        progress: a function is called with the rounds done. Else a bar is shown in a terminal and in a notebook; anywhere
-            else standard error gets a line every two minutes. False: nothing is shown.
+        progress: as `find_lr` takes it; a function is called with the rounds done.
 
     Returns:
         `rounds`: what was measured by contestant, images a second, or FLOP/s of the matrix product; `medians` of these;

@@ -20,7 +20,7 @@ from ..data import datasets, label_errors
 from ..data.loaders import TensorLoader
 from ..data.splits import Data, fingerprint, same_images
 from ..errors import CifarResnetError, UsageError, shell_word
-from ..files import check_file, writable, write_whole
+from ..files import check_file, write_whole
 from ..look import analysis
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe
@@ -111,10 +111,10 @@ def check_picture(path: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes the figure whole, in the format of its suffix, into a folder that is made if it is missing; gives the path."""
+    """Writes the figure whole, in the format of its suffix, and gives the path; see `check_picture`."""
     from ..look import figures
 
-    write_whole(writable(path.parent) / path.name, figures.render(figure, path.suffix[1:]))
+    write_whole(path, figures.render(figure, path.suffix[1:]))
     return path
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..arguments import checked
 from ..errors import CifarResnetError, UsageError, shell_command
+from ..files import writable
 from ..look import figures
 from ..recipe import DATASETS, Recipe, read_json
 from ..run_dir import CHECKPOINT, REPEAT, SCHEMA, Checkpoint, find_runs, load_checkpoint, seeds_of
@@ -49,6 +50,7 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
         _check_seeds(members)
     evaluated_on, groups = loaded[0].evaluated_on, _groups(together)
     if path is not None:
+        writable(Path(path).parent)
         save_figure(figures.comparison(groups, evaluated_on), Path(path))
     return {"schema": SCHEMA, "evaluated_on": evaluated_on, "groups": groups}
 

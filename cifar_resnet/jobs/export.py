@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..arguments import ExportFormat, checked
 from ..errors import CifarResnetError, UsageError
-from ..files import check_file, writable, write_whole
+from ..files import check_file, check_new_folder, writable, write_whole
 from ..recipe import DATASETS
 from ..run_dir import LATEST, Checkpoint, load_checkpoint
 from ..training.model import ResNet
@@ -72,8 +72,7 @@ def export(
     if format == "space" and recipe.dataset not in DATASETS:  # what is published says no path of this machine
         recipe = recipe.model_copy(update={"dataset": f"./{recipe.dataset_name}"})
     path = Path(path) if path else loaded.path.parent / ("space" if format == "space" else f"model.{format}")
-    if format != "space":
-        check_file(path)
+    (check_new_folder if format == "space" else check_file)(path)
     told = {"recipe": recipe.to_dict(), "classes": loaded.classes, "temperature": loaded.temperature, **standing(loaded)}
     metadata = {name: json.dumps(value) for name, value in told.items()}
     try:
@@ -85,7 +84,8 @@ def export(
         space(loaded, recipe, path, content, data_dir, device, notify)
         return path
     say_unfinished(loaded, notify)
-    write_whole(writable(path.parent) / path.name, content)
+    writable(path.parent)
+    write_whole(path, content)
     return path
 
 

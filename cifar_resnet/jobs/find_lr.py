@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +63,8 @@ def find_lr(
         sweep: also trains this many epochs at each of up to nine maxima: seven a factor of 2 apart around the recommended one, or
             the recipe's if none is recommended; the steepest point; and the recommended one. The recipe's holdout judges these
             trainings, or else a tenth of the training images, on which they do not train.
-        progress: a function is called with the steps done and those planned. Else a bar is shown in a terminal and in a
-            notebook; anywhere else standard error gets a line every two minutes. False: nothing is shown.
+        progress: None or True: a bar in a terminal and in a notebook, elsewhere a line on standard error every two minutes.
+            False: nothing. A function is called with the steps done and those planned.
 
     Raises:
         CifarResnetError: one line that says what was wrong.
@@ -74,10 +75,11 @@ def find_lr(
         check_writable(Path(run_dir))
     with ExitStack() as held:
         told = held.enter_context(telling(progress, "learning rate", "steps"))
+        notify = cache(notify)  # what is said of the images is said once, though they may be loaded twice
         recipe, place, data = prepare(recipe, device, data_dir, notify)
         if sweep and not recipe.holdout:
             recipe = recipe.replace(holdout=max(len(data.train) // 10, len(data.classes)), test_limit=None)
-            data = load(recipe, data_dir, lambda message: None)  # which was said
+            data = load(recipe, data_dir, notify)
         check_batches(recipe, len(data.train))
         batches = held.enter_context(closing(make_loader(data.train, recipe, place, loader, workers)))
         ways = choose(convolution, build_model(recipe), recipe, place)

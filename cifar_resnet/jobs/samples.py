@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ..arguments import LoaderKind, checked
 from ..data.loaders import epoch_order, make_loader
 from ..errors import UsageError
+from ..files import writable
 from ..look import analysis, figures, pictures
 from ..recipe import Recipe
 from .common import check_picture, prepare, save_figure
@@ -57,5 +58,6 @@ def samples(
         title += f", the first {len(classes)} of {len(data.classes):,} classes"
     figure = pictures.samples(chosen.images, seen, classes, title)
     if path is not None:
+        writable(Path(path).parent)
         save_figure(figure, Path(path))
     return figure

@@ -16,7 +16,7 @@ from ..arguments import Format, checked
 from ..data.loaders import TensorLoader
 from ..data.splits import Data
 from ..errors import CifarResnetError, UsageError
-from ..files import writable, write_whole
+from ..files import check_writable, writable, write_whole
 from ..look import analysis, pictures
 from ..look.progress import telling
 from ..look.words import count_of
@@ -70,13 +70,14 @@ def training_labels(
     loaded, place = opened(run, device, notify)
     analysis.choose([], loaded.classes, "label", true, predicted)  # which raises for a class that is none
     check_new_folders(loaded, copy_to, save_images, dataset, data_dir)
+    folder = check_writable(Path(run_dir) if run_dir else loaded.path.parent)
     with telling(progress, "training on folds", "steps") as told:
         loaded, data = images_of(loaded, data_dir, notify, dataset)
         if changed := loaded.difference("train", data.fingerprints["train"]):
             notify(f"the training images are not those of the run: {changed}")
         recipe, parts = _shortened(loaded.recipe, epochs), _parts(data, folds, loaded.recipe.seed)
-        folder = writable(Path(run_dir) if run_dir else loaded.path.parent)
-        logits = _held_out_logits(recipe, data, parts, place, loaded.convolutions, folder / FOLDS, notify, told)
+        folds_file = writable(folder) / FOLDS
+        logits = _held_out_logits(recipe, data, parts, place, loaded.convolutions, folds_file, notify, told)
     found = _as_prediction(loaded, recipe, data, logits, place)
     doubted, ranked = by_label(found, logits)
     chosen = analysis.choose(doubted, data.classes, "label", true, predicted)
@@ -86,7 +87,7 @@ def training_labels(
         figure = pictures.misclassified(drawn, shown, title(found, count, len(chosen), "label", true, predicted, 0), "label")
         written(save_figure(figure, folder / f"training_labels.{format}"))
     write_images(found, chosen, copy_to, save_images, written)
-    (folder / FOLDS).unlink(missing_ok=True)
+    folds_file.unlink(missing_ok=True)
     return chosen
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch stays out of what only prints
 
 Told = Callable[..., None]
 MARGIN = 4  # columns that the line leaves free: a key pressed there is wiped with the line
-SILENCE = 120.0  # seconds: where nothing moves, what is under way is told of as often
+SILENCE = 120.0  # seconds between two lines of what is under way, where nothing moves
 GONE = (OSError, SystemExit)  # of a terminal or a pipe that was closed, as rich ends the process then: what runs goes on
 
 
@@ -97,11 +97,11 @@ class _Live(Live):
 def telling(asked: Told | bool | None, what: str, unit: str, total: int | None = None) -> Iterator[Told]:
     """What a job calls with the count done, and with the total where it alone knows that.
 
-    It is the function given; or, unless asked is False, shows a bar where somebody sees the bar, and else writes a line every two
-    minutes to standard error.
+    A function that is given is called. Without one a bar is shown in a terminal and in a notebook, and elsewhere standard error
+    gets a line every two minutes. If asked is False, nothing is shown.
     """
     if asked is False or callable(asked):
-        yield asked or (lambda *_: None)
+        yield asked if callable(asked) else (lambda *_: None)
         return
     replace_unencodable()
     began, state = time.monotonic(), [0, total]
@@ -120,7 +120,7 @@ def telling(asked: Told | bool | None, what: str, unit: str, total: int | None =
         if not visible() and not console.console.quiet and time.monotonic() - printed >= SILENCE:
             printed = time.monotonic()
             with suppress(*GONE):
-                print(line().fitted(120), file=sys.stderr, flush=True)
+                print(f"cifar-resnet: {line().fitted(120)}", file=sys.stderr, flush=True)
 
     shown = LiveLine(line)
     try:

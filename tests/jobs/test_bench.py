@@ -186,5 +186,5 @@ def test_wrong_usage_of_bench_is_refused_in_one_line(refused, tmp_path):
     assert "--workers -1" in refused(2, "bench", "--workers", -1, "--width", 1, "--batch-size", 1)
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in refused(1, "bench", "--json", tmp_path / "file" / "b.json")
-    assert f"{tmp_path} could not be written: it is a folder" in refused(1, "bench", "--json", tmp_path)
+    assert f"{tmp_path} cannot be written: it is a folder" in refused(1, "bench", "--json", tmp_path)
     assert cifar_resnet.bench is bench.bench

@@ -16,6 +16,9 @@ import pytest
         (["report", "RUN", "--output"], "folder.png", 1, "it is a folder"),
         (["report", "RUN", "--format", "markdown", "--output"], "file", 1, "is no folder that can be written"),
         (["export", "RUN", "--format", "safetensors", "--output"], "folder.png", 1, "it is a folder"),
+        (["export", "RUN", "--format", "space", "--output"], "file", 1, "is no folder that can be written"),
+        (["misclassified", "RUN", "--sort", "label", "--folds", 2, "--run-dir"], "file", 1, "is no folder that can be written"),
+        (["find-lr", "--dataset", "digits", "--run-dir"], "file", 1, "is no folder that can be written"),
         (["bench", "--json"], "folder.png", 1, "it is a folder"),
     ],
 )

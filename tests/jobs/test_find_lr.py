@@ -48,6 +48,17 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_two_readings_of_the_images_say_is_said_once(own_images, found_at_once, monkeypatch):
+    for path in list(own_images.glob("train/dark/*"))[1:]:
+        path.unlink()
+    (own_images / "train" / "bright" / "notes.txt").write_text("no image")
+    monkeypatch.setattr("cifar_resnet.jobs.find_lr.engine.train", lambda *arguments: iter(()))
+    said, recipe = [], Recipe.build(dataset=str(own_images), batch_size=8, max_lr=0.02, width=4)
+    find_lr(recipe, sweep=1, notify=said.append)
+    assert len([line for line in said if "1 file is no image" in line]) == 1
+    assert len([line for line in said if "a single training image in dark" in line]) == 1
+
+
 def test_find_lr_with_trials_from_the_command_line(cli, tmp_path, no_figures):
     fast = ("--width", 4, "--logit-scale", 1, "--init", "dirac")  # so that a bottom shows within 100 steps
     options = ("--train-limit", 300, "--batch-size", 16, "--precision", "float32", "--trial-steps", 20, "--workers", 0)

@@ -31,6 +31,12 @@ def rank(run, **options):
     return json.loads((run / "training_labels.json").read_text("utf-8"))
 
 
+def test_networks_of_a_run_that_was_stopped_are_trained_to_their_end(unfinished, tmp_path, no_figures):
+    training_labels(unfinished, folds=2, epochs=6, run_dir=tmp_path, progress=False)
+    content = json.loads((tmp_path / "training_labels.json").read_text("utf-8"))
+    assert [content[name] for name in ("epoch", "epochs", "step")] == [6, 6, 0]
+
+
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
 

@@ -201,6 +201,17 @@ def test_a_bar_tells_of_images_whose_reading_takes_longer_than_a_second(terminal
     assert terminal.lines() == []
 
 
+def test_neither_a_terminal_nor_quiet_wants_lines_of_a_long_job(terminal, capsys, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for shown in (terminal.console, Console(file=io.StringIO(), quiet=True)):
+        monkeypatch.setattr(console, "console", shown)
+        with progress.telling(None, "measuring", "rounds", 6) as tell:
+            clock[0] += 121
+            tell(3)
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_without_a_terminal_a_long_job_is_told_of_every_two_minutes_on_standard_error(asked, capsys, monkeypatch):
     clock = [1000.0]
@@ -209,7 +220,7 @@ def test_without_a_terminal_a_long_job_is_told_of_every_two_minutes_on_standard_
         for done, seconds in ((1, 60), (2, 60), (3, 60), (4, 60)):  # 60, 120, 180 and 240 seconds after the beginning
             clock[0] += seconds
             tell(done)
-    expected = "measuring · 2 of 6 rounds · 4 min left\nmeasuring · 4 of 6 rounds · 2 min left\n"
+    expected = "".join(f"cifar-resnet: measuring · {done} of 6 rounds · {left} min left\n" for done, left in ((2, 4), (4, 2)))
     assert capsys.readouterr() == ("", "" if asked is False else expected)
 
 
