@@ -49,8 +49,7 @@ class Browser:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
-        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.resize(width, height)
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -63,6 +62,10 @@ class Browser:
         self.process.wait()
         self.write.close()
         os.close(self.read)
+
+    def resize(self, width, height=1400):
+        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.call("Emulation.setDeviceMetricsOverride", **size)
 
     def call(self, method, **parameters):
         number = next(self.numbers)

@@ -16,6 +16,7 @@ from cifar_resnet.jobs import convolutions
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # and so do the processes that tests start
 torch.backends.mps.is_available = functools.cache(lambda: False)  # Apple's GPUs do not give the bits of a CPU
 datasets._digits = functools.cache(datasets._digits)  # the tests load them often
 

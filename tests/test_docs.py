@@ -120,7 +120,7 @@ def test_the_notebook_runs_and_shows_its_pictures(tmp_path):
     notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", 4)
     kept = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert sum("image/png" in output.get("data", {}) for output in kept) == 3  # for the page of the repository
-    small = {"train_limit=300": "train_limit=64, test_limit=40, batch_size=32, width=4", "views=6": "views=2"}
+    small = {"train_limit=300": "train_limit=64, test_limit=40, batch_size=32, width=4", "views=6": "views=2", "count=10": "count=2"}
     source = "\n".join(cell.source for cell in notebook.cells)
     assert all(source.count(usual) == 1 for usual in small)
     for cell in notebook.cells:

@@ -38,7 +38,7 @@ def rows(*accuracies):
     return [{"arm": arm, "seed": seed, "accuracy": value, **of} for arm, seed, value in accuracies]
 
 
-def test_arms_take_turns_and_a_second_call_trains_only_what_is_missing(tmp_path, capsys):
+def test_arms_take_turns_and_a_second_call_trains_only_what_is_missing(tmp_path, capsys, no_figures):
     content = called(tmp_path, QUESTION)
     assert [(row["arm"], row["seed"]) for row in content["results"]] == [("slow", 0), ("fast", 0), ("slow", 1), ("fast", 1)]
     kept = content["results"][1:]

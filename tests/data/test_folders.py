@@ -408,7 +408,7 @@ def test_what_a_killed_process_left_in_the_cache_goes(own, tmp_path, monkeypatch
     half = [path.with_name(f".{path.name}.123456789.part") for path in kept]
     for path, part, hours in zip(kept, half, (0.5, 2), strict=True):
         part.write_bytes(b"half")
-        os.utime(part, 2 * [time.time() - 3600 * hours])
+        os.utime(part, 2 * (time.time() - 3600 * hours,))
         path.unlink()
     read(own)
     assert sorted((tmp_path / "folders").iterdir()) == sorted([*kept, half[0]])  # which another process may be writing

@@ -145,7 +145,7 @@ def test_a_run_keeps_its_choice_and_goes_on_with_it_to_the_bit(recipe, folder, t
         assert torch.equal(value, resumed.model().state_dict()[name]), name
 
 
-def test_torchs_own_convolutions_can_be_asked_for(recipe, folder, timed, tmp_path, cli):
+def test_torchs_own_convolutions_can_be_asked_for(recipe, folder, timed, tmp_path, cli, no_figures):
     assert train(recipe, tmp_path / "run", convolution="torch").convolutions == {}
     assert timed == []
     with pytest.raises(UsageError, match="--convolution fast: it is auto or torch"):
@@ -170,7 +170,7 @@ def test_on_a_gpu_the_choice_of_a_cpu_is_kept_and_asking_for_torch_is_said_to_ch
     assert len(said) == warned
 
 
-def test_a_checkpoint_that_names_another_way_is_refused(recipe, folder, timed, tmp_path):
+def test_a_checkpoint_that_names_another_way_is_refused(recipe, folder, timed, tmp_path, no_figures):
     checkpoint = train(recipe, tmp_path / "run")
     content = torch.load(checkpoint.path)
     for wrong in ({"float32 4>8 32x32": ["magic", "torch", "torch"]}, {"float32 4>8 32x32": ["torch"] * 4}, ["torch"]):

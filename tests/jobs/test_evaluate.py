@@ -26,7 +26,7 @@ def images_of(recipe):
     return batch.images, batch.labels
 
 
-def test_what_train_reports_is_what_evaluate_prints(tiny_run, tmp_path, cli):
+def test_what_train_reports_is_what_evaluate_prints(tiny_run, tmp_path, cli, no_figures):
     last = load_checkpoint(tiny_run).history[-1]
     code, out, _ = cli("evaluate", tiny_run / "checkpoint.pt", "--run-dir", tmp_path, "--tta", "flip")
     assert code == 0
@@ -148,17 +148,17 @@ def test_the_images_of_another_published_dataset_are_not_downloaded(tiny_run, re
     assert f"--dataset cifar100: {tiny_run / 'checkpoint.pt'} was trained on digits, which has other classes" in line
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
-def test_a_folder_that_is_called_like_a_dataset_is_a_folder(own_images, tmp_path, cli, no_figures, monkeypatch, name):
+def test_a_folder_that_is_called_like_a_dataset_is_a_folder(own_images, tmp_path, cli, no_figures, monkeypatch):
     train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
     accuracy = evaluate(tmp_path / "run")["accuracy"]
-    own_images.rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    found = evaluate(tmp_path / "run", dataset=Path(name))
-    assert (found["images"], found["accuracy"], found["images_changed"]) == (12, accuracy, False)
-    code, out, _ = cli("evaluate", tmp_path / "run", "--dataset", f"./{name}")
-    assert code == 0
-    assert f"{accuracy:.2f} % of 12 images" in out
+    for name in ("digits", "cifar10"):
+        own_images = own_images.rename(tmp_path / name)
+        found = evaluate(tmp_path / "run", dataset=Path(name))
+        assert (found["images"], found["accuracy"], found["images_changed"]) == (12, accuracy, False)
+        code, out, _ = cli("evaluate", tmp_path / "run", "--dataset", f"./{name}")
+        assert code == 0
+        assert f"{accuracy:.2f} % of 12 images" in out
 
 
 def test_images_that_are_not_the_runs_are_told_of(own_images, tmp_path, no_figures):

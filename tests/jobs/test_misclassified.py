@@ -59,7 +59,7 @@ def test_the_pictures_show_those_chosen(tiny_run, tmp_path, monkeypatch, no_figu
     assert len(json.loads((tmp_path / "misclassified.json").read_text("utf-8"))["mistakes"]) == len(every)
 
 
-def test_no_such_mistake_draws_no_picture(tiny_run, tmp_path, cli):
+def test_no_such_mistake_draws_no_picture(tiny_run, tmp_path, cli, no_figures):
     every = misclassified(tiny_run, tmp_path / "all", count=1)
     pairs = {(each.true, each.predicted) for each in every}
     true, predicted = next((str(i), str(j)) for i in range(10) for j in range(10) if i != j and (str(i), str(j)) not in pairs)

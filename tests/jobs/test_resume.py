@@ -217,7 +217,7 @@ def test_a_run_outside_the_main_thread_takes_no_signals(tiny_recipe, tiny_run, t
 
 
 @pytest.mark.posix
-def test_a_killed_run_goes_on(tiny_recipe, tiny_run, tmp_path):
+def test_a_killed_run_goes_on(tiny_recipe, tiny_run, tmp_path, no_figures):
     """SIGKILL in a process of its own, two steps after a save."""
     (tmp_path / "r.json").write_text(tiny_recipe.to_json())
     code = f"""

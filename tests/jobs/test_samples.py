@@ -48,15 +48,15 @@ def test_the_views_are_those_of_training():
 
 def test_of_many_classes_the_first_thirty_are_drawn(tmp_path, no_figures):
     """Each class has a grey of its own."""
-    for label in range(1000):
+    for label in range(40):
         (tmp_path / f"{label:04}").mkdir()
         for i in range(2):
-            Image.new("RGB", (32, 32), (label % 250, label // 250, i)).save(tmp_path / f"{label:04}" / f"{i}.png")
+            Image.new("RGB", (32, 32), (label, 0, i)).save(tmp_path / f"{label:04}" / f"{i}.png")
     figure = samples(Recipe.build(dataset=str(tmp_path), split=0.5, pad=0, cutout_count=0, flip_probability=0.0), views=2)
     assert max(figure.get_size_inches()) < 30
     assert [axis.get_ylabel() for axis in figure.axes[::3]] == [f"{label:04}" for label in range(30)]
     assert shown(figure, 2)[:, :, 0, 0, 0].tolist() == [[label] * 3 for label in range(30)]
-    assert figure.get_suptitle().endswith("the first 30 of 1,000 classes")
+    assert figure.get_suptitle().endswith("the first 30 of 40 classes")
 
 
 def test_samples_of_a_folder_without_a_part_for_evaluation(own_images, tmp_path, cli, no_figures):

@@ -32,7 +32,7 @@ def space(tiny_run, tmp_path_factory):
     return export(tiny_run, tmp_path_factory.mktemp("exported") / "space", format="space")
 
 
-def test_a_space_of_an_unfinished_run_says_so(unfinished, tmp_path):
+def test_a_space_of_an_unfinished_run_says_so(unfinished, tmp_path, no_figures):
     readme = (export(unfinished, tmp_path / "space", format="space") / "README.md").read_text(encoding="utf-8")
     assert "The run stands at epoch 1 of 2, step 1: this is not its end." in readme
     assert "It is right on" not in readme
@@ -169,19 +169,18 @@ def test_it_runs_in_chromium_without_the_package(space, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=space, env=environment, **quiet)
     Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(tmp_path / "photo.jpg")
     try:
-        for width in (390, 1280):
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, Browser(profile, width) as browser:
-                browser.wait_for(address)
-                browser.until("document.querySelectorAll('.card').length == 10")
-                browser.upload("input[type=file]", tmp_path / "photo.jpg")
-                browser.until("document.querySelector('.big img.heat')")
-                browser.js(
-                    "[...document.querySelectorAll('button[role=tab]')].find(e => e.textContent.trim() == 'Mistakes').click()"
-                )
-                browser.until("document.querySelector('.cards.wide .card img.heat')")
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, Browser(profile, 390) as browser:
+            browser.wait_for(address)
+            browser.until("document.querySelectorAll('.card').length == 10")
+            browser.upload("input[type=file]", tmp_path / "photo.jpg")
+            browser.until("document.querySelector('.big img.heat')")
+            browser.js("[...document.querySelectorAll('button[role=tab]')].find(e => e.textContent.trim() == 'Mistakes').click()")
+            browser.until("document.querySelector('.cards.wide .card img.heat')")
+            for width in (390, 1280):
+                browser.resize(width)
                 assert browser.js("document.documentElement.scrollWidth") <= width
-                assert browser.errors == []
-                assert [url for url in browser.requests if not url.startswith((address, "data:", "blob:"))] == []
+            assert browser.errors == []
+            assert [url for url in browser.requests if not url.startswith((address, "data:", "blob:"))] == []
     finally:
         process.kill()
         _, err = process.communicate()
@@ -189,7 +188,7 @@ def test_it_runs_in_chromium_without_the_package(space, tmp_path):
 
 
 @pytest.fixture
-def own_run(own_images, tmp_path):
+def own_run(own_images, tmp_path, no_figures):
     train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
     return tmp_path / "run"
 

@@ -23,7 +23,7 @@ def read(run):
     return scalars, sorted(events.Tags()["images"]), events
 
 
-def test_tensorboard_shows_steps_epochs_recipe_and_pictures(tiny_recipe, tmp_path):
+def test_tensorboard_shows_steps_epochs_recipe_and_pictures(tiny_recipe, tmp_path, no_figures):
     """A run that was stopped in its second epoch and resumed shows every step once."""
     pytest.importorskip("tensorboard", reason="the extra track is not installed")
     heard = []

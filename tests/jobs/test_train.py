@@ -139,7 +139,7 @@ def test_a_disk_that_is_full_at_the_end_ends_the_run(tiny_recipe, tmp_path, monk
         train(tiny_recipe, tmp_path / "run")
 
 
-def test_a_table_that_cannot_be_written_does_not_stop_a_run_but_is_missed_at_its_end(tiny_recipe, tmp_path, monkeypatch):
+def test_a_table_that_cannot_be_written_does_not_stop_a_run_but_is_missed_at_its_end(tiny_recipe, tmp_path, monkeypatch, no_figures):
     """In Windows a spreadsheet that shows metrics.csv keeps it from being written."""
     write, listener = run_dir.write_whole, Listener()
 
@@ -375,7 +375,7 @@ def test_a_compiled_run_gives_what_the_plain_one_gives(tmp_path, monkeypatch, no
 
 
 @pytest.mark.cifar10
-def test_a_short_run_on_real_images_learns(cli, tmp_path):
+def test_a_short_run_on_real_images_learns(cli, tmp_path, no_figures):
     options = ("--epochs", 2, "--train-limit", 1024, "--test-limit", 300, "--batch-size", 64, "--max-lr", 0.1, "--width", 8)
     code, out, _ = cli("train", *options, "--run-dir", tmp_path / "run")
     assert code == 0

@@ -14,6 +14,8 @@ NETWORK = [(64, 128, 32), (128, 128, 16), (128, 256, 16), (256, 512, 8), (512, 5
 SHAPES = [(1, inputs, side, side, outputs) for inputs, outputs, side in NETWORK]  # images, inputs, height, width, outputs
 SHAPES += [(2, 3, 32, 32, 64), (3, 5, 4, 4, 7), (2, 3, 8, 12, 4), (70, 16, 16, 16, 8), (5, 3, 7, 5, 4), (3, 2, 1, 1, 2)]
 EXACT = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+# In bfloat16, which is slow where it is emulated, without the layers between the first and the last.
+CASES = [(shape, dtype) for dtype in EXACT for shape in SHAPES if dtype == torch.float32 or shape not in SHAPES[1:4]]
 
 
 @pytest.fixture
@@ -34,8 +36,7 @@ def names(table, dtype, shape):
     return [way for way in table if possible(way, dtype, torch.Size(shape[:4]))]
 
 
-@pytest.mark.parametrize("dtype", EXACT)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_each_way_is_torchs_convolution_and_so_are_its_gradients(shape, dtype, monkeypatch):
     n, inputs, height, width, outputs = shape
     if several := n > 1:  # 70 images are taken a few at a time, and at last fewer

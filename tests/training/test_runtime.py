@@ -216,7 +216,8 @@ def test_a_compiled_step_is_the_eager_one():
     recipe = with_statistics(Recipe.build(**fields))
     loader = TensorLoader(split, recipe, CPU)
     eager, fast = cut_off(recipe), cut_off(recipe)
-    with config.patch("cpp.simdlen", 1):  # code without vector instructions, which g++ compiles in half of the time
+    # Code without vector instructions, which g++ compiles in half of the time, and no processes that compile beside this one.
+    with config.patch({"cpp.simdlen": 1, "compile_threads": 1}):
         fast.forward = compiled("on", recipe, fast.model, CPU, [8])
     assert fast.forward is not fast.model
     runs = [engine.train(state, loader, lambda: loader.plain(24)) for state in (eager, fast)]
