@@ -16,7 +16,7 @@ class Preset(NamedTuple):
     fields: dict[str, Any]
 
 
-# What the six published recipes share.
+# What `page` and the five published recipes share.
 _PUBLISHED = dict(
     init="default", flip_order="random", sam_share=0.0, nesterov=True, grad_clip=0.0,
     conv_bias=False, fc_bias=True, prep_order="bn-relu", pool_position="before-bn", output="logits", logit_scale=1.0,

@@ -41,10 +41,11 @@ class Watcher:
     A watcher is any object with some of these methods; it need not be made from this class.
 
     `reading` is called for each image that is read from a folder, with how many are read, of how many. The count begins anew for
-    the evaluation images. It is not called for images that are kept from an earlier time. `begin` is called before the first step, with the recipe that is trained, the folder, what `metrics.json` keeps as
-    `environment`, the images, and where the run stands. `step` is called after every step; reading `step.loss` waits for the
-    device. `epoch` is called after every epoch, once it is evaluated, with what `metrics.json` says of it as `epoch.metrics`.
-    `warn` is called with a line that a user should see.
+    the evaluation images. It is not called for images that are kept from an earlier time. `begin` is called before the first
+    step, with the recipe that is trained, the folder, what `metrics.json` keeps as `environment`, the images, and where the run
+    stands. `step` is called after every step; reading `step.loss` waits for the device. `epoch` is called after every epoch,
+    once it is evaluated, with what `metrics.json` says of it as `epoch.metrics`. `warn` is called with a line that a user should
+    see.
     """
 
     def reading(self, done: int, total: int) -> None: ...
