@@ -84,10 +84,11 @@ class Recipe(BaseModel):
     )
     output: Literal["logits", "softmax", "log-softmax"] = _field("logits", "Model", "What the model returns in training.")
     logit_scale: float = _field(0.125, "Model", "Constant that the logits are multiplied by.", gt=0)
-    init: Literal["default", "dirac"] = _field(
+    init: Literal["default", "dirac", "whiten"] = _field(
         "dirac",
         "Model",
-        "Initial weights. default: torch's own. dirac: every convolution but the first passes its inputs on, as far as it has outputs for them.",
+        "Initial weights. default: torch's own. dirac: every convolution but the first passes its inputs on, as far as it has outputs "
+        "for them. whiten: as dirac, and the first convolution starts with filters that whiten the training images.",
     )
 
     optimizer: Literal["sgd", "muon", "adam", "adamw"] = _field(

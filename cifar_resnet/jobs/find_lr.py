@@ -147,7 +147,8 @@ class _Search(NamedTuple):
             planned.append(("recommended", with_found_lr(short, found)))
         evaluation, rows = TensorLoader(self.data.evaluation, recipe, self.device), list[dict[str, Any]]()
         for rule, trained in planned:
-            state, score = engine.start(trained, self.device, len(self.data.classes), self.convolutions), {}
+            classes, images = len(self.data.classes), self.data.train.images
+            state, score = engine.start(trained, self.device, classes, self.convolutions, images), {}
             with suppress(NonFiniteLossError):
                 for record in engine.train(state, self.loader, evaluation.plain):
                     done = (len(rows) * epochs + state.epoch) * steps + state.step

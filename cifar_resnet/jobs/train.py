@@ -275,8 +275,10 @@ class _Run:
         return folder.path, planned, checkpoint
 
     def make_state(self) -> None:
-        classes = len(self.data.classes)
-        self.state = self.checkpoint.state(self.device) if self.checkpoint else engine.start(self.recipe, self.device, classes)
+        if self.checkpoint:
+            self.state = self.checkpoint.state(self.device)
+        else:
+            self.state = engine.start(self.recipe, self.device, len(self.data.classes), images=self.data.train.images)
         self.state.totals *= distributed.rank() == 0  # each rank adds its own
         self._stage("model")
         self._choose_convolutions()

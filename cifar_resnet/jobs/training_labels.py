@@ -128,8 +128,8 @@ def _held_out_logits(
         notify(f"{count_of(len(done), len(parts))} folds were done before")
     for fold, (others, mine) in enumerate(parts[len(done) :], len(done)):
         try:
-            state = engine.start(recipe, device, len(data.classes), convolutions)
             loader, held = (TensorLoader(data.train.take(each), recipe, device) for each in (others, mine))
+            state = engine.start(recipe, device, len(data.classes), convolutions, loader.split.images)
             for _ in engine.train(state, loader, held.plain):
                 steps = recipe.epochs * loader.steps
                 told(fold * steps + state.epoch * loader.steps + state.step, len(parts) * steps)

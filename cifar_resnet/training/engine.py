@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,7 +24,7 @@ from ..data.loaders import Batch, Loader
 from ..errors import NonFiniteLossError
 from ..recipe import Recipe
 from . import convolution, distributed
-from .model import ResNet, build_model
+from .model import ResNet, build_model, whiten
 from .optim import average_weight, learning_rate, make_optimizer, sam, set_rates, update_average
 from .runtime import autocast, wait_for
 
@@ -154,10 +155,20 @@ def finite(tensors: list[Tensor]) -> bool:
 
 
 def start(
-    recipe: Recipe, device: torch.device, classes: int = 10, convolutions: Mapping[str, Sequence[str]] | None = None
+    recipe: Recipe,
+    device: torch.device,
+    classes: int = 10,
+    convolutions: Mapping[str, Sequence[str]] | None = None,
+    images: np.ndarray | None = None,
 ) -> State:
-    """A run before its first step, with convolutions computed in these ways; see `convolution.use`."""
-    model = build_model(recipe, classes).to(device)
+    """A run before its first step, with convolutions computed in these ways; see `convolution.use`.
+
+    `images` are the training images, uint8 (N, 32, 32, 3). They are needed where the weights start by them; see `whiten`.
+    """
+    model = build_model(recipe, classes)
+    if recipe.init == "whiten" and images is not None:
+        whiten(model, recipe, images)
+    model.to(device)
     convolution.use(model, convolutions)
     return State(
         recipe=recipe,

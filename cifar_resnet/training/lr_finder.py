@@ -102,7 +102,8 @@ def range_test(
         from torch_lr_finder import LRFinder, TrainDataLoaderIter
         from torch_lr_finder import lr_finder as library
 
-    state, batches, done = start(recipe, device, classes, convolutions), endless(loader), itertools.count()
+    state, batches = start(recipe, device, classes, convolutions, loader.split.images), endless(loader)
+    done = itertools.count()
 
     class Finder(LRFinder):
         """torch-lr-finder's, which raises the rate and reads the losses; each step is that of the training loop."""
@@ -178,7 +179,7 @@ def run_trials(
     if found.max_lr is None or found.min_lr is None:
         return []
     begin, losses = found.min_lr, dict[int, float]()
-    start_trial = partial(start, device=device, classes=classes, convolutions=convolutions)
+    start_trial = partial(start, device=device, classes=classes, convolutions=convolutions, images=loader.split.images)
 
     def run(power: int) -> None:
         def taken(done: int) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..arguments import checked
 from ..errors import UsageError
 from ..recipe import Recipe
 from . import fused
 from .convolution import Conv3x3
+
+WHITENED = 5000  # training images that are looked at, spread over all of them
 
 
 class Chain(nn.Sequential):
@@ -95,8 +99,38 @@ def build_model(recipe: Recipe, classes: int = 10) -> ResNet:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
         model = ResNet(recipe, classes)
-    if recipe.init == "dirac":
+    if recipe.init != "default":
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module is not model.prep[0]:
                 nn.init.dirac_(module.weight[: module.in_channels])
     return model.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def whiten(model: ResNet, recipe: Recipe, images: np.ndarray) -> None:
+    """Sets the kernels of the first convolution to whitening filters of training images, uint8 (N, 32, 32, 3).
+
+    Each filter is there with both signs, the strongest direction first, as far as the convolution has outputs. As in
+    cifar10-airbench (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.2), whose filters are not trained.
+    """
+    chosen = torch.from_numpy(images[:: -(-len(images) // WHITENED)])
+    mean, std = (torch.tensor(each) for each in (recipe.mean, recipe.std))
+    kernels = whitening_kernels(((chosen / 255 - mean) / std).permute(0, 3, 1, 2))
+    weight = next(model.prep.parameters())
+    pairs = torch.stack([kernels, -kernels], 1).flatten(0, 1)[: len(weight)]
+    weight[: len(pairs)] = pairs.to(weight)
+
+
+def whitening_kernels(images: Tensor) -> Tensor:
+    """Kernels (27, 3, 3, 3), the strongest direction first, whose outputs on images (N, 3, H, W) have variance 1 and no covariance.
+
+    They are the eigenvectors of the covariance of all 3x3 patches, over the root of its eigenvalues. A little is added to these, as
+    directions in which nothing varies, those of grey images, would be divided by zero.
+    """
+    count, total, products = 0, torch.zeros(27, dtype=torch.float64), torch.zeros(27, 27, dtype=torch.float64)
+    for part in images.split(500):
+        patches = functional.unfold(part.double(), 3).transpose(0, 1).flatten(1)  # (27, patches)
+        count, total, products = count + patches.shape[1], total + patches.sum(1), products + patches @ patches.T
+    mean = total / count
+    values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
+    return (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(27, 3, 3, 3)

@@ -48,6 +48,16 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_every_training_starts_by_the_training_images_where_the_recipe_whitens(monkeypatch):
+    looked, recipe = [], Recipe.build("digits", train_limit=64, batch_size=16, width=4, init="whiten", epochs=2)
+    monkeypatch.setattr("cifar_resnet.training.engine.whiten", lambda model, recipe, images: looked.append(images))
+    for module in ("training.lr_finder", "jobs.find_lr"):
+        monkeypatch.setattr(f"cifar_resnet.{module}.suggest", lambda *_: Suggestions(0.1, 0.1, 0.1, 0.1, 0.05))
+    found = find_lr(recipe, start_lr=1e-3, end_lr=0.1, num_iter=20, trial_steps=20, sweep=1)
+    assert len(looked) == 1 + len(found.trials) + len(found.sweep) > 8
+    assert {len(images) for images in looked} == {64}
+
+
 def test_what_two_readings_of_the_images_say_is_said_once(own_images, found_at_once, monkeypatch):
     for path in list(own_images.glob("train/dark/*"))[1:]:
         path.unlink()

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_helpers import FILES, Listener, assert_same_run, content, equal_weights
+from run_helpers import FILES, Listener, StopAfter, assert_same_run, content, equal_weights
 
-from cifar_resnet import Recipe, Watcher, load_checkpoint, run_dir, train
+from cifar_resnet import Recipe, Watcher, build_model, load_checkpoint, run_dir, train
 from cifar_resnet.errors import NonFiniteLossError, RunDirectoryError, shell_word
 from cifar_resnet.jobs.train import _Run
 from cifar_resnet.look import figures, progress
 from cifar_resnet.training.capture import CapturedEpoch
+from cifar_resnet.training.model import whiten
 
 DIGITS = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--width", 4)
 
@@ -50,6 +51,24 @@ def test_a_watcher_hears_of_every_step_and_epoch_once(tiny_recipe, tmp_path, no_
     steps = [[("step", epoch, step, 3) for step in (1, 2, 3)] + [("epoch", epoch)] for epoch in (1, 2)]
     assert heard == [("begin", tmp_path / "run", 70, 0), *steps[0], *steps[1]]
     assert len(checkpoint.history) == 2
+
+
+def test_a_whitening_start_is_made_of_the_training_images_and_a_resumed_run_has_its_bits(tiny_recipe, tmp_path, no_figures):
+    recipe, kernels = tiny_recipe.replace(init="whiten"), []
+
+    class Keeping:
+        def begin(self, recipe, run_dir, environment, data, state):
+            if state.epoch == 0:
+                model = build_model(recipe)
+                whiten(model, recipe, data.train.images)
+                kernels.extend([model.prep[0].weight.detach(), state.model.prep[0].weight.detach().clone()])
+
+    train(recipe, tmp_path / "whole", watcher=Keeping())
+    assert torch.equal(*kernels)
+    with pytest.raises(Exception, match="stopped by SIGINT"):
+        train(recipe, tmp_path / "stopped", watcher=StopAfter(2))
+    train(resume=tmp_path / "stopped")
+    assert equal_weights(content(tmp_path / "stopped"), content(tmp_path / "whole"))
 
 
 def test_the_metrics_of_every_epoch_are_handed_to_a_function(tiny_recipe, tmp_path, monkeypatch, no_figures):

@@ -75,8 +75,11 @@ def trainings(monkeypatch):
     return seen
 
 
-def test_no_network_has_seen_what_it_judges(run, own_images, trainings):
+def test_no_network_has_seen_what_it_judges(run, own_images, trainings, monkeypatch):
+    looked, start = [], engine.start
+    monkeypatch.setattr(engine, "start", lambda *given: (looked.append({each.tobytes() for each in given[4]}), start(*given))[1])
     rank(run)
+    assert looked == [seen for seen, _ in trainings]  # where a recipe whitens, it looks at these
     every = {image.tobytes() for image in load(Recipe.build(dataset=str(own_images), batch_size=16)).train.images}
     assert len(every) == 48
     judged = [every - seen for seen, _ in trainings]

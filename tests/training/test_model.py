@@ -6,8 +6,11 @@ import torch
 from torch.nn import functional
 
 from cifar_resnet import Recipe, build_model
+from cifar_resnet.data.datasets import with_statistics
+from cifar_resnet.jobs.bench import _random_split
 from cifar_resnet.look.analysis import layers
-from cifar_resnet.training.model import Chain, ResNet
+from cifar_resnet.training import engine
+from cifar_resnet.training.model import Chain, ResNet, whiten, whitening_kernels
 
 PARAMETERS = {
     "eva6-s9": 6_574_090, "eva4-s11": 6_574_090, "eva8-s8": 6_573_130, "week5-s10": 6_573_130, "era-s10": 6_573_120,
@@ -147,6 +150,52 @@ def test_dirac_kernels_pass_their_inputs_on():
     assert torch.equal(plain.prep[0].weight, model.prep[0].weight)
     assert torch.equal(plain.layer1[0].weight[8:], model.layer1[0].weight[8:])  # outputs beyond the inputs are drawn
     assert not torch.equal(plain.layer1[0].weight[:8], model.layer1[0].weight[:8])
+
+
+def blurred(count):
+    """Images (N, 3, 32, 32) of neighbours that are alike, as real ones are."""
+    noise = torch.randn(count, 3, 34, 34, generator=torch.Generator().manual_seed(0))
+    return functional.avg_pool2d(noise, 3, 1)
+
+
+def test_whitening_kernels_whiten_what_they_were_made_of():
+    images = blurred(700)  # of which 500 are looked at together
+    kernels = whitening_kernels(images)
+    outputs = functional.conv2d(images.double(), kernels).transpose(0, 1).flatten(1)
+    assert torch.allclose(outputs.cov(), torch.eye(27, dtype=torch.float64), atol=0.15)
+    strongest = kernels.flatten(1).norm(dim=1)
+    assert (strongest.diff() > 0).all()  # a direction that varies more is multiplied by less
+
+
+@pytest.mark.parametrize("width", [4, 16, 64])
+def test_a_whitening_start_has_each_filter_with_both_signs(width):
+    recipe = with_statistics(Recipe.build(init="whiten", width=width))
+    images = (blurred(300).clamp(-1, 1) * 127 + 128).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    kernel = engine.start(recipe, torch.device("cpu"), images=images).model.prep[0].weight.detach()
+    pairs = min(width, 54) // 2
+    assert torch.equal(kernel[0 : 2 * pairs : 2], -kernel[1 : 2 * pairs : 2])
+    normal = (torch.from_numpy(images) / 255 - torch.tensor(recipe.mean)) / torch.tensor(recipe.std)
+    outputs = functional.conv2d(normal.permute(0, 3, 1, 2), kernel[0 : 2 * pairs : 2]).transpose(0, 1).flatten(1)
+    assert torch.allclose(torch.corrcoef(outputs), torch.eye(pairs), atol=0.02)
+    without = engine.start(recipe.replace(init="dirac"), torch.device("cpu")).model.state_dict()
+    for name, value in engine.start(recipe, torch.device("cpu"), images=images).model.state_dict().items():
+        beyond = slice(54, None) if name == "prep.0.weight" else ...  # where there are more outputs than filters
+        assert torch.equal(value[beyond], without[name][beyond])
+
+
+def test_whitening_looks_at_images_from_all_parts_of_a_split():
+    """The images of a folder come class by class."""
+    recipe = with_statistics(Recipe.build(init="whiten", width=4))
+    images = np.concatenate([np.full((6000, 32, 32, 3), 99, np.uint8), _random_split(6000).images])
+    models = [engine.start(recipe, torch.device("cpu"), images=each).model for each in (images, images[::-1].copy())]
+    norms = [float(model.prep[0].weight.detach()[0].norm()) for model in models]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+def test_images_of_one_colour_give_finite_kernels():
+    model = engine.start(Recipe.build(init="whiten", width=64), torch.device("cpu")).model
+    whiten(model, with_statistics(Recipe()), np.full((10, 32, 32, 3), 7, np.uint8))
+    assert model.prep[0].weight.isfinite().all()
 
 
 def test_a_norm_on_an_apple_gpu_gets_channels_first():
