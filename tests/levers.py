@@ -21,33 +21,14 @@ from cifar_resnet.training import capture, engine, optim
 SIDES = ((0.15, 20), (0.5, 24), (1.0, 32))  # of the images, in pixels, until this share of the epochs is done
 
 
-def whitening_kernels(images: torch.Tensor) -> torch.Tensor:
-    """Kernels (27, 3, 3, 3), the strongest direction first, whose outputs on images (N, 3, H, W) have variance 1 and no covariance.
-
-    They are the eigenvectors of the covariance of all 3x3 patches, over the root of its eigenvalues. A little is added to these, as
-    directions in which nothing varies, those of grey images, would be divided by zero.
-    """
-    patches = functional.unfold(images, 3).transpose(1, 2).flatten(0, 1).double()
-    values, vectors = torch.linalg.eigh(patches.T.cov())
-    return (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(27, 3, 3, 3).to(images.dtype)
-
-
 @contextmanager
-def whiten(recipe, trained=True) -> Iterator[None]:
-    """The first convolution starts as whitening filters of the training images, each with both signs."""
-    build, kept = engine.build_model, []
+def first_convolution_not_trained(recipe) -> Iterator[None]:
+    """The kernels of the first convolution stay as they start."""
+    build = engine.build_model
 
-    def built(recipe, classes=10):
-        model = build(recipe, classes)
-        if not kept:
-            images = torch.from_numpy(load(recipe, None, lambda message: None).train.images[:5000]).permute(0, 3, 1, 2)
-            mean, std = (torch.tensor(each).view(3, 1, 1) for each in (recipe.mean, recipe.std))
-            kept.append(whitening_kernels((images / 255 - mean) / std))
-        weight = model.prep[0].weight
-        pairs = torch.stack([kept[0], -kept[0]], 1).flatten(0, 1)[: len(weight)]
-        with torch.no_grad():
-            weight[: len(pairs)] = pairs
-        weight.requires_grad_(trained)
+    def built(*arguments):
+        model = build(*arguments)
+        model.prep[0].weight.requires_grad_(False)
         return model
 
     with patch.object(engine, "build_model", built):
@@ -107,25 +88,27 @@ def sam_every_other_step(recipe) -> Iterator[None]:
 
 
 @contextmanager
-def sam_along_momentum(recipe) -> Iterator[None]:
+def sam_along_momentum(recipe, before=False) -> Iterator[None]:
     """Sharpness-aware steps take their gradient further on along the momentum of the steps before, and so need no first pass.
 
     As in Momentum-SAM (Becker, Altrock and Risse 2024, arXiv:2401.12033), but for the radius, which is relative to the weights.
+    `before` takes the plain steps so, and leaves the sharpness-aware ones as they are.
     """
     plain_step, backward = engine.train_step, engine._backward
 
     def ahead(state, batch):
         weights = [weight for weight in state.model.parameters() if weight.dim() > 1]
         kept = [weight.detach().clone() for weight in weights]
-        optim._climb(weights, [state.optimizer.state[weight]["momentum_buffer"] for weight in weights], -recipe.sam_radius)
+        slots = [state.optimizer.state[weight] for weight in weights]
+        optim._climb(weights, [slot.get("momentum_buffer", torch.zeros(())) for slot in slots], -recipe.sam_radius)
         result = backward(state, batch)
         with torch.no_grad():
             torch._foreach_copy_(weights, kept)
         return result
 
     def step(state, batch, rates):
-        with patch.object(engine, "_backward", ahead if rates.sam else backward):
-            return plain_step(state, batch, rates._replace(sam=False))
+        with patch.object(engine, "_backward", ahead if rates.sam != before else backward):
+            return plain_step(state, batch, rates._replace(sam=rates.sam and before))
 
     with in_step("train_step", step):
         yield
@@ -141,6 +124,19 @@ def floor(recipe) -> Iterator[None]:
         return rates_at(recipe, step, total_steps)._replace(lr=rates_at(recipe, min(step, end - 1), end).lr)
 
     with in_step("rates_at", sooner):
+        yield
+
+
+@contextmanager
+def no_holes_at_the_end(recipe) -> Iterator[None]:
+    """The images of the last eighth of the epochs have no holes."""
+    drawn = loaders.draw
+
+    def draw(recipe, epoch, *where):
+        choices = drawn(recipe, epoch, *where)
+        return choices._replace(holes=torch.full_like(choices.holes, -32)) if 8 * epoch >= 7 * recipe.epochs else choices
+
+    with patch.object(loaders, "draw", draw):
         yield
 
 
@@ -217,12 +213,13 @@ def lookahead(recipe) -> Iterator[None]:
 
 
 LEVERS = {  # name: the change, and by how much it multiplies a run's arithmetic
-    "whiten": (whiten, lambda recipe: 1.0),
-    "whiten, not trained": (partial(whiten, trained=False), lambda recipe: 1.0),
+    "first convolution not trained": (first_convolution_not_trained, lambda recipe: 1.0),
     "resize": (resize, cost_of_resizing),
     "lookahead": (lookahead, lambda recipe: 1.0),
     "sam every other step": (sam_every_other_step, lambda recipe: (1 + recipe.sam_share / 2) / (1 + recipe.sam_share)),
     "sam along momentum": (sam_along_momentum, lambda recipe: 1 / (1 + recipe.sam_share)),
+    "sam along momentum before": (partial(sam_along_momentum, before=True), lambda recipe: 1.0),
+    "no holes at the end": (no_holes_at_the_end, lambda recipe: 1.0),
     "floor": (floor, lambda recipe: 1.0),
     "bias rate 4": (partial(bias_rate, factor=4.0), lambda recipe: 1.0),
     "bias rate 1/4": (partial(bias_rate, factor=0.25), lambda recipe: 1.0),

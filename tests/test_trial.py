@@ -11,7 +11,6 @@ import torch
 import trial
 from scipy import stats
 from torch import nn
-from torch.nn import functional
 
 from cifar_resnet import CifarResnetError, Recipe, load_checkpoint
 from cifar_resnet.data.loaders import TensorLoader
@@ -72,7 +71,7 @@ def test_one_pair_has_no_interval_and_a_seed_of_one_arm_alone_is_no_pair():
         ({"common": {**TINY, "holdout": 0}}, "holdout"),
         ({"arms": {"a": {"max_lr": -1}}}, "--max-lr -1"),
         ({"arms": {"a": {"no_such": 1}}}, "--no-such"),
-        ({"arms": {"a": {"levers": ["whitten"]}}}, "a: there is no lever whitten; there are whiten, "),
+        ({"arms": {"a": {"levers": ["resise"]}}}, "a: there is no lever resise; there are first convolution not trained, "),
     ],
 )
 def test_what_cannot_be_tried_is_said(change, said, tmp_path):
@@ -82,19 +81,67 @@ def test_what_cannot_be_tried_is_said(change, said, tmp_path):
 
 @pytest.mark.slow
 def test_a_lever_changes_its_arm_alone(tmp_path):
-    content = called(tmp_path, {**QUESTION, "arms": {"control": {}, "whitened": {"levers": ["whiten"]}, "again": {}}, "seeds": 1})
-    control, whitened, again = content["results"]
-    assert control["loss"] == again["loss"] != whitened["loss"]
-    assert control["pflop"] == pytest.approx(whitened["pflop"])
+    content = called(tmp_path, {**QUESTION, "arms": {"control": {}, "floor": {"levers": ["floor"]}, "again": {}}, "seeds": 1})
+    control, changed, again = content["results"]
+    assert control["loss"] == again["loss"] != changed["loss"]
+    assert control["pflop"] == pytest.approx(changed["pflop"])
 
 
-def test_whitening_kernels_whiten_what_they_were_made_of():
-    blur = functional.avg_pool2d(torch.randn(200, 3, 34, 34, generator=torch.Generator().manual_seed(0)), 3, 1)
-    kernels = levers.whitening_kernels(blur)
-    outputs = functional.conv2d(blur.double(), kernels.double()).transpose(0, 1).flatten(1)
-    assert torch.allclose(outputs.cov(), torch.eye(27, dtype=torch.float64), atol=0.15)
-    strongest = kernels.flatten(1).norm(dim=1)
-    assert (strongest.diff() > 0).all()  # a direction that varies more is multiplied by less
+FACTORS = {f"factor {number}": {"max_lr": 0.1 + number / 100} for number in range(1, 8)}
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 7])
+def test_each_two_factors_of_a_design_meet_in_a_quarter_of_its_arms(count):
+    factors = dict(list(FACTORS.items())[:count])
+    arms, chosen = trial.design(factors)
+    assert list(arms)[0] == "none"
+    assert len(arms) == {1: 2, 3: 4, 5: 8, 7: 8}[count]
+    for name in factors:
+        assert sum(name in on for on in chosen.values()) == len(arms) / 2
+        for other in set(factors) - {name}:
+            assert sum({name, other} <= set(on) for on in chosen.values()) == len(arms) / 4
+
+
+def test_an_arm_of_a_design_has_the_changes_of_its_factors():
+    factors = {"a": {"momentum": 0.8}, "b": {"levers": ["floor"], "pad": 1}, "c": {"levers": ["resize"]}}
+    arms, _ = trial.design(factors)
+    assert arms == {
+        "none": {"levers": []},
+        "1+3": {"momentum": 0.8, "levers": ["resize"]},
+        "2+3": {"pad": 1, "levers": ["floor", "resize"]},
+        "1+2": {"momentum": 0.8, "pad": 1, "levers": ["floor"]},
+    }
+
+
+def test_effects_are_differences_of_means_with_the_interval_of_what_they_leave_over():
+    """Of a whole design, by the formulas for balanced designs (Box, Hunter and Hunter 2005, chapter 5)."""
+    rng, seeds = np.random.default_rng(0), range(3)
+    _, chosen = trial.design(FACTORS)
+    true = dict(zip(FACTORS, [0.5, -0.3, 0.0, 0.2, 0.0, 0.0, -0.1], strict=True))
+    runs = [(arm, seed, 90 + seed + sum(map(true.get, on)) + rng.normal(0, 0.1)) for seed in seeds for arm, on in chosen.items()]
+    content = {"factors": FACTORS, "results": rows(*runs)}
+    left, by_seed = [], {seed: np.mean([value for _, at, value in runs if at == seed]) for seed in seeds}
+    found = {row["factor"]: row for row in trial.effects(content)}
+    for arm, seed, value in runs:
+        told = sum(row["effect"] * (0.5 if name in chosen[arm] else -0.5) for name, row in found.items())
+        left.append(value - by_seed[seed] - told)
+    free = len(runs) - 7 - 3
+    half = stats.t.ppf(0.975, free) * np.sqrt(np.square(left).sum() / free * 4 / len(runs))
+    for name, row in found.items():
+        with_it = np.mean([value for arm, _, value in runs if name in chosen[arm]])
+        without = np.mean([value for arm, _, value in runs if name not in chosen[arm]])
+        assert row["effect"] == pytest.approx(with_it - without)
+        assert abs(row["effect"] - true[name]) < 2 * half
+        assert row["half"] == pytest.approx(half)
+    assert "| 1. factor 1 | 12, " in trial.table(content)
+    one_lost = {**content, "results": content["results"][:-1]}
+    assert [row["effect"] for row in trial.effects(one_lost)] == pytest.approx(list(true.values()), abs=0.2)
+
+
+def test_a_trial_of_factors_trains_the_arms_of_its_design(tmp_path, no_figures):
+    content = called(tmp_path, {**{k: v for k, v in QUESTION.items() if k != "arms"}, "factors": {"fast": {"max_lr": 0.2}}})
+    assert [(row["arm"], row["seed"]) for row in content["results"]] == [("none", 0), ("1", 0), ("none", 1), ("1", 1)]
+    assert load_checkpoint(tmp_path / "runs" / "1-s0").recipe.max_lr == 0.2
 
 
 @pytest.fixture
@@ -185,6 +232,20 @@ def test_gradients_further_along_the_momentum_replace_the_second_pass(recipe, mo
     plain, _ = short_run(recipe.replace(sam_share=0.0))
     assert losses[:6] == plain[:6]
     assert losses[6:] != plain[6:]
+    passes.clear()
+    before, _ = short_run(recipe, levers.LEVERS["sam along momentum before"][0])
+    assert len(passes) == 6 + 2 * 6  # the sharpness-aware steps have their second pass
+    assert before[0] == plain[0]  # there is no momentum yet
+    assert before[1:6] != plain[1:6]
+
+
+def test_holes_end_before_the_run(recipe):
+    recipe = recipe.replace(epochs=16)
+    loader = TensorLoader(_random_split(24), recipe, CPU)
+    with levers.no_holes_at_the_end(recipe):
+        without = [bool((loader.draw(epoch)[:, 4:] == -32).all()) for epoch in range(16)]
+    assert without == [False] * 14 + [True] * 2
+    assert (loader.draw(15)[:, 4:] >= 0).all()
 
 
 def test_the_schedule_ends_before_its_floor(recipe):
@@ -217,12 +278,9 @@ def test_batches_are_balanced_and_an_epoch_has_every_image(recipe):
         assert set(np.bincount(labels[start : start + 20], minlength=10)) <= {1, 2, 3}
 
 
-@pytest.mark.slow
-def test_a_whitening_start_that_is_not_trained_stays(tmp_path):
-    arms = {"trained": {"levers": ["whiten"]}, "kept": {"levers": ["whiten, not trained"]}}
-    called(tmp_path, {**QUESTION, "arms": arms, "seeds": 1})
-    for arm in arms:
-        checkpoint = load_checkpoint(tmp_path / "runs" / f"{arm}-s0")
-        with levers.whiten(checkpoint.recipe):
-            start = engine.build_model(checkpoint.recipe).prep[0].weight
-        assert torch.equal(checkpoint.model().prep[0].weight, start) == (arm == "kept")
+def test_a_first_convolution_that_is_not_trained_stays(recipe):
+    start = engine.start(recipe, CPU).model.prep[0].weight
+    _, trained = short_run(recipe)
+    _, kept = short_run(recipe, levers.first_convolution_not_trained)
+    assert torch.equal(kept.model.prep[0].weight, start)
+    assert not torch.equal(trained.model.prep[0].weight, start)

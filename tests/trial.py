@@ -17,6 +17,11 @@ The file is question and answer in one. It is written by hand up to "results":
 An arm's "levers" are names of changes that are no field: see `levers.py`.
 The first arm is the control. The arms take turns: seed 0 of each, then seed 1 of each. Every run is added to the file when it
 ends. A call that was interrupted goes on where it stopped: unfinished runs lie in --runs.
+
+In place of "arms" a file may have "factors": up to seven changes, each as an arm has it. Every arm then has half of the changes
+and every change is in half of the arms (a fractional factorial design, see Plackett and Burman 1946). So each change is judged
+by all runs, and few seeds suffice. Its effect is mixed with those that two others have only together. Such a trial has a second
+table, with the effect of each change.
 """
 
 import argparse
@@ -27,16 +32,58 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 from levers import LEVERS
 from scipy import stats
+from scipy.linalg import hadamard
 
 from cifar_resnet import CifarResnetError, Recipe, train
 from cifar_resnet.files import write_json
 from cifar_resnet.jobs.bench import training_flop
 
 
+def arms_of(trial):
+    return design(trial["factors"])[0] if "factors" in trial else trial["arms"]
+
+
+def design(factors):
+    """The arms of a fractional factorial design, a name to what it changes, and the factors of each. The first has none."""
+    size = 2 ** len(factors).bit_length()
+    arms, chosen = {}, {}
+    for row in hadamard(size)[:, 1 : len(factors) + 1] < 0:
+        on = [name for name, is_on in zip(factors, row, strict=True) if is_on]
+        arm = "+".join(str(1 + list(factors).index(name)) for name in on) or "none"
+        fields = {name: value for each in on for name, value in factors[each].items() if name != "levers"}
+        arms[arm] = fields | {"levers": [lever for each in on for lever in factors[each].get("levers", ())]}
+        chosen[arm] = on
+    return arms, chosen
+
+
+def effects(trial):
+    """A row a factor: the accuracy with and without it, and its effect with half of the 95 % interval, by least squares.
+
+    The model is a sum of the effects of the factors and of the seeds. What it leaves over measures the chance.
+    """
+    names, results = list(trial["factors"]), trial["results"]
+    _, chosen = design(trial["factors"])
+    seeds = sorted({row["seed"] for row in results})
+    accuracy = np.array([row["accuracy"] for row in results])
+    has = np.array([[name in chosen[row["arm"]] for name in names] for row in results], dtype=float)
+    of_seed = np.array([[row["seed"] == seed for seed in seeds] for row in results], dtype=float)
+    model = np.hstack([has, of_seed])
+    fit, *_ = np.linalg.lstsq(model, accuracy, rcond=None)
+    free = len(accuracy) - np.linalg.matrix_rank(model)
+    variance = ((accuracy - model @ fit) ** 2).sum() / free if free else math.inf
+    halves = stats.t.ppf(0.975, max(free, 1)) * np.sqrt(variance * np.diag(np.linalg.pinv(model.T @ model)))
+    rows = zip(names, has.T > 0, fit, halves, strict=False)
+    return [
+        {"factor": name, "with": accuracy[mine], "without": accuracy[~mine], "effect": effect, "half": half}
+        for name, mine, effect, half in rows
+    ]
+
+
 def recipe_of(trial, arm, seed):
-    fields = {**trial["common"], **trial["arms"][arm]}
+    fields = {**trial["common"], **arms_of(trial)[arm]}
     if unknown := set(fields.pop("levers", ())) - set(LEVERS):
         sys.exit(f"{arm}: there is no lever {', '.join(unknown)}; there are {', '.join(LEVERS)}")
     recipe = Recipe.build(fields.pop("recipe", None), seed=seed, **fields)
@@ -56,7 +103,7 @@ def run(trial, arm, seed, runs, device, captured):
     recipe, folder = recipe_of(trial, arm, seed), runs / f"{arm}-s{seed}"
     begun = (folder / "recipe.json").exists()
     how = dict(resume=folder) if begun else dict(recipe=recipe, run_dir=folder)
-    levers = trial["arms"][arm].get("levers", ())
+    levers = arms_of(trial)[arm].get("levers", ())
     with ExitStack() as changes:
         for name in levers:
             changes.enter_context(LEVERS[name][0](recipe))
@@ -85,7 +132,7 @@ def interval(values):
 
 def summary(trial):
     """A row an arm: n, means, and the difference to the control over the seeds that both have."""
-    by_arm = {arm: {row["seed"]: row for row in trial["results"] if row["arm"] == arm} for arm in trial["arms"]}
+    by_arm = {arm: {row["seed"]: row for row in trial["results"] if row["arm"] == arm} for arm in arms_of(trial)}
     control, rows = next(iter(by_arm.values())), []
     for arm, found in by_arm.items():
         if not found:
@@ -98,7 +145,21 @@ def summary(trial):
 
 
 def table(trial):
-    """The summary as a Markdown table."""
+    """The summary as a Markdown table, after that of the effects where there are factors."""
+    return "\n\n".join([*([effects_table(trial)] if "factors" in trial else []), arms_table(trial)])
+
+
+def effects_table(trial):
+    """A row a factor, which the names of the arms number."""
+    lines = ["| change | with: n, accuracy | without: n, accuracy | effect (95 %) |", "| --- | --- | --- | --- |"]
+    for number, row in enumerate(effects(trial), 1):
+        sides = " | ".join(f"{len(row[side])}, {row[side].mean():.2f} %" for side in ("with", "without"))
+        effect, half = row["effect"], row["half"]
+        lines.append(f"| {number}. {row['factor']} | {sides} | {effect:+.2f} ({effect - half:+.2f} to {effect + half:+.2f}) |")
+    return "\n".join(lines)
+
+
+def arms_table(trial):
     lines = ["| arm | n | accuracy | loss | against the control | PFLOP | seconds |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in summary(trial):
         against = "control"
@@ -119,12 +180,13 @@ def main(arguments=None):
     parser.add_argument("--show", action="store_true", help="only print the table")
     given = parser.parse_args(arguments)
     trial = json.loads(given.file.read_text(encoding="utf-8"))
-    if missing := [key for key in ("question", "expected", "common", "arms", "seeds") if key not in trial]:
+    changes = "factors" if "factors" in trial else "arms"
+    if missing := [key for key in ("question", "expected", "common", changes, "seeds") if key not in trial]:
         sys.exit(f"{given.file} lacks {', '.join(missing)}")
     trial.setdefault("results", [])
-    runs, captured = given.runs or Path("runs") / given.file.stem, {arm: {} for arm in trial["arms"]}
+    runs, captured = given.runs or Path("runs") / given.file.stem, {arm: {} for arm in arms_of(trial)}
     done = {(row["arm"], row["seed"]) for row in trial["results"]}
-    wanted = [] if given.show else [(arm, seed) for seed in range(trial["seeds"]) for arm in trial["arms"]]
+    wanted = [] if given.show else [(arm, seed) for seed in range(trial["seeds"]) for arm in arms_of(trial)]
     for arm, seed in wanted:
         if (arm, seed) not in done:
             trial["results"].append(run(trial, arm, seed, runs, given.device, captured[arm]))
