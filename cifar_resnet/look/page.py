@@ -58,6 +58,7 @@ class Content:
     mistakes: Callable[[str, str | None, str | None], Sequence[Mistake]]  # in an order, of a true and of a predicted class
     overlays: Callable[[Sequence[Mistake]], tuple[np.ndarray, np.ndarray]]  # of the class predicted, and of the true one
     run: Callable[[], str]  # HTML
+    wait: str = ""  # what the tabs of mistakes and run show until they are filled
 
 
 class Problem(Exception):
@@ -97,7 +98,7 @@ def mistake_cards(shown: Sequence[Mistake], overlays: tuple[np.ndarray, np.ndarr
     cards = []
     for i, each in enumerate(shown):
         predicted, true = f'<b class="wrong">{escape(each.predicted)}', f'<b class="right">{escape(each.true)}</b>'
-        names = f"{predicted} {100 * each.confidence:.0f} %</b><br>true: {true}"
+        names = f"{predicted} {100 * each.confidence:.1f} %</b><br>true: {true}"
         if each.doubted:
             names = f"labelled {true}<br>perhaps mislabelled: {predicted}?</b>"
         caption = f"{names}<br><small>{escape(each.name)}</small>"
@@ -220,9 +221,13 @@ def build(content: Content) -> gr.Blocks:
             with gr.Tab("Mistakes", id="mistakes") as tab:
                 _mistakes(content, tab, tabs, predict)
             with gr.Tab("Run", id="run") as tab:
-                shown = gr.HTML(elem_classes="run")
+                shown = gr.HTML(_waiting(content), elem_classes="run")
                 tab.select(_said(content.run), None, shown, concurrency_id="slow")
     return page
+
+
+def _waiting(content: Content) -> str:
+    return f"<p>{escape(content.wait)}</p>"
 
 
 def launch(page: gr.Blocks, **where: Any) -> str:
@@ -306,7 +311,7 @@ def _mistakes(content: Content, tab: gr.Tab, tabs: gr.Tabs, predict: list[Any]) 
         true = gr.Dropdown([ANY, *content.classes], value=ANY, label="True class", min_width=160)
         predicted = gr.Dropdown([ANY, *content.classes], value=ANY, label="Taken for", min_width=160)
         with_cam = gr.Checkbox(value=True, label="Grad-CAM", info="of the class predicted and of the true one", min_width=160)
-    cards = gr.HTML(js_on_load=CLICK, min_height=200)
+    cards = gr.HTML(_waiting(content), js_on_load=CLICK, min_height=200)
 
     @_said
     def show(count: int, order: str, true: str, predicted: str, with_cam: bool) -> str:

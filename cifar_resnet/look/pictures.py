@@ -120,8 +120,8 @@ def _framed(axis: Axes) -> Axes:
 def _names(mistake: Mistake, given: str) -> tuple[tuple[str, str], tuple[str, str]]:
     """What stands above an image: text and colour of the class predicted, and of the true one."""
     if not mistake.wrong:
-        return (f"{lettering.name(mistake.predicted)}, {100 * mistake.confidence:.0f} %", GREEN), ("right", GREEN)
-    predicted = f"{lettering.name(mistake.predicted, 16)}, {100 * mistake.confidence:.0f} %"
+        return (f"{lettering.name(mistake.predicted)}, {100 * mistake.confidence:.1f} %", GREEN), ("right", GREEN)
+    predicted = f"{lettering.name(mistake.predicted, 16)}, {100 * mistake.confidence:.1f} %"
     return (predicted, PREDICTED), (f"{given}: {lettering.name(mistake.true, 18)}", TRUE)
 
 

@@ -21,7 +21,7 @@ def test_the_grid_names_predicted_and_true_class_in_two_colours():
     figure = pictures.misclassified(images(7), [*mistakes(3), mistakes(1)[0]._replace(name="dir/3\udce9.png"), *mistakes(3)], "t")
     assert len(figure.axes) == 7
     axis = figure.axes[3]
-    assert texts(axis) == ["dog, 90 %", "true: cat"]
+    assert texts(axis) == ["dog, 90.0 %", "true: cat"]
     assert [text.get_color() for text in axis.texts] == [pictures.PREDICTED, pictures.TRUE]
     assert axis.get_xlabel() == r"dir/3\udce9.png"
     assert figure.axes[1].get_xlabel() == "image 1"
@@ -35,7 +35,7 @@ def test_grad_cam_shows_what_tells_the_classes_apart():
     figure = pictures.grad_cam(images(3), predicted, true, mistakes(3), "t")
     assert len(figure.axes) == 6
     plain, looked = figure.axes[2:4]
-    assert texts(plain) == ["dog, 89 %", "true: cat"]
+    assert texts(plain) == ["dog, 89.0 %", "true: cat"]
     assert np.array_equal(plain.images[0].get_array(), images(3)[1])
     tint = looked.images[1].get_array()
     assert np.allclose(tint[0, 0, :3], figures.to_rgb(pictures.PREDICTED))
@@ -50,7 +50,7 @@ def test_grad_cam_shows_what_tells_the_classes_apart():
 def test_an_image_predicted_right_is_held_against_the_next_probable_class():
     (right,) = mistakes(1, "dog", "dog")
     assert (right.wrong, right.rival) == (False, "cat")
-    assert texts(pictures.misclassified(images(1), [right], "t").axes[0]) == ["dog, 90 %", "right"]
+    assert texts(pictures.misclassified(images(1), [right], "t").axes[0]) == ["dog, 90.0 %", "right"]
     figure = pictures.grad_cam(images(1), np.zeros((1, 32, 32)), np.ones((1, 32, 32)), [right], "t")
     assert "second most probable" in figure.legends[0].get_texts()[1].get_text()
 
@@ -58,9 +58,9 @@ def test_an_image_predicted_right_is_held_against_the_next_probable_class():
 def test_a_doubted_label_is_not_called_true():
     """Neither above the image, nor in the key of Grad-CAM."""
     shown = mistakes(1)
-    assert texts(pictures.misclassified(images(1), shown, "t", "label").axes[0]) == ["dog, 90 %", "label: cat"]
+    assert texts(pictures.misclassified(images(1), shown, "t", "label").axes[0]) == ["dog, 90.0 %", "label: cat"]
     figure = pictures.grad_cam(images(1), np.zeros((1, 32, 32)), np.ones((1, 32, 32)), shown, "t", "label")
-    assert texts(figure.axes[0]) == ["dog, 90 %", "label: cat"]
+    assert texts(figure.axes[0]) == ["dog, 90.0 %", "label: cat"]
     assert figure.legends[0].get_texts()[1].get_text() == "more for the label"
 
 
