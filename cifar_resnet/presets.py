@@ -28,8 +28,8 @@ _PUBLISHED = dict(
 PRESETS: dict[str, Preset] = {
     "default": Preset("ours: ResNet-9, tuned as docs/log tells", "nothing", {}),
     "sprint": Preset(
-        "ours, for people in a hurry: the default's network in 8 epochs, which starts with whitening filters; a higher rate of Muon, "
-        "less augmentation, and no sharpness-aware minimisation",
+        "ours, for people in a hurry: the default's network in 8 epochs, started with whitening filters; a sooner peak, a higher rate "
+        "of Muon, less augmentation, and no sharpness-aware minimisation",
         "nothing",
         dict(init="whiten", epochs=8, peak_epoch=0.8, muon_lr_factor=0.3, sam_share=0.0, pad=2, cutout_count=0),
     ),

@@ -92,7 +92,7 @@ def sam_along_momentum(recipe, before=False) -> Iterator[None]:
     """Sharpness-aware steps take their gradient further on along the momentum of the steps before, and so need no first pass.
 
     As in Momentum-SAM (Becker, Altrock and Risse 2024, arXiv:2401.12033), but for the radius, which is relative to the weights.
-    `before` takes the plain steps so, and leaves the sharpness-aware ones as they are.
+    With `before` the plain steps do so instead, and the sharpness-aware ones stay as they are.
     """
     plain_step, backward = engine.train_step, engine._backward
 
@@ -129,7 +129,7 @@ def floor(recipe) -> Iterator[None]:
 
 @contextmanager
 def no_holes_at_the_end(recipe) -> Iterator[None]:
-    """The images of the last eighth of the epochs have no holes."""
+    """The images of the last eighth of the epochs have no holes; of fewer than eight epochs none is changed."""
     drawn = loaders.draw
 
     def draw(recipe, epoch, *where):

@@ -47,6 +47,16 @@ def test_what_the_list_of_recipes_tells_was_measured():
         assert all(word in first[name]["hardware"] for word in found.hardware.split())
 
 
+def test_the_first_row_of_a_recipe_is_of_the_recipe_as_it_is():
+    rows = {row["recipe"]: row["command"] for row in reversed(json.loads((RESULTS / "accuracy.json").read_text("utf-8")))}
+    for name, command in rows.items():
+        given = {option.replace("-", "_"): value for option, value in re.findall(r"--(\S+) (\S+)", command)}
+        given.pop("repeat", None)
+        if name == "digits":
+            assert given.pop("batches") == "fixed"  # as the list of recipes says
+        assert Recipe.build(given.pop("recipe", None), **given) == Recipe.build(name)
+
+
 def test_rows_name_recipes_that_there_are_and_their_commands():
     for row in json.loads((RESULTS / "accuracy.json").read_text("utf-8")):
         assert row["recipe"] in PRESETS

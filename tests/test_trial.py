@@ -71,6 +71,7 @@ def test_one_pair_has_no_interval_and_a_seed_of_one_arm_alone_is_no_pair():
         ({"common": {**TINY, "holdout": 0}}, "holdout"),
         ({"arms": {"a": {"max_lr": -1}}}, "--max-lr -1"),
         ({"arms": {"a": {"no_such": 1}}}, "--no-such"),
+        ({"factors": {"a": {"max_lr": 0.1}, "b": {"max_lr": 0.2}}}, "two factors change max_lr"),
         ({"arms": {"a": {"levers": ["resise"]}}}, "a: there is no lever resise; there are first convolution not trained, "),
     ],
 )
@@ -90,12 +91,12 @@ def test_a_lever_changes_its_arm_alone(tmp_path):
 FACTORS = {f"factor {number}": {"max_lr": 0.1 + number / 100} for number in range(1, 8)}
 
 
-@pytest.mark.parametrize("count", [1, 3, 5, 7])
+@pytest.mark.parametrize("count", range(1, 8))
 def test_each_two_factors_of_a_design_meet_in_a_quarter_of_its_arms(count):
     factors = dict(list(FACTORS.items())[:count])
     arms, chosen = trial.design(factors)
     assert list(arms)[0] == "none"
-    assert len(arms) == {1: 2, 3: 4, 5: 8, 7: 8}[count]
+    assert len(arms) == [2, 4, 4, 8, 8, 8, 8][count - 1]
     for name in factors:
         assert sum(name in on for on in chosen.values()) == len(arms) / 2
         for other in set(factors) - {name}:
@@ -134,6 +135,9 @@ def test_effects_are_differences_of_means_with_the_interval_of_what_they_leave_o
         assert abs(row["effect"] - true[name]) < 2 * half
         assert row["half"] == pytest.approx(half)
     assert "| 1. factor 1 | 12, " in trial.table(content)
+    for few in (0, 1, 7):  # too few to tell the effects
+        assert trial.table({**content, "results": content["results"][:few]}) == trial.arms_table({**content, "results": content["results"][:few]})
+    assert trial.table({**content, "results": content["results"][:8]}).count("(no interval)") == 7
     one_lost = {**content, "results": content["results"][:-1]}
     assert [row["effect"] for row in trial.effects(one_lost)] == pytest.approx(list(true.values()), abs=0.2)
 

@@ -18,10 +18,10 @@ An arm's "levers" are names of changes that are no field: see `levers.py`.
 The first arm is the control. The arms take turns: seed 0 of each, then seed 1 of each. Every run is added to the file when it
 ends. A call that was interrupted goes on where it stopped: unfinished runs lie in --runs.
 
-In place of "arms" a file may have "factors": up to seven changes, each as an arm has it. Every arm then has half of the changes
-and every change is in half of the arms (a fractional factorial design, see Plackett and Burman 1946). So each change is judged
-by all runs, and few seeds suffice. Its effect is mixed with those that two others have only together. Such a trial has a second
-table, with the effect of each change.
+In place of "arms" a file may have "factors": changes, each as an arm has it, whose order must stay. Each is then in half of the
+arms, of which there are eight for seven changes, and each two are in a quarter (a fractional factorial design, see Plackett and
+Burman 1946). So each change is judged by all runs, and few seeds suffice. Its effect is aliased with interactions of others, of
+which nothing is known. Such a trial has a second table, with the effects.
 """
 
 import argparse
@@ -60,19 +60,24 @@ def design(factors):
 
 
 def effects(trial):
-    """A row a factor: the accuracy with and without it, and its effect with half of the 95 % interval, by least squares.
+    """A row a factor: the accuracies with and without it, and its effect with the half-width of the 95 % interval, by least squares.
 
-    The model is a sum of the effects of the factors and of the seeds. What it leaves over measures the chance.
+    The model is a sum of the effects of the factors and of the seeds; its residual variance estimates the noise. There are no rows
+    where the runs do not tell the effects apart yet.
     """
     names, results = list(trial["factors"]), trial["results"]
+    if not results:
+        return []
     _, chosen = design(trial["factors"])
     seeds = sorted({row["seed"] for row in results})
     accuracy = np.array([row["accuracy"] for row in results])
     has = np.array([[name in chosen[row["arm"]] for name in names] for row in results], dtype=float)
     of_seed = np.array([[row["seed"] == seed for seed in seeds] for row in results], dtype=float)
     model = np.hstack([has, of_seed])
+    if np.linalg.matrix_rank(model) < model.shape[1]:
+        return []
     fit, *_ = np.linalg.lstsq(model, accuracy, rcond=None)
-    free = len(accuracy) - np.linalg.matrix_rank(model)
+    free = len(accuracy) - model.shape[1]
     variance = ((accuracy - model @ fit) ** 2).sum() / free if free else math.inf
     halves = stats.t.ppf(0.975, max(free, 1)) * np.sqrt(variance * np.diag(np.linalg.pinv(model.T @ model)))
     rows = zip(names, has.T > 0, fit, halves, strict=False)
@@ -145,18 +150,22 @@ def summary(trial):
 
 
 def table(trial):
-    """The summary as a Markdown table, after that of the effects where there are factors."""
-    return "\n\n".join([*([effects_table(trial)] if "factors" in trial else []), arms_table(trial)])
+    """The summary as a Markdown table, after that of the effects where there are some."""
+    rows = effects(trial) if "factors" in trial else []
+    return "\n\n".join([*([effects_table(rows)] if rows else []), arms_table(trial)])
 
 
-def effects_table(trial):
-    """A row a factor, which the names of the arms number."""
+def effects_table(rows):
+    """Of the factors, which the names of the arms number."""
     lines = ["| change | with: n, accuracy | without: n, accuracy | effect (95 %) |", "| --- | --- | --- | --- |"]
-    for number, row in enumerate(effects(trial), 1):
+    for number, row in enumerate(rows, 1):
         sides = " | ".join(f"{len(row[side])}, {row[side].mean():.2f} %" for side in ("with", "without"))
-        effect, half = row["effect"], row["half"]
-        lines.append(f"| {number}. {row['factor']} | {sides} | {effect:+.2f} ({effect - half:+.2f} to {effect + half:+.2f}) |")
+        lines.append(f"| {number}. {row['factor']} | {sides} | {row['effect']:+.2f} ({spread(row['effect'], row['half'])}) |")
     return "\n".join(lines)
+
+
+def spread(mean, half):
+    return f"{mean - half:+.2f} to {mean + half:+.2f}" if math.isfinite(half) else "no interval"
 
 
 def arms_table(trial):
@@ -165,8 +174,7 @@ def arms_table(trial):
         against = "control"
         if row["difference"]:
             mean, half = row["difference"]
-            spread = f"{mean - half:+.2f} to {mean + half:+.2f}" if math.isfinite(half) else "no interval"
-            against = f"{mean:+.2f} ({spread}; {row['pairs']} pairs)"
+            against = f"{mean:+.2f} ({spread(mean, half)}; {row['pairs']} pairs)"
         figures = f"{row['accuracy']:.2f} % | {row['loss']:.4f} | {against} | {row['pflop']:.3g} | {row['seconds']:,.0f}"
         lines.append(f"| {row['arm']} | {row['n']} | {figures} |")
     return "\n".join(lines)
@@ -183,6 +191,9 @@ def main(arguments=None):
     changes = "factors" if "factors" in trial else "arms"
     if missing := [key for key in ("question", "expected", "common", changes, "seeds") if key not in trial]:
         sys.exit(f"{given.file} lacks {', '.join(missing)}")
+    fields = [name for factor in trial.get("factors", {}).values() for name in factor if name != "levers"]
+    if twice := {name for name in fields if fields.count(name) > 1}:
+        sys.exit(f"{given.file}: two factors change {', '.join(sorted(twice))}")
     trial.setdefault("results", [])
     runs, captured = given.runs or Path("runs") / given.file.stem, {arm: {} for arm in arms_of(trial)}
     done = {(row["arm"], row["seed"]) for row in trial["results"]}

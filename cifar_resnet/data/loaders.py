@@ -100,10 +100,9 @@ class Loader:
 
     options: dict[str, Any]  # the run options that it came from
 
-    def __init__(self, split: Split, recipe: Recipe, device: torch.device, share: Share) -> None:
-        self.split, self.recipe, self.device, self.share = split, recipe, device, share
-        self.count = len(split)
-        self.sizes = batch_sizes(recipe, self.count)
+    def __init__(self, recipe: Recipe, count: int, device: torch.device, share: Share) -> None:
+        self.recipe, self.count, self.device, self.share = recipe, count, device, share
+        self.sizes = batch_sizes(recipe, count)
         self.steps = len(self.sizes)  # an epoch has
         self.starts = [0, *itertools.accumulate(self.sizes[:-1])]  # of each step in the epoch's order
 
@@ -124,7 +123,7 @@ class TensorLoader(Loader):
     """The whole split once on the device as uint8, augmented a batch at a time. It also gives the batches of evaluations."""
 
     def __init__(self, split: Split, recipe: Recipe, device: torch.device, share: Share = WHOLE) -> None:
-        super().__init__(split, recipe, device, share)
+        super().__init__(recipe, len(split), device, share)
         self.options = {"loader": "tensor"}
         self.images = torch.from_numpy(split.images).to(device)  # (N, 32, 32, 3)
         self.labels = torch.from_numpy(split.labels).to(device)
@@ -173,7 +172,7 @@ class AlbumentationsLoader(Loader):
     """Albumentations, image by image, in a DataLoader with `workers` processes (0: in this one)."""
 
     def __init__(self, split: Split, recipe: Recipe, device: torch.device, workers: int, share: Share = WHOLE) -> None:
-        super().__init__(split, recipe, device, share)
+        super().__init__(recipe, len(split), device, share)
         self.options = {"loader": "albumentations", "workers": workers}
         self.order = list[tuple]()  # (epoch, step, indices, slice of them to load) of each batch
         self.loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(

@@ -125,7 +125,7 @@ def content_of_page(
         mistakes=shown.mistakes,
         overlays=shown.overlays,
         run=lambda: shown.run,
-        wait="The network now looks at all test images, once. On a CPU this can take two minutes.",
+        wait="The network now looks at all evaluation images, once. On a CPU this can take two minutes.",
     )
     content.grad_cam(np.zeros((1, 32, 32, 3), np.uint8), [loaded.classes[0]], LAYER)  # so that the first answer is quick
     return content

@@ -116,14 +116,15 @@ class _Search(NamedTuple):
     def run(self, trial_steps: int, settings: dict[str, Any]) -> FoundLR:
         """Range test, trials and sweep."""
         recipe, loader, classes, trials, swept = self.recipe, self.loader, len(self.data.classes), [], []
+        start: dict[str, Any] = dict(convolutions=self.convolutions, images=self.data.train.images)
         planned, num_iter = self.sweep * SWEPT * loader.steps, settings["num_iter"]
         tested = range_test(
-            recipe, loader, self.device, classes, **settings, convolutions=self.convolutions,
+            recipe, loader, self.device, classes, **settings, **start,
             progress=lambda done, total: self.progress(done, total + 4 * trial_steps + planned),
         )  # fmt: skip
         if trial_steps:
             trials = run_trials(
-                recipe, loader, self.device, tested, classes, steps=trial_steps, convolutions=self.convolutions,
+                recipe, loader, self.device, tested, classes, steps=trial_steps, **start,
                 progress=lambda done, total: self.progress(num_iter + done, num_iter + total + planned),
             )  # fmt: skip
 
@@ -147,8 +148,8 @@ class _Search(NamedTuple):
             planned.append(("recommended", with_found_lr(short, found)))
         evaluation, rows = TensorLoader(self.data.evaluation, recipe, self.device), list[dict[str, Any]]()
         for rule, trained in planned:
-            classes, images = len(self.data.classes), self.data.train.images
-            state, score = engine.start(trained, self.device, classes, self.convolutions, images), {}
+            start = len(self.data.classes), self.convolutions, self.data.train.images
+            state, score = engine.start(trained, self.device, *start), {}
             with suppress(NonFiniteLossError):
                 for record in engine.train(state, self.loader, evaluation.plain):
                     done = (len(rows) * epochs + state.epoch) * steps + state.step

@@ -128,8 +128,9 @@ def _held_out_logits(
         notify(f"{count_of(len(done), len(parts))} folds were done before")
     for fold, (others, mine) in enumerate(parts[len(done) :], len(done)):
         try:
-            loader, held = (TensorLoader(data.train.take(each), recipe, device) for each in (others, mine))
-            state = engine.start(recipe, device, len(data.classes), convolutions, loader.split.images)
+            train, judged = data.train.take(others), data.train.take(mine)
+            state = engine.start(recipe, device, len(data.classes), convolutions, train.images)
+            loader, held = TensorLoader(train, recipe, device), TensorLoader(judged, recipe, device)
             for _ in engine.train(state, loader, held.plain):
                 steps = recipe.epochs * loader.steps
                 told(fold * steps + state.epoch * loader.steps + state.step, len(parts) * steps)

@@ -227,7 +227,7 @@ def build(content: Content) -> gr.Blocks:
 
 
 def _waiting(content: Content) -> str:
-    return f"<p>{escape(content.wait)}</p>"
+    return f"<p>{escape(content.wait)}</p>" if content.wait else ""
 
 
 def launch(page: gr.Blocks, **where: Any) -> str:

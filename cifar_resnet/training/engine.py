@@ -163,7 +163,8 @@ def start(
 ) -> State:
     """A run before its first step, with convolutions computed in these ways; see `convolution.use`.
 
-    `images` are the training images, uint8 (N, 32, 32, 3). They are needed where the weights start by them; see `whiten`.
+    `images` are the training images, uint8 (N, 32, 32, 3), for an `init` of whiten. Without them the first convolution starts as
+    with dirac; that is of use where other weights are loaded.
     """
     model = build_model(recipe, classes)
     if recipe.init == "whiten" and images is not None:

@@ -88,12 +88,13 @@ def range_test(
     num_iter: int = 100,
     step_mode: str = "exp",
     convolutions: Mapping[str, Sequence[str]] | None = None,
+    images: np.ndarray | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> History:
     """Trains a fresh model of the recipe for `num_iter` steps while the learning rate rises from `start_lr` to `end_lr`.
 
     Steps are plain, with the recipe's optimizer, augmentation and precision, and without averaging. The test ends early if the loss
-    passes five times its lowest or is not finite. For `convolutions` see `convolution.use`.
+    passes five times its lowest or is not finite. For `convolutions` see `convolution.use`, for `images` `engine.start`.
 
     Raises:
         CifarResnetError: fewer than 20 points are left.
@@ -102,8 +103,7 @@ def range_test(
         from torch_lr_finder import LRFinder, TrainDataLoaderIter
         from torch_lr_finder import lr_finder as library
 
-    state, batches = start(recipe, device, classes, convolutions, loader.split.images), endless(loader)
-    done = itertools.count()
+    state, batches, done = start(recipe, device, classes, convolutions, images), endless(loader), itertools.count()
 
     class Finder(LRFinder):
         """torch-lr-finder's, which raises the rate and reads the losses; each step is that of the training loop."""
@@ -164,6 +164,7 @@ def run_trials(
     *,
     steps: int,
     convolutions: Mapping[str, Sequence[str]] | None = None,
+    images: np.ndarray | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Trial]:
     """Trains fresh models of the recipe for `steps` steps each, on its schedule in small, from the `min_lr` of the range test;
@@ -179,7 +180,7 @@ def run_trials(
     if found.max_lr is None or found.min_lr is None:
         return []
     begin, losses = found.min_lr, dict[int, float]()
-    start_trial = partial(start, device=device, classes=classes, convolutions=convolutions, images=loader.split.images)
+    start_trial = partial(start, device=device, classes=classes, convolutions=convolutions, images=images)
 
     def run(power: int) -> None:
         def taken(done: int) -> None:

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..arguments import checked
+from ..data.augment import TensorAugmentation
 from ..errors import UsageError
 from ..recipe import Recipe
 from . import fused
 from .convolution import Conv3x3
 
-WHITENED = 5000  # training images that are looked at, spread over all of them
+WHITENING_IMAGES = 5000  # at most: every k-th training image
 
 
 class Chain(nn.Sequential):
@@ -93,7 +94,10 @@ class ResNet(nn.Module):
 
 @checked
 def build_model(recipe: Recipe, classes: int = 10) -> ResNet:
-    """A ResNet in channels-last layout, initialised from the recipe's seed; torch's random state is left as it was."""
+    """A ResNet in channels-last layout, initialised from the recipe's seed; torch's random state is left as it was.
+
+    Where the recipe's `init` is whiten, the first convolution waits for training images; see `whiten`.
+    """
     if classes < 1:
         raise UsageError(f"classes {classes} must be at least 1")
     with torch.random.fork_rng(devices=[]):
@@ -110,22 +114,22 @@ def build_model(recipe: Recipe, classes: int = 10) -> ResNet:
 def whiten(model: ResNet, recipe: Recipe, images: np.ndarray) -> None:
     """Sets the kernels of the first convolution to whitening filters of training images, uint8 (N, 32, 32, 3).
 
-    Each filter is there with both signs, the strongest direction first, as far as the convolution has outputs. As in
-    cifar10-airbench (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.2), whose filters are not trained.
+    Each filter is there with both signs, by falling eigenvalue, as far as the convolution has outputs. Outputs beyond the filters
+    stay as they are. After cifar10-airbench (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.2), whose filters are 2x2
+    and not trained.
     """
-    chosen = torch.from_numpy(images[:: -(-len(images) // WHITENED)])
-    mean, std = (torch.tensor(each) for each in (recipe.mean, recipe.std))
-    kernels = whitening_kernels(((chosen / 255 - mean) / std).permute(0, 3, 1, 2))
+    chosen = torch.from_numpy(images[:: -(-len(images) // WHITENING_IMAGES)])
+    kernels = whitening_kernels(TensorAugmentation(recipe, torch.device("cpu")).normalise(chosen))
     weight = next(model.prep.parameters())
     pairs = torch.stack([kernels, -kernels], 1).flatten(0, 1)[: len(weight)]
     weight[: len(pairs)] = pairs.to(weight)
 
 
 def whitening_kernels(images: Tensor) -> Tensor:
-    """Kernels (27, 3, 3, 3), the strongest direction first, whose outputs on images (N, 3, H, W) have variance 1 and no covariance.
+    """Kernels (K, 3, 3, 3), by falling eigenvalue, whose outputs on images (N, 3, H, W) have variance 1 and no covariance.
 
-    They are the eigenvectors of the covariance of all 3x3 patches, over the root of its eigenvalues. A little is added to these, as
-    directions in which nothing varies, those of grey images, would be divided by zero.
+    They are the eigenvectors of the covariance of all 3x3 patches, over the root of its eigenvalues, to which a little is added. K
+    is 27, but for images that do not vary in every direction: grey ones have 9.
     """
     count, total, products = 0, torch.zeros(27, dtype=torch.float64), torch.zeros(27, 27, dtype=torch.float64)
     for part in images.split(500):
@@ -133,4 +137,5 @@ def whitening_kernels(images: Tensor) -> Tensor:
         count, total, products = count + patches.shape[1], total + patches.sum(1), products + patches @ patches.T
     mean = total / count
     values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
-    return (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(27, 3, 3, 3)
+    varies = values > 1e-6 * values.max().clamp(min=1e-4)  # or it is rounding
+    return (vectors / (values + 5e-4).sqrt()).T[varies].flip(0).reshape(-1, 3, 3, 3)

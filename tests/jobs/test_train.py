@@ -58,10 +58,9 @@ def test_a_whitening_start_is_made_of_the_training_images_and_a_resumed_run_has_
 
     class Keeping:
         def begin(self, recipe, run_dir, environment, data, state):
-            if state.epoch == 0:
-                model = build_model(recipe)
-                whiten(model, recipe, data.train.images)
-                kernels.extend([model.prep[0].weight.detach(), state.model.prep[0].weight.detach().clone()])
+            model = build_model(recipe)
+            whiten(model, recipe, data.train.images)
+            kernels.extend([model.prep[0].weight.detach(), state.model.prep[0].weight.detach().clone()])
 
     train(recipe, tmp_path / "whole", watcher=Keeping())
     assert torch.equal(*kernels)

@@ -192,10 +192,16 @@ def test_whitening_looks_at_images_from_all_parts_of_a_split():
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
 
 
-def test_images_of_one_colour_give_finite_kernels():
-    model = engine.start(Recipe.build(init="whiten", width=64), torch.device("cpu")).model
-    whiten(model, with_statistics(Recipe()), np.full((10, 32, 32, 3), 7, np.uint8))
-    assert model.prep[0].weight.isfinite().all()
+def test_grey_images_have_nine_filters_and_images_of_one_colour_none():
+    """The other outputs stay as torch made them: nothing would come out of them but rounding."""
+    grey = (blurred(300)[:, :1].clamp(-1, 1) * 127 + 128).to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    before = build_model(Recipe.build(width=64)).prep[0].weight.detach()
+    for images, filters in ((grey.numpy(), 9), (np.full((10, 32, 32, 3), 7, np.uint8), 0)):
+        model = build_model(Recipe.build(width=64))
+        whiten(model, with_statistics(Recipe()), images)
+        unchanged = (model.prep[0].weight == before).flatten(1).all(1)
+        assert unchanged.tolist() == [False] * 2 * filters + [True] * (64 - 2 * filters)
+        assert model.prep[0].weight.isfinite().all()
 
 
 def test_a_norm_on_an_apple_gpu_gets_channels_first():
