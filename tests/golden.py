@@ -25,6 +25,7 @@ CASES = {  # name: (recipe fields, options of train, step after which it is stop
     "muon, clipped": (dict(MUON, grad_clip=0.01), {}, None),
     "muon, SAM": (dict(MUON, sam_share=0.5, peak_epoch=0.5), {}, None),
     "muon, SAM, stopped": (dict(MUON, sam_share=0.6), {}, 3),
+    "whitening start": (dict(MUON, init="whiten"), {}, None),
     "sgd, averaged": (dict(COMMON, recipe="digits", ema_decay=0.9, ema_every=2), {}, None),
     "sgd with cycled momentum, clipped, averaged, stopped": (
         dict(COMMON, recipe="eva6-s9", mean=(0.3,) * 3, std=(0.3,) * 3, max_lr=0.1, ema_decay=0.8, ema_every=1, holdout=40), {}, 5,
