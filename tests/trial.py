@@ -160,11 +160,11 @@ def effects_table(rows):
     lines = ["| change | with: n, accuracy | without: n, accuracy | effect (95 %) |", "| --- | --- | --- | --- |"]
     for number, row in enumerate(rows, 1):
         sides = " | ".join(f"{len(row[side])}, {row[side].mean():.2f} %" for side in ("with", "without"))
-        lines.append(f"| {number}. {row['factor']} | {sides} | {row['effect']:+.2f} ({spread(row['effect'], row['half'])}) |")
+        lines.append(f"| {number}. {row['factor']} | {sides} | {row['effect']:+.2f} ({ends(row['effect'], row['half'])}) |")
     return "\n".join(lines)
 
 
-def spread(mean, half):
+def ends(mean, half):
     return f"{mean - half:+.2f} to {mean + half:+.2f}" if math.isfinite(half) else "no interval"
 
 
@@ -174,7 +174,7 @@ def arms_table(trial):
         against = "control"
         if row["difference"]:
             mean, half = row["difference"]
-            against = f"{mean:+.2f} ({spread(mean, half)}; {row['pairs']} pairs)"
+            against = f"{mean:+.2f} ({ends(mean, half)}; {row['pairs']} pairs)"
         figures = f"{row['accuracy']:.2f} % | {row['loss']:.4f} | {against} | {row['pflop']:.3g} | {row['seconds']:,.0f}"
         lines.append(f"| {row['arm']} | {row['n']} | {figures} |")
     return "\n".join(lines)
