@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, load_checkpoint
     from .errors import CifarResnetError
     from .jobs.bench import bench
     from .jobs.compare import compare
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .jobs.training_labels import training_labels
     from .presets import PRESETS
     from .recipe import Recipe
-    from .run_dir import Checkpoint, load_checkpoint
     from .training.model import ResNet, build_model
 
 __version__ = "0.2.0"

@@ -329,7 +329,7 @@ def find_lr(
     """
     from .jobs.common import command_line
     from .jobs.find_lr import find_lr, with_found_lr
-    from .run_dir import folder_for
+    from .runs import folder_for
 
     swept: dict[str, Any] = dict(
         start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, trial_steps=trial_steps, sweep=sweep
@@ -375,7 +375,7 @@ def train(
     from .jobs import track as tracking
     from .jobs import train as training
     from .jobs.interrupt import Interrupted
-    from .run_dir import REPEAT, find_run
+    from .runs import REPEAT, find_run
 
     if resume is not None:
         given, resume = resume, find_run(resume, repetition=True)
@@ -461,7 +461,7 @@ def _line(message: str) -> str:
 
 def _runs(given: list[Path] | None) -> list[Path]:
     """The runs that a command was given; the newest one, where it was given none."""
-    from .run_dir import LATEST, find_runs
+    from .runs import LATEST, find_runs
 
     runs = find_runs(given)
     _say_newest(given in (None, [], [Path(LATEST)]) and runs != given, runs[0])
@@ -469,7 +469,7 @@ def _runs(given: list[Path] | None) -> list[Path]:
 
 
 def _one_run(given: list[Path] | None, command: str) -> Path:
-    from .run_dir import find_run
+    from .runs import find_run
 
     if given and len(given) > 1:
         raise UsageError(f"{command} takes one run, not {len(given)}: {', '.join(map(str, given))}")
@@ -488,7 +488,7 @@ def evaluate(
     If one of several runs fails, it is named, the others are evaluated, and the exit code is 1.
     """
     from .jobs.evaluate import evaluate
-    from .run_dir import CHECKPOINT
+    from .runs import CHECKPOINT
 
     runs, done, notify = _runs(checkpoints), [], _aside if json_output else console.say
     once = {os.path.realpath(run if run.is_file() else run / CHECKPOINT): run for run in runs}
@@ -615,7 +615,7 @@ def predict(
 
 def _run_and_images(given: list[Path]) -> tuple[Path, list[Path]]:
     """The run, which may be left out, and what follows. Where much follows, what is not there is meant as a run."""
-    from .run_dir import is_run
+    from .runs import is_run
 
     if not is_run(given[0]) and (len(given) == 1 or given[0].exists()):
         return _one_run(None, "predict"), given

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from cifar_resnet import Recipe, run_dir
+from cifar_resnet import Recipe
+from cifar_resnet.checkpoint import save_checkpoint
 from cifar_resnet.data.datasets import load, with_statistics
 from cifar_resnet.training.engine import start
 
@@ -36,4 +37,4 @@ if __name__ == "__main__":
     state.epoch, state.history = 1, [{**row, "seconds": 1.0, "images_per_second": 1437.0}]
     save = torch.save
     torch.save = lambda content, buffer: save(constant(content), buffer)
-    run_dir.save_checkpoint(path, state, load(recipe), {"torch": str(torch.__version__)})
+    save_checkpoint(path, state, load(recipe), {"torch": str(torch.__version__)})

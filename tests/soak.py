@@ -29,7 +29,7 @@ STARTED, WRITING = 0, 1  # bytes that a run sets for who watches it
 
 def child(folder, flags, dataset, width):
     """Trains in `folder`, or goes on there, with slow writes, saving at every step."""
-    from cifar_resnet import Recipe, Watcher, files, run_dir, train
+    from cifar_resnet import Recipe, Watcher, checkpoint, files, run_dir, train
 
     with open(flags, "r+b") as file:
         shared = mmap.mmap(file.fileno(), 2)
@@ -63,7 +63,7 @@ def child(folder, flags, dataset, width):
         def step(self, step, state):
             shared[STARTED] = 1
 
-    files.write_whole = run_dir.write_whole = watched
+    files.write_whole = checkpoint.write_whole = run_dir.write_whole = watched
     files.open = lambda path, *rest, **options: (Slow if str(path).endswith(".part") else open)(path, *rest, **options)
     os.fsync = lambda number: (time.sleep(SLOW), fsync(number))
     if (Path(folder) / "recipe.json").exists():

@@ -14,6 +14,7 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Room: the rooms that it may import besides itself.
 GROUND = {"arguments", "errors", "files", "presets", "recipe", "signals"}
+RUN = {"runs", "checkpoint", "run_dir"}
 BELOW = {
     "errors": set(),
     "arguments": {"errors"},
@@ -23,13 +24,15 @@ BELOW = {
     "recipe": {"arguments", "errors", "presets"},
     "data": GROUND,
     "training": GROUND | {"data"},
-    "run_dir": GROUND | {"data", "training"},
+    "runs": GROUND,
+    "checkpoint": GROUND | {"data", "training", "runs"},
+    "run_dir": GROUND | {"data", "training", "runs", "checkpoint"},
     "look": GROUND | {"data", "training"},
-    "jobs": GROUND | {"data", "training", "run_dir", "look"},
-    "cli": GROUND | {"data", "training", "run_dir", "look", "jobs"},
+    "jobs": GROUND | RUN | {"data", "training", "look"},
+    "cli": GROUND | RUN | {"data", "training", "look", "jobs"},
     "__main__": {"cli"},
 }
-FOR_TYPES = {"look": {"run_dir"}}  # what a room may import under TYPE_CHECKING besides
+FOR_TYPES = {"look": {"checkpoint"}}  # what a room may import under TYPE_CHECKING besides
 
 
 def tree(path):

@@ -1,18 +1,12 @@
-"""The run directory: failing disks, the lock, checkpoints and whom they trust, and when one is saved."""
+"""The run directory: failing disks, the lock, and when a checkpoint is saved."""
 
 import errno
-import io
-import itertools
 import json
 import os
-import pickle
-import random
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +20,8 @@ from cifar_resnet import Recipe, load_checkpoint, run_dir, train
 from cifar_resnet.data.loaders import Batch
 from cifar_resnet.data.splits import Data, Split
 from cifar_resnet.errors import CheckpointError, RunDirectoryError, UsageError, shell_command
-from cifar_resnet.files import new_folder, writable
-from cifar_resnet.run_dir import RunDir, SavePolicy, check_free, default_directory, find_run, find_runs, folder_for
+from cifar_resnet.files import new_folder
+from cifar_resnet.run_dir import RunDir, SavePolicy, check_free
 from cifar_resnet.training.engine import rates_at, start, train_step
 
 CPU = torch.device("cpu")
@@ -93,109 +87,6 @@ def test_a_folder_for_a_new_run_is_empty_or_not_there_yet(tmp_path):
         check_free(tmp_path)
     with pytest.raises(RunDirectoryError, match=r"notes.txt is no folder that can be written"):
         check_free(tmp_path / "notes.txt" / "run")
-
-
-@pytest.mark.parametrize(
-    ("fields", "name"),
-    [
-        (dict(recipe="page", dataset="/some/where/birds"), "page"),
-        (dict(dataset="cifar10"), "default"),
-        (dict(dataset="digits"), "digits"),
-        (dict(recipe="default", dataset="digits"), "digits"),
-        (dict(dataset="/some/where/birds"), "birds"),
-        (dict(dataset="/some/$HOME is: mine? *"), "HOME-is-mine"),
-        pytest.param(
-            dict(dataset="/some/鳥"),
-            "鳥",
-            marks=pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="there are no such names here"),
-        ),
-        (dict(dataset="/some/-rf"), "rf"),
-        (dict(dataset="/" + 200 * "x"), 60 * "x"),
-    ],
-)
-def test_the_default_folder_is_named_after_the_recipe_or_its_images_and_numbered(tmp_path, monkeypatch, fields, name):
-    monkeypatch.chdir(tmp_path)
-    recipe = Recipe.build(**fields)
-    found = [default_directory(recipe), default_directory(recipe, "find-lr-"), default_directory(recipe)]
-    assert [each.as_posix() for each in found] == [f"runs/{name}-1", f"runs/find-lr-{name}-1", f"runs/{name}-2"]
-    assert all(each.is_dir() for each in found)
-    found[0].rmdir()
-    (tmp_path / "runs" / f"{name}-10").write_text("a file takes a number too")
-    assert default_directory(recipe).as_posix() == f"runs/{name}-11"
-
-
-def test_processes_that_ask_at_the_same_time_get_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda _: default_directory(Recipe()), range(64)))
-    assert sorted(int(str(each).rpartition("-")[2]) for each in found) == list(range(1, 65))
-
-
-def test_a_default_folder_that_nothing_was_written_into_goes_again(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError), folder_for(None, Recipe(), "find-lr-"):
-        raise UsageError
-    assert os.listdir(tmp_path) == []
-    for path in (None, Path("mine")):
-        with folder_for(path, Recipe(), "find-lr-") as folder:
-            (folder if path is None else writable(folder)).joinpath("lr_finder.json").write_text("{}")
-        assert os.listdir(folder) == ["lr_finder.json"]
-    assert sorted(os.listdir(tmp_path)) == ["mine", "runs"]
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """Runs that were written one after the other, the newest one last; gives what makes another one."""
-    monkeypatch.chdir(tmp_path)
-    seconds = itertools.count(1_000_000_000)
-
-    def made(*files):
-        for file in map(Path, files):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("{}")
-            os.utime(file, (now := next(seconds), now))
-
-    made("runs/digits-1/recipe.json", "runs/digits-2/recipe.json", "runs/digits-1/checkpoint.pt", "runs/find-lr-digits-1/lr_finder.json")
-    return made
-
-
-def test_the_newest_run_is_the_one_written_last(runs):
-    assert find_run() == find_run("latest") == Path("runs/digits-1")  # the second one has not come to a checkpoint
-    assert find_run("runs/digits-2") == Path("runs/digits-2")
-    assert find_run("nowhere") == Path("nowhere")  # which whoever reads it refuses
-    runs("runs/many/repeat.json", *(f"runs/many/s{seed}/recipe.json" for seed in (9, 10)))
-    assert find_run() == Path("runs/many/s10")
-    assert find_run(repetition=True) == Path("runs/many")
-    assert find_run("runs/many/s9", repetition=True) == Path("runs/many/s9")
-    assert find_runs(["runs/many", "runs/digits-2"]) == [Path("runs/many/s9"), Path("runs/many/s10"), Path("runs/digits-2")]
-    assert find_runs() == find_runs([]) == find_runs(["latest"]) == [Path("runs/many/s10")]
-    runs("runs/digits-2/checkpoint.pt")
-    assert find_run(repetition=True) == Path("runs/digits-2")
-    Path("latest").mkdir()
-    assert find_run("latest") == Path("latest")
-
-
-def test_a_folder_without_a_checkpoint_says_what_it_holds_instead(runs):
-    runs("runs/many/repeat.json", "runs/many/s0/recipe.json")
-    for folder, words in (
-        ("runs/digits-2", f"go on with: {shell_command('train', '--resume', Path('runs/digits-2'))}"),
-        ("runs/many", f"a repetition of several runs; give one of them, {Path('runs/many/s0')} for example"),
-        ("runs/find-lr-digits-1", "a search for the learning rate, no run"),
-    ):
-        with pytest.raises(CheckpointError, match=f"^there is no checkpoint {re.escape(str(Path(folder, 'checkpoint.pt')))}: .*{re.escape(words)}$"):
-            load_checkpoint(folder)
-    with pytest.raises(CheckpointError, match=f"^there is no checkpoint {re.escape(str(Path('runs/checkpoint.pt')))}$"):
-        load_checkpoint("runs")
-
-
-def test_without_a_run_there_is_no_newest_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for given in (None, "latest"):
-        with pytest.raises(UsageError, match=f"there is no run in {re.escape(str(tmp_path / 'runs'))}; give the folder of one, or make one"):
-            find_run(given)
-
-
-# The lock
 
 
 def test_a_folder_has_one_writer_at_a_time(tmp_path):
@@ -266,36 +157,6 @@ def test_what_was_made_of_a_checkpoint_and_cannot_be_removed_is_named(tmp_path, 
 
 
 # Create, open, resume
-
-
-@pytest.fixture
-def never_first(tmp_path, monkeypatch):
-    """Gives what makes runs/default-1 a folder that cannot be made."""
-    make = Path.mkdir
-    monkeypatch.chdir(tmp_path)
-
-    def refuse(error):
-        def mkdir(path, *given, **options):
-            if path.name == "default-1":
-                raise error
-            make(path, *given, **options)
-
-        monkeypatch.setattr(Path, "mkdir", mkdir)
-
-    return refuse
-
-
-def test_a_folder_whose_name_the_file_system_takes_for_another_gets_the_next_number(never_first):
-    """Of runs/Images-1 and runs/images-1 Windows and macOS see one."""
-    never_first(FileExistsError)
-    assert default_directory(Recipe()) == Path("runs", "default-2")
-
-
-def test_a_folder_that_can_never_be_made_is_said(never_first):
-    """As Windows has it of a path that is too long."""
-    never_first(FileNotFoundError)
-    with pytest.raises(RunDirectoryError, match="default-1, -2 ... can be made"):
-        default_directory(Recipe())
 
 
 @pytest.fixture
@@ -523,162 +384,3 @@ def test_when_a_checkpoint_is_due(clock):
 
 
 # Checkpoints, and whom they trust
-
-
-def test_a_checkpoint_of_schema_1_goes_on_loading():
-    checkpoint = load_checkpoint(FIXTURES / "schema1.pt")
-    assert checkpoint.temperature == 1
-    assert checkpoint.finished
-    assert (checkpoint.recipe.epochs, checkpoint.recipe.width) == (1, 64)
-    assert (checkpoint.recipe.sam_share, checkpoint.recipe.flip_order) == (0, "random")
-    assert checkpoint.model().fc.weight[0, 0].item() == pytest.approx(0.01)
-    assert checkpoint.history[-1]["test_accuracy"] == 50
-
-
-def test_a_run_directory_of_the_version_before_goes_on_loading():
-    recipe, checkpoint = RunDir(FIXTURES / "run-0.1").open({"dataset": "digits", "epochs": 2})
-    written = json.loads((FIXTURES / "run-0.1" / "recipe.json").read_text("utf-8"))
-    assert "schema" not in written
-    assert {name: value for name, value in recipe.to_dict().items() if name in written} == written
-    assert (recipe.width, checkpoint.content["epoch"], checkpoint.content["step"]) == (64, 1, 1)
-    assert checkpoint.history == json.loads((FIXTURES / "run-0.1" / "metrics.json").read_text("utf-8"))["epochs"]
-
-
-def test_the_optimizers_tensors_are_its_own_and_laid_out_as_the_weights():
-    """Fused kernels take that for granted. Those of this file have one element for all places: they would write beside it."""
-    checkpoint = load_checkpoint(FIXTURES / "run-0.1")
-    read = [slots["momentum_buffer"] for slots in checkpoint.content["optimizer"]["state"].values()]
-    assert {each.untyped_storage().nbytes() for each in read} == {4}
-    state = checkpoint.state(CPU)
-    assert len(state.optimizer.state) == len(read)
-    for parameter, slots in state.optimizer.state.items():
-        buffer = slots["momentum_buffer"]
-        assert (buffer.shape, buffer.stride()) == (parameter.shape, parameter.stride())
-        assert buffer.untyped_storage().nbytes() == 4 * parameter.numel()
-    slots = state.optimizer.state_dict()["state"].values()
-    assert all(torch.equal(mine["momentum_buffer"], theirs) for mine, theirs in zip(slots, read, strict=True))
-
-
-def test_the_settings_of_the_optimizer_are_the_recipes_whatever_the_file_says(tiny_run, tmp_path):
-    good = content(tiny_run)
-    groups = [{**group, "weight_decay": 0.9, "fused": "?", "nesterov": False} for group in good["optimizer"]["param_groups"]]
-    torch.save({**good, "optimizer": {**good["optimizer"], "param_groups": groups}}, tmp_path / "changed.pt")
-    found, expected = (load_checkpoint(path).state(CPU).optimizer.param_groups for path in (tmp_path / "changed.pt", tiny_run))
-    for mine, theirs in zip(found, expected, strict=True):
-        assert {key: value for key, value in mine.items() if key != "params"} == {
-            key: value for key, value in theirs.items() if key != "params"
-        }
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-def test_checkpoints_that_cannot_be_trusted_are_refused_in_one_line(tiny_run, tmp_path, refused):
-    source, bad, was_here = tiny_run / "checkpoint.pt", tmp_path / "bad.pt", tmp_path.parent / "was-here"
-    good = content(tiny_run)
-
-    def refused_with(word):
-        line = refused(1, "evaluate", bad)
-        assert str(bad) in line
-        assert word in line
-        assert os.listdir(tmp_path) == (["bad.pt"] if bad.exists() else [])
-
-    def changed(**changes):
-        torch.save({**good, **changes}, bad)
-
-    refused_with("no checkpoint")
-    for text in (b"", b"not a zip", b"PK\x03\x04"):
-        bad.write_bytes(text)
-        refused_with("not a checkpoint")
-    bad.write_bytes(source.read_bytes()[:-1000])
-    refused_with("cut short")
-    bad.write_bytes(pickle.dumps(Hostile(was_here)))
-    refused_with("not a checkpoint")
-    changed(extra=Hostile(was_here))
-    refused_with("must not")
-    assert not was_here.exists()
-    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as target:
-        for entry in archive.infolist():
-            target.writestr(entry.filename, archive.read(entry))
-    refused_with("compressed")
-    torch.save([1, 2], bad)
-    refused_with("not a checkpoint of cifar-resnet")
-
-    def with_slots(index, slots):
-        return dict(optimizer={**good["optimizer"], "state": {**good["optimizer"]["state"], index: slots}})
-
-    buffer = good["optimizer"]["state"][0]["momentum_buffer"]
-    for changes, word in (
-        (dict(kind="something else"), "not a checkpoint of cifar-resnet"),
-        (dict(schema=99), "schema 99"),
-        (dict(recipe={**good["recipe"], "epochs": -1}), "--epochs -1"),
-        (dict(recipe={**good["recipe"], "schema": 4}), "a recipe of schema 4; this version of cifar-resnet reads 1 to 3"),
-        (dict(classes=["a", "b"]), "2 classes"),
-        (dict(classes=list(range(10))), "class names"),
-        (with_slots(0, {"momentum_buffer": torch.tensor(0.0)}), "optimizer state of another model"),
-        (with_slots(0, {"momentum_buffer": buffer.long()}), "optimizer state of another model"),
-        (with_slots(0, {"exp_avg": buffer}), "optimizer state of another model"),
-        (with_slots(0, {"momentum_buffer": {}}), "no attribute 'shape'"),
-        (with_slots(99, {"momentum_buffer": buffer}), "not in range"),
-        (dict(history=[{}]), "metrics"),
-        (dict(history=[{**row, "seconds": torch.tensor(1.0)} for row in good["history"]]), "not JSON serializable"),
-        (dict(environment=None), "does not say where it was trained"),
-        (dict(environment={"tf32": torch.ones(2)}), "not JSON serializable"),
-        (dict(evaluated_on="images"), "on what it was evaluated"),
-        (dict(epoch=2.0), "place"),
-        (dict(step=None), "place"),
-        (dict(seconds="long"), "not supported between"),
-        (dict(epoch=7), "place"),
-        (dict(averaged=None), "averaged"),
-        (dict(temperature=-1.0), "the temperature -1.0"),
-        (dict(temperature=float("nan")), "the temperature nan"),
-        (dict(temperature="warm"), "the temperature 'warm'"),
-        (dict(whites={"uint16": 0}), "the values of white {'uint16': 0}"),
-        (dict(whites=[255]), "the values of white [255]"),
-        *((dict(data={"evaluation": each}), "which images it was trained on") for each in (
-            {"images": "8", "sha256": "a"}, {"images": 8, "sha256": 9}, {"images": 8}, ["images", "sha256"], None,
-        )),
-    ):
-        changed(**changes)
-        refused_with(word)
-    weights = {name: tensor.clone() for name, tensor in good["averaged"].items()}
-    weights["fc.weight"][0, 0] = float("nan")
-    changed(averaged=weights)
-    refused_with("not finite")
-    del weights["fc.weight"]
-    changed(averaged=weights)
-    refused_with("state_dict")
-
-
-def test_a_checkpoint_that_claims_a_wide_network_is_refused_before_it_is_built(tiny_run, tmp_path, monkeypatch):
-    """At width 1024 the network alone takes 7 GB."""
-    good, built = content(tiny_run), []
-    monkeypatch.setattr(run_dir, "build_model", lambda recipe, classes: built.append(recipe.width))
-    torch.save({**good, "recipe": {**good["recipe"], "width": 1024}}, tmp_path / "wide.pt")
-    with pytest.raises(CheckpointError, match="has a model of width 4, its recipe 1024"):
-        load_checkpoint(tmp_path / "wide.pt")
-    assert built == []
-
-
-def test_one_flipped_bit_in_any_entry_is_found(tiny_run, tmp_path):
-    """200 places, each inside an entry's data; the archive's padding and file names are not data."""
-    whole, rng = (tiny_run / "checkpoint.pt").read_bytes(), random.Random(0)
-    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        spans = []
-        for entry in archive.infolist():
-            name, extra = (
-                int.from_bytes(whole[entry.header_offset + k : entry.header_offset + k + 2], "little") for k in (26, 28)
-            )
-            spans.append((entry.header_offset + 30 + name + extra, entry.file_size))
-    for _ in range(200):
-        first, size = rng.choice([span for span in spans if span[1]])
-        flipped = bytearray(whole)
-        flipped[first + rng.randrange(size)] ^= 1 << rng.randrange(8)
-        (tmp_path / "bad.pt").write_bytes(flipped)
-        with pytest.raises(CheckpointError, match="checksum"):
-            load_checkpoint(tmp_path / "bad.pt")

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, default_collate
 
 from ..arguments import Compile, Convolution, checked
+from ..checkpoint import SCHEMA
 from ..data.augment import train_transform
 from ..data.datasets import with_statistics
 from ..data.loaders import EVALUATION_BATCH, Batch, Loader, TensorLoader, check_loader, leave_signals, make_loader
@@ -31,7 +32,6 @@ from ..errors import CifarResnetError, UsageError
 from ..look import analysis
 from ..look.progress import telling
 from ..recipe import Recipe
-from ..run_dir import SCHEMA
 from ..training import engine
 from ..training.autotune import Timing, choice
 from ..training.capture import CapturedEpoch, capturable, graph_of

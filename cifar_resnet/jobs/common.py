@@ -16,6 +16,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
+from ..checkpoint import SCHEMA, Checkpoint, load_checkpoint
 from ..data import datasets, label_errors
 from ..data.loaders import TensorLoader
 from ..data.splits import Data, fingerprint, same_images
@@ -24,7 +25,7 @@ from ..files import check_file, write_whole
 from ..look import analysis
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe
-from ..run_dir import PICTURES, SCHEMA, Checkpoint, load_checkpoint
+from ..run_dir import PICTURES
 from ..training.engine import predict_logits, scores
 from ..training.model import ResNet
 from ..training.runtime import environment, resolve_device, resolve_precision, set_tf32, without_emulation

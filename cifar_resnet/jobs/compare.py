@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import checked
+from ..checkpoint import SCHEMA, Checkpoint, load_checkpoint
 from ..errors import CifarResnetError, UsageError, shell_command
 from ..files import writable
 from ..look import figures
 from ..recipe import DATASETS, Recipe, read_json
-from ..run_dir import CHECKPOINT, REPEAT, SCHEMA, Checkpoint, find_runs, load_checkpoint, seeds_of
+from ..runs import CHECKPOINT, REPEAT, find_runs, seeds_of
 from .common import check_picture, save_figure, spread
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..arguments import checked
+from ..checkpoint import Checkpoint
 from ..data.cifar import check_at_hand
 from ..data.images import read_image
 from ..data.loaders import TensorLoader
@@ -24,7 +25,7 @@ from ..data.splits import Data, Split
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures
 from ..recipe import Recipe
-from ..run_dir import LATEST, Checkpoint
+from ..runs import LATEST
 from .common import Prediction, command_line, content_of, data_url, images_of, logits_of, opened, rendered
 from .interrupt import signals
 from .misclassified import by_label

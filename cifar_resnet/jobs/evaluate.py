@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Format, Tta, checked
+from ..checkpoint import load_checkpoint
 from ..files import check_writable, writable, write_json
 from ..look import figures
-from ..run_dir import LATEST, load_checkpoint
+from ..runs import LATEST
 from .common import content_of, logits_of, save_figure
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import ExportFormat, checked
+from ..checkpoint import Checkpoint, load_checkpoint
 from ..errors import CifarResnetError, UsageError
 from ..files import check_file, check_new_folder, writable, write_whole
 from ..recipe import DATASETS
-from ..run_dir import LATEST, Checkpoint, load_checkpoint
+from ..runs import LATEST
 from ..training.model import ResNet
 from .common import say_unfinished, standing
 from .space import space

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..arguments import Convolution, Format, LoaderKind, StepMode, checked
+from ..checkpoint import SCHEMA
 from ..data.datasets import load
 from ..data.loaders import Loader, TensorLoader, check_batches, make_loader
 from ..data.splits import Data
@@ -20,7 +21,6 @@ from ..files import check_writable, writable, write_json
 from ..look import figures
 from ..look.progress import telling
 from ..recipe import Recipe
-from ..run_dir import SCHEMA
 from ..training import engine
 from ..training.engine import Epoch
 from ..training.lr_finder import MIN_POINTS, FoundLR, Suggestions, range_test, run_trials, suggest, usual_steps

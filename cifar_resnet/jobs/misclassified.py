@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..arguments import Format, GradCamLayer, Sort, checked
+from ..checkpoint import SCHEMA, Checkpoint, load_checkpoint
 from ..data.folders import present
 from ..errors import CifarResnetError, UsageError
 from ..files import check_new_folder, check_writable, csv_of, new_folder, same_place, writable, write_json, write_whole
 from ..look import analysis, figures, pictures
 from ..recipe import DATASETS
-from ..run_dir import LATEST, SCHEMA, Checkpoint, load_checkpoint
+from ..runs import LATEST
 from .common import Prediction, dataset_of, grad_cams, logits_of, save_figure, standing
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import check, checked
+from ..checkpoint import SCHEMA
 from ..data.datasets import load
 from ..errors import UsageError
 from ..files import writable, write_json, write_whole
 from ..recipe import Recipe, read_json
-from ..run_dir import CHECKPOINT, RECIPE, REPEAT, SCHEMA, RunDir, check_free, check_match, find_run, folder_for, moved, seeds_of
+from ..run_dir import RunDir, check_free, check_match, moved
+from ..runs import CHECKPOINT, RECIPE, REPEAT, find_run, folder_for, seeds_of
 from ..training import distributed
 from ..training.capture import CapturedEpoch
 from ..training.runtime import resolve_device, resolve_precision

@@ -16,13 +16,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..arguments import ReportFormat, checked
+from ..checkpoint import load_checkpoint
 from ..data.loaders import batch_sizes
 from ..errors import printable
 from ..files import check_file, check_writable, writable, write_whole
 from ..look import analysis, figures, pictures
 from ..look.progress import epoch_line
 from ..look.words import count_of, duration, plural
-from ..run_dir import LATEST, load_checkpoint
+from ..runs import LATEST
 from .common import Prediction, command_words, content_of, data_url, grad_cams, logits_of, rendered, save_figure
 from .misclassified import by_label
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..checkpoint import Checkpoint
 from ..errors import CifarResnetError
 from ..files import new_folder, write_json
 from ..recipe import Recipe
-from ..run_dir import Checkpoint
 from .common import command_line, rendered
 from .demo import content_of_page
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Compile, Convolution, Format, LoaderKind, checked
+from ..checkpoint import Checkpoint, load_checkpoint
 from ..data.datasets import load, with_statistics
 from ..data.loaders import Loader, Share, TensorLoader, batch_sizes, check_batches, check_loader, make_loader
 from ..data.splits import Data, same_images
@@ -22,7 +23,8 @@ from ..errors import CifarResnetError, RunDirectoryError, UsageError, first_line
 from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe
-from ..run_dir import Checkpoint, RunDir, SavePolicy, check_free, default_directory, find_run, load_checkpoint
+from ..run_dir import RunDir, SavePolicy, check_free
+from ..runs import default_directory, find_run
 from ..training import calibration, convolution, distributed, engine
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Format, checked
+from ..checkpoint import Checkpoint
 from ..data.loaders import TensorLoader
 from ..data.splits import Data
 from ..errors import CifarResnetError, UsageError
@@ -21,7 +22,7 @@ from ..look import analysis, pictures
 from ..look.progress import telling
 from ..look.words import count_of
 from ..recipe import Recipe
-from ..run_dir import LATEST, Checkpoint
+from ..runs import LATEST
 from ..training import calibration, engine
 from .common import Prediction, images_of, opened, save_figure
 from .misclassified import by_label, check_count, check_new_folders, title, write_images, write_labels

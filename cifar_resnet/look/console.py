@@ -25,7 +25,7 @@ from ..recipe import Recipe
 from .words import count_of, duration, ordinal, plural
 
 if TYPE_CHECKING:  # torch stays out of what only prints
-    from ..run_dir import Checkpoint
+    from ..checkpoint import Checkpoint
     from ..training.lr_finder import FoundLR, Suggestions
     from .analysis import Mistake
 

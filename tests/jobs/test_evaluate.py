@@ -14,7 +14,7 @@ from cifar_resnet.data.datasets import load
 from cifar_resnet.data.loaders import make_loader
 from cifar_resnet.errors import UsageError
 from cifar_resnet.look import console
-from cifar_resnet.run_dir import REPEAT
+from cifar_resnet.runs import REPEAT
 
 CPU = torch.device("cpu")
 

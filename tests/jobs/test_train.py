@@ -7,7 +7,7 @@ import pytest
 import torch
 from run_helpers import FILES, Listener, StopAfter, assert_same_run, content, equal_weights
 
-from cifar_resnet import Recipe, Watcher, build_model, load_checkpoint, run_dir, train
+from cifar_resnet import Recipe, Watcher, build_model, files, load_checkpoint, run_dir, train
 from cifar_resnet.errors import NonFiniteLossError, RunDirectoryError, shell_word
 from cifar_resnet.jobs.train import _Run
 from cifar_resnet.look import figures, progress
@@ -129,7 +129,7 @@ def test_a_run_that_another_process_goes_on_with_is_refused(unfinished, refused)
 
 
 def test_a_full_disk_inside_a_run_is_said_and_the_run_goes_on(tiny_recipe, tmp_path, monkeypatch, no_figures):
-    write, tries, listener = run_dir.write_whole, [], Listener()
+    write, tries, listener = files.write_whole, [], Listener()
 
     def full_at_first(path, value):
         if path.name == "checkpoint.pt":
@@ -138,7 +138,7 @@ def test_a_full_disk_inside_a_run_is_said_and_the_run_goes_on(tiny_recipe, tmp_p
                 raise RunDirectoryError(f"{path} could not be written: No space left on device")
         write(path, value)
 
-    monkeypatch.setattr(run_dir, "write_whole", full_at_first)
+    monkeypatch.setattr("cifar_resnet.checkpoint.write_whole", full_at_first)
     checkpoint = train(tiny_recipe, tmp_path / "run", watcher=listener, save_every_minutes=1e-6)
     assert checkpoint.finished
     assert len(tries) == 7  # after every step, and after the last epoch
@@ -152,14 +152,14 @@ def test_a_disk_that_is_full_at_the_end_ends_the_run(tiny_recipe, tmp_path, monk
         if path.name == "checkpoint.pt":
             raise RunDirectoryError(f"{path} could not be written: No space left on device")
 
-    monkeypatch.setattr(run_dir, "write_whole", full)
+    monkeypatch.setattr("cifar_resnet.checkpoint.write_whole", full)
     with pytest.raises(RunDirectoryError, match="No space left on device$"):
         train(tiny_recipe, tmp_path / "run")
 
 
 def test_a_table_that_cannot_be_written_does_not_stop_a_run_but_is_missed_at_its_end(tiny_recipe, tmp_path, monkeypatch, no_figures):
     """In Windows a spreadsheet that shows metrics.csv keeps it from being written."""
-    write, listener = run_dir.write_whole, Listener()
+    write, listener = files.write_whole, Listener()
 
     def refused(path, value):
         if path.name == "metrics.csv":
