@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -15,7 +14,7 @@ from .convolution import CONVOLUTIONS, WEIGHT_GRADIENTS, Conv3x3, Ways, input_gr
 
 MIN_FLOP = 1e9  # of a layer, in one direction and step: with less, choosing takes longer than it saves
 MIN_POSITIONS = 4096  # pixels of a timed batch: with fewer, what a call does once would weigh too much
-CALL_SECONDS, ROUNDS, COLD, HOPELESS, TIE = 0.010, 2, 2.0, 1.5, 1.05
+CALL_SECONDS, LONG_CALL, ROUNDS, COLD, HOPELESS, TIE = 0.010, 0.025, 2, 2.0, 1.5, 1.05
 
 
 class Timing(NamedTuple):
@@ -105,17 +104,19 @@ def _once(call: Callable[[], Any]) -> float:
 
 
 def _seconds(ways: Iterable[str], call: Callable[[str], Any]) -> dict[str, float]:
-    """Median seconds of each way's calls; the ways take turns. Of a way whose first calls are slow, the last of these.
+    """Seconds of each way's quickest call, as other programs only add to them; the ways take turns.
 
-    The first call of a way allocates and prepares, so it counts only where it is `COLD` times as slow as the best.
+    The first call of a way allocates and prepares. So it counts only where it is `COLD` times as slow as the best, or where all
+    calls are long; then each way that may be the quickest is called once more.
     """
     cold = {way: _once(partial(call, way)) for way in ways}
-    first = {way: _once(partial(call, way)) for way in _close(cold, COLD)}
+    long = min(cold.values()) >= LONG_CALL
+    first = cold if long else {way: _once(partial(call, way)) for way in _close(cold, COLD)}
     promising = _close(first, HOPELESS)
     measured = {way: [first.get(way, seconds)] for way, seconds in cold.items()}
-    for way in promising * ROUNDS if len(promising) > 1 else ():
+    for way in promising * (1 if long else ROUNDS) if len(promising) > 1 else ():
         measured[way].append(_once(partial(call, way)))
-    return {way: statistics.median(each) for way, each in measured.items()}
+    return {way: min(each) for way, each in measured.items()}
 
 
 def _close(seconds: Mapping[str, float], times: float) -> list[str]:

@@ -83,18 +83,22 @@ def test_what_is_chosen_can_be_used_and_a_slow_way_is_not_chosen(quick, monkeypa
         ([1.9, 0.5], 2, 0.5),  # the other one is too slow to go on
         ([2.1], 1, 2.1),  # hopeless at first
         ([1.9, 1.6], 2, 1.6),  # slow in its second call, too
-        ([1.2, 1.4, 1.0, 1.1], 4, 1.1),  # the median of three
+        ([0.9, 1.4, 1.0, 1.1], 4, 1.0),  # the quickest of three
+        ([140, 90], 2, 90),  # what prepares is little beside a long call
+        ([160], 1, 160),
     ],
 )
 def test_a_way_is_called_again_while_it_may_be_the_quickest(monkeypatch, other, calls, seconds):
-    clock, left = [0.0], {"torch": iter([1.0] * 4), "other": iter(other)}
+    """Milliseconds. The calls of torch's own way take 1, or 100 where those of the other one are long."""
+    usual, other, seconds = (100 if other[0] > 99 else 1) / 1000, [each / 1000 for each in other], seconds / 1000
+    clock, left = [0.0], {"torch": iter([usual] * 4), "other": iter(other)}
 
     def call(way):
         clock[0] += next(left[way])
 
     monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     found = autotune._seconds(["torch", "other"], call)
-    assert found == pytest.approx({"torch": 1.0, "other": seconds})
+    assert found == pytest.approx({"torch": usual, "other": seconds})
     assert len(other) - len(list(left["other"])) == calls
 
 
