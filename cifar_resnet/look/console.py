@@ -369,7 +369,6 @@ def recipes() -> None:
         rows.append([Text(name, "bold"), str(recipe.epochs), recipe.optimizer, accuracy, runs, seconds])
     columns = ["recipe", ">epochs", "optimizer", ">test accuracy", ">runs", "training takes"]
     print_table(columns, rows, spare=[5, 4, 2, 1])
-    say("digits was measured with --batches fixed")
     print_table(["recipe", "origin"], [[Text(name, "bold"), preset.origin] for name, preset in PRESETS.items()])
     say("one recipe, with what was assumed where its origin does not say:\n  cifar-resnet recipes NAME")
 
