@@ -53,7 +53,8 @@ def complex_maths() -> tuple[str, dict[str, str]]:
 
 compiled("python.exe", START, "-municode")
 library("python3.dll", "", PYTHON / "python311.dll", {})
-library(OURS.decode(), complex_maths()[0], SYSTEM / "ucrtbase.dll", complex_maths()[1])
+code, complex_functions = complex_maths()
+library(OURS.decode(), code, SYSTEM / "ucrtbase.dll", complex_functions)
 for path in [*PYTHON.rglob("*.pyd"), *PYTHON.rglob("*.dll")]:
     if path.name not in (OURS.decode(), "python311.dll") and MATHS in (content := path.read_bytes()):
         path.write_bytes(content.replace(MATHS, OURS))
