@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -42,21 +43,25 @@ def render(figure: Figure, format: str = "png") -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # which choose_fonts has said
+        if format == "png":
+            figure.dpi = DPI
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()  # once; savefig lays out twice, and packs what is unpacked again here
+            return _in_few_colours(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
         figure.savefig(buffer, format=format, dpi=DPI)
-    if format == "svg":
-        return re.sub(rb'<g id="hover: ([^"]*)">', rb"<g><title>\1</title>", buffer.getvalue())
-    return _in_few_colours(buffer.getvalue()) if format == "png" else buffer.getvalue()
+    written = buffer.getvalue()
+    return re.sub(rb'<g id="hover: ([^"]*)">', rb"<g><title>\1</title>", written) if format == "svg" else written
 
 
-def _in_few_colours(png: bytes) -> bytes:
-    """The picture in 256 colours, of which those of lines and letters are exact: a quarter of the size."""
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
+def _in_few_colours(picture: Image.Image) -> bytes:
+    """The picture as a PNG in 256 colours, of which those of lines and letters are exact: a quarter of the size."""
     exact = np.array([to_rgb(colour) for colour in ("white", "black", *COLOURS)]) * 255
-    found: np.ndarray = np.reshape(picture.quantize(256 - len(exact)).getpalette() or [], (-1, 3))
+    some = picture.resize((-(-picture.width // 3), -(-picture.height // 3)), Image.Resampling.NEAREST)  # enough to find colours
+    found: np.ndarray = np.reshape(some.quantize(256 - len(exact)).getpalette() or [], (-1, 3))
     far = np.abs(found[:, None] - exact).max(2).min(1) > 8  # Pillow does not tell neighbours apart
     palette = Image.new("P", (1, 1))
     palette.putpalette(np.concatenate([exact.round(), found[far]]).astype(np.uint8).ravel().tolist())
-    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(buffer := io.BytesIO(), "png", optimize=True)
+    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(buffer := io.BytesIO(), "png")
     return buffer.getvalue()
 
 
