@@ -27,13 +27,18 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     From Guo et al. 2017, arXiv:1706.04599. One more image counts, whose label is drawn at random: where the network is right
     about all N, the likelihood alone would ask for the temperature 0 (as Platt 1999 smooths his targets).
     """
-    from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
         scaled = logits.double() / math.exp(log_temperature)
         return float(functional.cross_entropy(scaled, labels, label_smoothing=1 / (len(labels) + 1)))
 
-    return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
+    low, high = math.log(0.05), math.log(20)
+    while (third := (high - low) / 3) > 1e-6:  # the loss is convex in 1 / temperature, so it has one minimum
+        if loss(low + third) < loss(high - third):
+            high -= third
+        else:
+            low += third
+    return math.exp((low + high) / 2)
 
 
 def find_temperature(recipe: Recipe, model: ResNet, data: Data, device: torch.device, accuracy: float) -> float | None:
