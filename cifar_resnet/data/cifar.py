@@ -138,9 +138,10 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
 
 
 def _split(batches: list[dict[str, Any]]) -> Split:
-    pixels = np.vstack([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     labels = np.concatenate([batch["labels" if "labels" in batch else "fine_labels"] for batch in batches])
-    return Split(pixels, labels.astype(np.int64), np.arange(len(labels)))
+    pixels = np.empty((len(labels), 32 * 32, 3), np.uint8)  # the files have the channels first
+    np.concatenate([batch["data"].reshape(-1, 3, 32 * 32).transpose(0, 2, 1) for batch in batches], out=pixels)
+    return Split(pixels.reshape(-1, 32, 32, 3), labels.astype(np.int64), np.arange(len(labels)))
 
 
 @contextmanager
