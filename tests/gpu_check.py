@@ -184,6 +184,9 @@ def _timed(device, tiny, form, changes):
     return dict(milliseconds=times, busy=busy, ready_seconds=ready, memory=memory, kernels_of_20_steps=kernels)
 
 
+IMPORTS = "import cifar_resnet.cli, cifar_resnet.jobs.repeat, cifar_resnet.jobs.train, cifar_resnet.look.figures"
+
+
 def command(arguments, environment=None):
     """Runs Python in a process of its own; gives its seconds, its exit code, None where the time was up, and what it printed."""
     began, path = time.perf_counter(), os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -205,6 +208,8 @@ def runs(device, tiny):
     for recipe in ("default", "sprint"):
         with tempfile.TemporaryDirectory() as folder:
             cache = dict(TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor", TRITON_CACHE_DIR=f"{folder}/triton")
+            cache |= dict(PYTHONPYCACHEPREFIX=f"{folder}/bytecode", PYTHONDONTWRITEBYTECODE="")
+            command(["-c", IMPORTS], cache)  # pip leaves its packages compiled, but some machines do not keep that
             common = ["-m", "cifar_resnet", "train", "--recipe", recipe, "--device", device, *small]
             for name in ("cold", "warm"):
                 yield f"{recipe}, {name}", partial(_trained, [*common, "--run-dir", f"{folder}/run-{name}"], cache, device)
