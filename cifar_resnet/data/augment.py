@@ -72,24 +72,27 @@ class TensorAugmentation:
         self.hole = torch.tensor(hole_pixel(recipe), dtype=torch.uint8, device=device)
         self.fill = torch.tensor(pad_pixel(recipe), dtype=torch.uint8, device=device)
         self.range = torch.arange(32, device=device)
+        # Which pixel of the image each place of the padded one shows, and whether the place is one of the image's own.
+        places = torch.arange(-recipe.pad, 32 + recipe.pad, device=device)
+        self.source = _reflect(places) if recipe.pad_mode == "reflect" else places.clamp(0, 31)
+        self.inside = places == self.source
+        # Which places a hole covers that starts at 0 to 31 or, as a negative index, at -32 to -1: (64, 32).
+        starts = torch.cat([self.range, self.range - 32])[:, None]
+        self.covered = (self.range >= starts) & (self.range < starts + recipe.cutout_size)
 
     def __call__(self, images: Tensor, index: Tensor, choices: Choices) -> Tensor:
         """Augmented and normalised, float32 (B, 3, 32, 32): those of the `images`, uint8 (N, 32, 32, 3), at `index`, int64 (B,).
 
         Pad, crop and flip are one gather by rows and columns.
         """
-        rows, columns = (self.range + choices.offsets[:, axis, None] - self.recipe.pad for axis in (0, 1))  # (B, 32)
+        rows, columns = (self.range + choices.offsets[:, :, None]).unbind(1)  # (B, 32), of the padded image
         columns = torch.where(choices.flips[:, None], columns.flip(1), columns)
-        if self.recipe.pad_mode == "reflect":
-            images = images[index[:, None, None], _reflect(rows)[:, :, None], _reflect(columns)[:, None, :]]
-        else:
-            inside = (rows == rows.clamp(0, 31))[:, :, None] & (columns == columns.clamp(0, 31))[:, None, :]
-            images = images[index[:, None, None], rows.clamp(0, 31)[:, :, None], columns.clamp(0, 31)[:, None, :]]
+        images = images[index[:, None, None], self.source[rows][:, :, None], self.source[columns][:, None, :]]
+        if self.recipe.pad_mode != "reflect":
+            inside = self.inside[rows][:, :, None] & self.inside[columns][:, None, :]
             images = torch.where(inside[..., None], images, self.fill)
-        for top, left in (hole.unbind(1) for hole in choices.holes.unbind(1)):
-            in_rows, in_columns = (
-                (self.range >= start[:, None]) & (self.range < start[:, None] + self.recipe.cutout_size) for start in (top, left)
-            )
+        for hole in choices.holes.unbind(1):
+            in_rows, in_columns = self.covered[hole].unbind(1)  # (B, 32)
             images = torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], self.hole, images)
         return self.normalise(images)
 
