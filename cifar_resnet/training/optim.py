@@ -99,7 +99,7 @@ def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
     found: list[Any] = [None] * len(matrices)
     for shape in dict.fromkeys(each.shape for each in matrices):
         places = [place for place, each in enumerate(matrices) if each.shape == shape]
-        x = torch.stack([matrices[place] for place in places])
+        x = torch.stack([matrices[place] for place in places]) if len(places) > 1 else matrices[places[0]][None]
         x = x.mT if shape[0] > shape[1] else x
         x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
         for _ in range(ITERATIONS):
