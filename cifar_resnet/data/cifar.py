@@ -13,11 +13,13 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from filelock import FileLock
 
 from ..errors import DataError, first_line
@@ -108,9 +110,10 @@ def cifar(name: str, data_dir: Path | str | None, notify: Callable[[str], None])
         DataError: a file is damaged, or they are not there and cannot be downloaded.
     """
     published = PUBLISHED[name]
-    with _unpacked(name, data_directory(data_dir), notify) as folder:
-        parts = published.train, published.test, published.meta
-        train, test, meta = ([_read(folder / each, md5) for each, md5 in part.items()] for part in parts)
+    parts = published.train, published.test, published.meta
+    with _unpacked(name, data_directory(data_dir), notify) as folder, ThreadPoolExecutor() as pool:
+        reading = [[pool.submit(_read, folder / each, md5) for each, md5 in part.items()] for part in parts]
+        train, test, meta = ([each.result() for each in part] for part in reading)
     return _split(train), _split(test), tuple(meta[0][published.names])
 
 
@@ -139,9 +142,9 @@ def _read(path: Path, expected: str) -> dict[str, Any]:
 
 def _split(batches: list[dict[str, Any]]) -> Split:
     labels = np.concatenate([batch["labels" if "labels" in batch else "fine_labels"] for batch in batches])
-    pixels = np.empty((len(labels), 32 * 32, 3), np.uint8)  # the files have the channels first
-    np.concatenate([batch["data"].reshape(-1, 3, 32 * 32).transpose(0, 2, 1) for batch in batches], out=pixels)
-    return Split(pixels.reshape(-1, 32, 32, 3), labels.astype(np.int64), np.arange(len(labels)))
+    pixels = torch.empty(len(labels), 32 * 32, 3, dtype=torch.uint8)  # the files have the channels first
+    torch.cat([torch.from_numpy(batch["data"]).view(-1, 3, 32 * 32).mT for batch in batches], out=pixels)
+    return Split(pixels.view(-1, 32, 32, 3).numpy(), labels.astype(np.int64), np.arange(len(labels)))
 
 
 @contextmanager
