@@ -14,7 +14,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError, UsageError, first_line
 
-RULE = 3  # of reading; a new number makes kept images be read again
+RULE = 4  # of reading; a new number makes kept images be read again
 # The value of white in images of more than 8 bits: the first of these that no pixel exceeds by more than a hundredth.
 WHITES, EXCESS = (1, 255, 4095, 65535), 1.01
 ORIENTATION = 0x0112  # the EXIF tag
@@ -115,10 +115,15 @@ def scaled(found: Decoded, whites: Mapping[str, int], path: Path) -> np.ndarray:
         DataError: a value is above the type's value of white.
     """
     image = found.image or _in_8_bits(found, whites, path)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.LANCZOS))
+    if 0 in image.size:
+        raise DataError(f"{path}: has no pixels")
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.LANCZOS))
+    except ValueError as error:  # of a mode that Pillow does not convert
+        raise DataError(f"{path}: {_reason(path, error)}") from None
 
 
 def _deep(file: Image.Image, path: Path) -> Decoded | None:
@@ -126,9 +131,9 @@ def _deep(file: Image.Image, path: Path) -> Decoded | None:
     # Before getexif(), which loads the file and empties the list.
     tiles = file.tile if isinstance(file, ImageFile.ImageFile) else []
     several = file.mode[0] != "I" and bool(tiles) and ";16" in str(tiles[0][3])
-    orientation = file.getexif().get(ORIENTATION, 1)
     if file.mode[0] in "IF":
         values = np.asarray(file)
+        orientation = file.getexif().get(ORIENTATION, 1)  # what is left: loading has turned a TIFF
         transparent = file.info.get("transparency")
         alpha = np.where(values == transparent, 0, 255).astype(np.uint8) if isinstance(transparent, int) else None
         return Decoded(None, values.astype(np.uint16) if values.dtype.kind == "u" else values, alpha, orientation)
@@ -136,7 +141,8 @@ def _deep(file: Image.Image, path: Path) -> Decoded | None:
     if channels is None:
         return None
     alpha = (channels[..., 3] >> 8).astype(np.uint8) if channels.shape[2] == 4 else None
-    return Decoded(None, channels[..., 2::-1], alpha, orientation)
+    turned = file.format == "TIFF"  # by OpenCV
+    return Decoded(None, channels[..., 2::-1], alpha, 1 if turned else file.getexif().get(ORIENTATION, 1))
 
 
 def _channels_of_16_bits(path: Path) -> np.ndarray | None:

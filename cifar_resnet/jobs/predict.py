@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ def _add(given: Picture, asked: list[_Asked], others: list[Path]) -> None:
             _add(picture, asked, others)
     elif isinstance(given, Image.Image):
         asked.append(_Asked(Path(f"image {len(asked)}"), given))
-    elif Path(given).is_dir():
+    elif os.path.isdir(given):  # which is false for what is no path, too
         found, rest = image_files(Path(given))
         asked += [_Asked(path, named=False) for path in found]
         others += rest

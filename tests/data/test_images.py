@@ -121,11 +121,34 @@ def test_a_value_that_stands_for_transparent_is_white(tmp_path):
     np.testing.assert_allclose(found[8:, 1:, 0], values[8:, 1:] / 4095 * 255, atol=1)
 
 
-def test_a_turned_image_of_16_bits_is_turned(tmp_path):
-    exif, values = Image.Exif(), gradient(np.uint16, 65535)
-    exif[0x0112] = 6
-    Image.fromarray(values).save(tmp_path / "x.png", exif=exif)
-    np.testing.assert_allclose(read_image(tmp_path / "x.png")[..., 0], np.rot90(values, -1) / 257, atol=1)
+def tiff(values, orientation):
+    """A TIFF file of 16 bits of three channels, not packed, which Pillow does not write: of uint16 (H, W, 3)."""
+    height, width, _ = values.shape
+    at = 8 + 2 + 11 * 12 + 4  # behind the directory: three numbers of bits, then the pixels
+    tags = (
+        (256, 3, width), (257, 3, height), (258, 3, at), (259, 3, 1), (262, 3, 2), (273, 4, at + 6), (274, 3, orientation), (277, 3, 3),
+        (278, 3, height), (279, 4, values.nbytes), (284, 3, 1),
+    )  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 3 if tag == 258 else 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, 11) + entries + bytes(4) + struct.pack("<3H", 16, 16, 16) + values.astype("<u2").tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["8 bits.png", "8 bits.tif", "16 bits.png", "16 bits.tif", "float.tif", "channels.tif"])
+def test_an_image_of_every_depth_is_turned_once(kind, orientation, tmp_path):
+    """By what the EXIF standard says of row 0 and column 0."""
+    exif, shown = Image.Exif(), gradient(np.uint16, 65535) // 2 + np.arange(32, dtype=np.uint16)[:, None] * 500
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray({
+        1: shown, 2: shown[:, ::-1], 3: shown[::-1, ::-1], 4: shown[::-1],
+        5: shown.T, 6: shown.T[::-1], 7: shown.T[::-1, ::-1], 8: shown.T[:, ::-1],
+    }[orientation])  # fmt: skip
+    if kind == "channels.tif":
+        (tmp_path / kind).write_bytes(tiff(np.repeat(stored[..., None], 3, 2), orientation))
+    else:
+        as_kind = {"8": (stored // 257).astype(np.uint8), "1": stored, "f": (stored / 65535).astype(np.float32)}[kind[0]]
+        Image.fromarray(as_kind).save(tmp_path / kind, exif=exif)
+    np.testing.assert_allclose(read_image(tmp_path / kind, {"uint16": 65535})[..., 0], shown / 257, atol=1.1)
 
 
 @pytest.mark.parametrize(

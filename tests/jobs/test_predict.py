@@ -128,6 +128,16 @@ def test_what_is_no_image_in_memory_is_refused(images, words, tiny_run):
     assert "\n" not in str(refused.value)
 
 
+def test_what_no_image_can_be_loses_no_other(digit_images, tiny_run):
+    file, skipped = sorted(digit_images[0].glob("*.png"))[0], []
+    wrong = ["l" * 300 + ".png", "a\0b.png", Image.new("RGB", (0, 5)), Image.new("L", (5, 0)), Image.new("La", (40, 40))]
+    found = list(predict(tiny_run, [*wrong, file], skipped=skipped.append))
+    assert found == list(predict(tiny_run, file))
+    assert len(skipped) == len(wrong)
+    for line, reason in zip(skipped, ("too long", "null", "image 2: has no pixels", "image 3: has no pixels", "image 4: "), strict=True):
+        assert reason in line
+
+
 def test_what_is_wrong_is_said_when_predict_is_called(tmp_path, tiny_run):
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         predict(tmp_path / "none.pt", "photo.jpg")
