@@ -197,14 +197,16 @@ def update_average(averaged: ResNet, model: ResNet, weight: float | Tensor) -> N
 def average_weight(recipe: Recipe, step: int) -> float | None:
     """What the weights after a step of the run, from 0, weigh in the average then; None where it is not updated.
 
+    Until its first update the average is the weights themselves.
+
     The n-th update weighs (1 - d) / (1 - d^n), with the decay d: the average is then that of Adam's bias correction (Kingma and
     Ba 2014, arXiv:1412.6980, section 3), the weights after each update in proportion to d^(updates since), and the random start
     not at all.
     """
     updates, between = divmod(step + 1, recipe.ema_every)
-    if not recipe.ema_decay or between:
+    if not recipe.ema_decay or (updates and between):
         return None
-    return (1 - recipe.ema_decay) / (1 - recipe.ema_decay**updates)
+    return 1.0 if not updates else (1 - recipe.ema_decay) / (1 - recipe.ema_decay**updates)
 
 
 def learning_rate(recipe: Recipe, step: int, total_steps: int) -> tuple[float, float]:

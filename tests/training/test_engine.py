@@ -96,6 +96,19 @@ def test_the_average_after_few_updates_weighs_the_random_start_by_nothing():
         torch.testing.assert_close(state.averaged.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_where_no_update_comes_the_average_is_the_weights():
+    """So a training shorter than --ema-every is not judged by a network that was never trained."""
+    recipe, loader, evaluation = small_run(ema_decay=0.9, ema_every=1000, max_lr=0.02)
+    state, plain = engine.start(recipe, CPU), engine.start(recipe.replace(ema_decay=0.0), CPU)
+    averaged, usual = (
+        [record.metrics for record in engine.train(each, loader, evaluation.plain) if isinstance(record, engine.Epoch)]
+        for each in (state, plain)
+    )
+    for with_average, without in zip(averaged, usual, strict=True):
+        for name in ("train_loss", "test_loss", "test_accuracy"):
+            assert with_average[name] == without[name]
+
+
 @pytest.mark.parametrize(("share", "first"), [(0.0, 96), (0.25, 72), (0.26, 71), (1.0, 0)])
 def test_the_last_share_of_the_run_is_in_sharpness_aware_steps(share, first):
     recipe = Recipe(sam_share=share)

@@ -193,15 +193,16 @@ def test_the_average_moves_by_its_weight_in_every_tensor_but_the_counters(weight
 
 @pytest.mark.parametrize("every", [1, 5])
 def test_averaging_is_adams_bias_correction_of_a_sum_that_begins_at_zero(every):
+    """And before its first update the average is the value itself."""
     recipe, values = Recipe(ema_decay=0.99, ema_every=every), np.random.default_rng(0).normal(size=60)
     total, updates, average = 0.0, 0, 1e9
     for step, value in enumerate(values):
-        weight = average_weight(recipe, step)
-        assert (weight is None) == ((step + 1) % every != 0)
-        if weight is not None:
-            average = average + weight * (value - average) if weight < 1 else value
+        weight, due = average_weight(recipe, step), (step + 1) % every == 0
+        assert (weight is None) == (step + 1 > every and not due)
+        average = average if weight is None else average + weight * (value - average) if weight < 1 else value
+        if due:
             total, updates = 0.99 * total + 0.01 * value, updates + 1
-            assert average == pytest.approx(total / (1 - 0.99**updates))
+        assert average == pytest.approx(total / (1 - 0.99**updates) if updates else value)
     assert average_weight(recipe.replace(ema_decay=0.0), every - 1) is None
 
 
