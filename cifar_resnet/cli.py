@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import __version__, arguments
-from .errors import CifarResnetError, UsageError, printable
+from .errors import CifarResnetError, UsageError, printable, rank_0_speaks
 from .look import console, progress
 from .look.words import plural
 from .recipe import Recipe
@@ -683,6 +683,7 @@ def summary(recipe: Recipe, json_output: Json = False) -> None:
 
 
 TRIANGULAR = 0.001, 490, 3  # lower bound, steps from one bound to the other, cycles
+MOST_STEPS = 1_000_000  # that such a picture shows
 
 
 @_command(BEFORE, "schedule", "schedule --recipe page --epochs 12", "schedule --policy triangular --max-lr 0.1")
@@ -702,6 +703,8 @@ def schedule(
         raise UsageError("--min-lr, --step-size and --cycles go with --policy triangular")
     if step_size < 1 or cycles < 1:
         raise UsageError(f"--step-size {step_size} and --cycles {cycles} must be at least 1")
+    if policy == "triangular" and 2 * step_size * cycles > MOST_STEPS:
+        raise UsageError(f"--step-size {step_size} and --cycles {cycles} are more than {MOST_STEPS:,} steps")
     if policy == "triangular" and not 0 < min_lr < recipe.max_lr:
         raise UsageError(f"--min-lr {min_lr:g} must be above 0 and below --max-lr {recipe.max_lr:g}")
     from .data.loaders import batch_sizes
@@ -783,7 +786,7 @@ def main() -> None:
 def _fail(message: str, exit_code: int) -> NoReturn:
     """Ends with a message. Under torchrun every process meets a wrong usage. Rank 0 prints it, and the others wait, because torchrun
     ends all once one has failed."""
-    if exit_code == 2 and os.environ.get("RANK", "0") != "0":
+    if exit_code == 2 and rank_0_speaks():
         time.sleep(5)
     elif message:
         line = _line(message)

@@ -53,6 +53,11 @@ class NonFiniteLossError(CifarResnetError):
     """The loss, or a weight, stopped being a finite number."""
 
 
+def rank_0_speaks() -> bool:
+    """Whether torchrun started this process beside the one of rank 0, which says what is to be said."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and bool(re.fullmatch(r"0*[1-9]\d*", os.environ.get("RANK", "0")))
+
+
 def check_choice(option: str, value: str, *choices: str) -> None:
     """Checks that an option has one of its values.
 

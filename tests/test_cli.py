@@ -207,9 +207,12 @@ def test_wrong_usage_is_one_line_and_exit_code_2(refused, arguments, words, tmp_
 def test_of_several_processes_the_first_says_what_was_wrong(cli, monkeypatch, arguments):
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
-    monkeypatch.setenv("RANK", "0")
-    code, out, first = cli(*arguments)
-    assert (code, out, first.count("\n"), waited) == (2, "", 1, [])
+    for size, rank in (("2", "0"), ("2", "x"), ("1", "1"), (None, "1")):  # a rank alone may be set by another program
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv("WORLD_SIZE")
+        code, out, first = cli(*arguments)
+        assert (code, out, first.count("\n"), waited) == (2, "", 1, [])
+    monkeypatch.setenv("WORLD_SIZE", "8")
     for rank in ("1", "7"):
         monkeypatch.setenv("RANK", rank)
         assert cli(*arguments) == (2, "", "")
@@ -218,6 +221,7 @@ def test_of_several_processes_the_first_says_what_was_wrong(cli, monkeypatch, ar
 
 def test_what_fails_in_one_of_several_processes_is_said_by_it(cli, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = cli("evaluate", tmp_path)
     assert (code, err.count("cifar-resnet: there is no checkpoint")) == (1, 1)
 

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import CifarResnetError, DataError, UsageError
+from ..errors import CifarResnetError, DataError, UsageError, first_line
+
+_ADVICE = "start with torchrun, or unset WORLD_SIZE"
 
 
 class Left(CifarResnetError):
@@ -37,7 +39,7 @@ def joined() -> Iterator[None]:
         yield
         return
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
+        _join()
         yield
     except CifarResnetError as error:
         if rank() and isinstance(error, UsageError):  # rank 0 has said what is wrong everywhere; this is wrong here alone
@@ -52,6 +54,13 @@ def joined() -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def _join() -> None:
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
+    except ValueError as error:  # of the variables
+        raise UsageError(f"WORLD_SIZE is set, as torchrun sets it, but not all is: {first_line(error)}; {_ADVICE}") from None
+
+
 def together() -> bool:
     """Whether this process has joined others; never where torch was built without `distributed`."""
     return dist.is_available() and dist.is_initialized()
@@ -59,7 +68,10 @@ def together() -> bool:
 
 def started() -> int:
     """How many processes torchrun started, joined or not."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not (given.isascii() and given.isdecimal() and int(given)):
+        raise UsageError(f"the environment variable WORLD_SIZE is {given!r}, and no number of processes; {_ADVICE}")
+    return int(given)
 
 
 def rank() -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import CifarResnetError, UsageError, first_line
 from ..recipe import Recipe
-from .distributed import ranks, started
+from .distributed import rank, ranks, started
 
 
 def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
@@ -37,7 +37,7 @@ def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
     if name == "auto":
         name = next(kind for kind, available in there.items() if available)
     if several and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', rank() % max(1, torch.cuda.device_count()))}"
     try:
         device = torch.device(name)
         if not there.get(device.type) or (device.index or 0) >= (torch.cuda.device_count() if device.type == "cuda" else 1):

@@ -119,6 +119,29 @@ def test_in_a_process_of_its_own_nothing_is_shared():
         assert distributed.on_first(lambda: "done") == "done"
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "2"}, "RANK expected"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR expected"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "y"}, "'y'"),
+    ],
+)
+def test_variables_of_torchrun_that_do_not_fit_are_one_line(variables, words, refused, tmp_path, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    line = refused(2, "train", *TINY, "--run-dir", tmp_path / "run")
+    assert words in line
+    assert "start with torchrun, or unset WORLD_SIZE" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_goes_on(tmp_path):
     folder = tmp_path / "run"
