@@ -147,11 +147,13 @@ def _leave_out_the_first(axis: Axes, history: Sequence[dict], quantity: str) -> 
 
 
 def learning_rate(recipe: Recipe, steps_per_epoch: int, size: Size = (7, 4.2)) -> Figure:
-    """The learning rate at every step of a run, from the function that training uses."""
+    """The learning rate at the steps of a run, or a thousand of them, from the function that training uses."""
     figure, (axis,) = _figure(size)
-    total = recipe.epochs * steps_per_epoch
-    lr = [optim.learning_rate(recipe, step, total)[0] for step in range(total)]
-    epochs = (np.arange(total) + 1) / steps_per_epoch
+    total, peak_step = recipe.epochs * steps_per_epoch, int(recipe.peak_epoch * steps_per_epoch) - 1
+    steps = np.r_[np.linspace(0, total - 1, min(total, 1000)).astype(int), peak_step, peak_step + 1]
+    steps = np.unique(steps.clip(0, total - 1))
+    lr = [optim.learning_rate(recipe, step, total)[0] for step in steps.tolist()]
+    epochs = (steps + 1) / steps_per_epoch
     axis.plot(epochs, lr, color=BLUE)
     peak = int(np.argmax(lr))
     (point,) = axis.plot(epochs[peak], lr[peak], "o", color=RED)

@@ -12,6 +12,7 @@ from PIL import Image
 from cifar_resnet import Recipe
 from cifar_resnet.look import figures
 from cifar_resnet.look.analysis import reliability
+from cifar_resnet.training.engine import rates_at
 from cifar_resnet.training.lr_finder import History, Trial, suggest
 
 CLASSES = ("ant", "bee", "cat", "dog")
@@ -89,11 +90,21 @@ def test_the_accuracy_curve_has_a_line_only_where_a_target_is_given():
     assert right.get_legend().get_texts()[2].get_text() == "target, 93.5 %"
 
 
-def test_the_learning_rate_is_drawn_as_trained():
-    line = figures.learning_rate(Recipe(), 98).axes[0].lines[0]
-    assert len(line.get_ydata()) == 24 * 98
-    assert max(line.get_ydata()) == Recipe().max_lr
-    assert line.get_xdata()[np.argmax(line.get_ydata())] == 5
+@pytest.mark.parametrize(("fields", "steps"), [({}, 98), ({"peak_epoch": 4.987}, 98), ({"epochs": 1, "peak_epoch": 0.5}, 1)])
+def test_the_learning_rate_is_drawn_as_trained(fields, steps):
+    """Of a long run not every step is drawn, but the first, the last and the highest one are."""
+    recipe = Recipe(**fields)
+    line, total = figures.learning_rate(recipe, steps).axes[0].lines[0], recipe.epochs * steps
+    trained = [rates_at(recipe, step, total).lr for step in range(total)]
+    drawn = dict(zip(np.round(line.get_xdata() * steps).astype(int) - 1, line.get_ydata(), strict=True))
+    assert drawn == {step: trained[step] for step in drawn}
+    assert {0, total - 1, int(np.argmax(trained))} <= set(drawn)
+
+
+def test_the_learning_rate_of_the_longest_run_is_drawn_at_once():
+    line = figures.learning_rate(Recipe(epochs=10_000, peak_epoch=2500), 50_000).axes[0].lines[0]
+    assert len(line.get_xdata()) < 2000
+    assert line.get_xdata()[np.argmax(line.get_ydata())] == pytest.approx(2500)
 
 
 def test_accuracy_by_class_is_drawn_as_reported():
