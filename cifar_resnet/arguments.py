@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import operator
+import os
 from collections.abc import Callable
+from os import PathLike
 from types import GenericAlias, UnionType
 from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, get_args, get_type_hints
 
@@ -56,9 +59,12 @@ def check(function: Callable[..., Any], *arguments: Any, **named: Any) -> inspec
         raise UsageError(f"{function.__name__}: {error}") from None
     for name, value in bound.arguments.items():
         if name in types:
-            plain = value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
+            plain = value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
             if not _fits(plain, types[name]):
                 _refuse(function, signature.parameters[name], value)
+            if "Path" in str(signature.parameters[name].annotation):
+                for path in plain if isinstance(plain, list | tuple) else [plain]:
+                    _check_path(function, name, path)
             bound.arguments[name] = plain
     return bound
 
@@ -69,6 +75,19 @@ def _fits(value: Any, type_of: TypeAdapter[Any]) -> bool:
     except ValidationError:
         return False
     return True
+
+
+def _check_path(function: Callable[..., Any], name: str, value: Any) -> None:
+    """Refuses a text that no file can have for its name, as it is too long or holds a NUL."""
+    reason = None
+    try:
+        os.lstat(value) if isinstance(value, str | PathLike) else None
+    except OSError as error:
+        reason = error.strerror if error.errno == errno.ENAMETOOLONG else None
+    except ValueError as error:
+        reason = str(error)
+    if reason:
+        raise UsageError(f"{function.__name__}: {name} {_short(str(value))}: {reason}")
 
 
 def _refuse(function: Callable[..., Any], parameter: inspect.Parameter, value: Any) -> NoReturn:

@@ -204,7 +204,8 @@ class RunDir:
 def moved(recipe: Recipe, must_match: Mapping[str, Any]) -> bool:
     """Whether `must_match` has another folder for the images of a recipe on a folder."""
     now = must_match.get("dataset", recipe.dataset)
-    return not {recipe.dataset, now} & set(DATASETS) and not same_place(now, recipe.dataset)
+    of_folders = isinstance(now, str | Path) and not {recipe.dataset, now} & set(DATASETS)
+    return of_folders and not same_place(now, recipe.dataset)
 
 
 def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> None:
@@ -219,7 +220,7 @@ def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> Non
         planned = getattr(recipe, name)
         same = (tuple(value) if isinstance(value, list) else value) == planned or (name, value) == ("precision", "auto")
         if name == "dataset":
-            same = same_place(value, planned)
+            same = isinstance(value, str | Path) and same_place(value, planned)
         if not same:
             reason = " (the schedule would change)" if name == "epochs" else ""
             option = "--" + name.replace("_", "-")

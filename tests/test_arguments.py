@@ -99,6 +99,7 @@ def test_numbers_of_numpy_arrive_as_those_of_python():
     assert given() == (0, None, "", {})
 
 
+LONG = "l" * 5000  # more than any system takes
 WRONG_VALUES = [
     (lambda: train(SMALL, target=101.0), "--target 101 must be 0 to 100"),
     (lambda: train(SMALL, target=float("nan")), "--target nan"),
@@ -117,6 +118,8 @@ WRONG_VALUES = [
     (lambda: bench(rounds=1), "--rounds 1"),
     (lambda: bench(compile="yes"), "--compile yes"),
     (lambda: bench(workers=-1), "--workers -1"),
+    (lambda: bench(workers=10**400), "must be 0 to 256"),
+    (lambda: train(SMALL, loader="albumentations", workers=10**400), "must be 0 to 256"),
     (lambda: compare([]), "at least one run"),
     (lambda: export("x", format="coreml"), "--format coreml"),
     (lambda: evaluate("x", tta="crop"), "--tta crop"),
@@ -124,6 +127,8 @@ WRONG_VALUES = [
     (lambda: samples(SMALL, views=0), "--views 0"),
     (lambda: build_model(SMALL, 0), "classes 0 must be at least 1"),
     (lambda: Recipe(epochs=0), "--epochs 0"),
+    (lambda: Recipe(epochs=10**400), "less than or equal to 10000"),
+    (lambda: Recipe(batch_size=10**18), "less than or equal to 100000"),
     (lambda: Recipe(epochs="many"), "--epochs 'many'"),
     (lambda: Recipe(epochs=8, peak_epoch=9), "--peak-epoch 9 is not before the last of 8"),
     (lambda: Recipe(depth=18), "--depth 18"),
@@ -132,6 +137,17 @@ WRONG_VALUES = [
     (lambda: Recipe.build(epochs=float("inf")), "--epochs inf"),
     (lambda: Recipe.build("digits", depth=18), "--depth 18"),
     (lambda: Recipe().replace(max_lr="high"), "--max-lr 'high'"),
+    (lambda: train(Recipe.build(dataset=LONG)), "lll; if it was moved"),
+    (lambda: train(Recipe.build(dataset="a\0b")), "b; if it was moved"),
+    (lambda: train(SMALL, LONG), "train: run_dir 'lll"),
+    (lambda: train(SMALL, "a\0b"), "train: run_dir 'a"),
+    (lambda: train(resume=LONG), "train: resume 'lll"),
+    (lambda: load_checkpoint(LONG), "load_checkpoint: path 'lll"),
+    (lambda: compare(["a", LONG]), "compare: runs 'lll"),
+    (lambda: compare(["a"], "a\0.png"), "compare: path 'a"),
+    (lambda: evaluate("a", dataset=Path(LONG)), "evaluate: dataset 'lll"),
+    (lambda: misclassified("a", save_images=LONG), "misclassified: save_images 'lll"),
+    (lambda: evaluate(np.add), "checkpoint <ufunc 'add'>"),
 ]
 
 

@@ -256,6 +256,9 @@ def test_what_contradicts_the_run_is_named_as_its_option(tmp_path, recipe):
         ("max_lr", 0.2, "--max-lr 0.2 contradicts"),
         ("recipe", "page", "--recipe page contradicts"),
         ("dataset", "cifar10", "--dataset cifar10 contradicts"),
+        ("dataset", None, "--dataset None contradicts"),
+        ("dataset", 5, "--dataset 5 contradicts"),
+        ("dataset", [5], r"--dataset \[5\] contradicts"),
     ):
         with pytest.raises(UsageError, match=message):
             RunDir(tmp_path).open({name: value})

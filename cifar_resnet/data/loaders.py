@@ -29,6 +29,7 @@ from .splits import Split
 
 ORDER = 0  # purpose of a random stream
 EVALUATION_BATCH = 1000
+MOST_WORKERS = 256
 
 
 class Batch(NamedTuple):
@@ -264,10 +265,10 @@ def check_loader(loader: str, workers: int | None) -> None:
     """Whether these options go together.
 
     Raises:
-        UsageError: there is no such loader, it has no workers, or there would be fewer than none.
+        UsageError: there is no such loader, it has no workers, or there would be fewer than none, or more than any machine has use for.
     """
     check_choice("loader", loader, *get_args(LoaderKind))
-    if workers is not None and workers < 0:
-        raise UsageError(f"--workers {workers} must be at least 0")
+    if workers is not None and not 0 <= workers <= MOST_WORKERS:
+        raise UsageError(f"--workers {workers} must be 0 to {MOST_WORKERS}")
     if workers is not None and loader != "albumentations":
         raise UsageError(f"--workers {workers} needs --loader albumentations: the tensor loader has no workers")

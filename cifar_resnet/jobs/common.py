@@ -166,7 +166,12 @@ def images_of(
         if {before, now} <= set(DATASETS) and now != before:
             raise UsageError(f"--dataset {now}: {loaded.path} was trained on {before}, which has other classes")
         loaded = replace(loaded, recipe=loaded.recipe.replace(dataset=now))
-    data = datasets.load(loaded.recipe, data_dir, notify)
+    try:
+        data = datasets.load(loaded.recipe, data_dir, notify)
+    except UsageError as error:
+        if dataset is None or str(error).startswith("--dataset"):
+            raise
+        raise UsageError(f"the recipe of {loaded.path} does not fit these images: {error}") from None
     if data.classes != loaded.classes:
         raise CifarResnetError(f"{loaded.path} knows {', '.join(loaded.classes)}; the images are of {', '.join(data.classes)}")
     return loaded, data

@@ -78,10 +78,14 @@ def demo(
 def _check_free(host: str, port: int) -> None:
     if not 1 <= port <= 65535:
         raise UsageError(f"--port {port} must be 1 to 65535")
+    if not host:
+        raise UsageError("--host is empty; 127.0.0.1 is this machine alone")
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise CifarResnetError(f"--host {host} --port {port}: {error.strerror}; choose another --port or --host") from None
+    except (TypeError, ValueError):  # of names that cannot be encoded
+        raise UsageError(f"--host {host} is no name of a host") from None
 
 
 def _wait_for_the_end() -> None:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 from torch import Tensor
@@ -80,8 +80,8 @@ def misclassified(
     said = title(found, count, len(chosen), sort, true, predicted, len(unsure))
     if unsure:
         notify(said)
-    if shown := chosen[:count] or unsure:
-        _draw(found, shown, layer, said, folder, format, written, "label" if sort == "label" else "true")
+    shown = chosen[:count] or unsure
+    _draw(found, shown, layer, said, folder, format, written, "label" if sort == "label" else "true")
     write_images(found, chosen, copy_to, save_images, written)
     return chosen
 
@@ -90,6 +90,11 @@ def _draw(
     found: Prediction, shown: list[analysis.Mistake], layer: str, title: str, folder: Path, format: str,
     written: Callable[[Path], None], given: str,
 ) -> None:  # fmt: skip
+    """The two pictures. Where there is nothing to show, those of an earlier choice go."""
+    if not shown:
+        for stale in (folder / f"{stem}.{each}" for stem in ("misclassified", "gradcam") for each in get_args(Format)):
+            stale.unlink(missing_ok=True)
+        return
     images, of_predicted, of_rival = grad_cams(found, shown, layer)
     written(save_figure(pictures.misclassified(images, shown, title, given), folder / f"misclassified.{format}"))
     looked = pictures.grad_cam(images, of_predicted, of_rival, shown, f"Grad-CAM at {layer}: {title}", given)

@@ -200,6 +200,17 @@ def test_the_part_for_evaluation_may_have_several_names(name, tmp_path):
     assert loaded.evaluated_on == "test"
 
 
+def test_two_spellings_of_a_part_are_refused(tmp_path):
+    for part in ("train", "test"):
+        image(tmp_path / "pets" / part / "cat" / "1.png")
+        image(tmp_path / "pets" / part / "dog" / "1.png")
+    (tmp_path / "pets" / "Train").mkdir(exist_ok=True)
+    if len(list((tmp_path / "pets").iterdir())) == 2:
+        pytest.skip("one spelling is another here")
+    with pytest.raises(UsageError, match="has (Train and train|train and Train), and only one can be meant"):
+        read(tmp_path / "pets")
+
+
 def test_a_second_part_for_evaluation_is_said_to_be_unused(tmp_path):
     said = []
     loaded = read(pets(tmp_path / "pets", parts=("train", "val", "test")), said.append)

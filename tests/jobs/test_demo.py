@@ -314,6 +314,9 @@ def test_what_cannot_be_served_is_one_line(refused, tiny_run, tmp_path, monkeypa
         line = refused(1, "demo", tiny_run, "--port", taken.getsockname()[1])
         assert f"--port {taken.getsockname()[1]}: {in_use(taken)}" in line
     assert "--port 70000 must be 1 to 65535" in refused(2, "demo", tiny_run, "--port", 70000)
+    for host in ("ä..b", "l" * 70 + "ä", "a\0b"):
+        assert "is no name of a host" in refused(2, "demo", tiny_run, "--host", host)
+    assert "--host is empty" in refused(2, "demo", tiny_run, "--host", "")
     assert "no.such.host.invalid" in refused(1, "demo", tiny_run, "--host", "no.such.host.invalid")
     assert "there is no checkpoint" in refused(1, "demo", tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"another model's")

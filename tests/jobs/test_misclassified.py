@@ -68,6 +68,9 @@ def test_no_such_mistake_draws_no_picture(tiny_run, tmp_path, cli, no_figures):
     assert "there is no such mistake to show" in out
     assert ".png" not in out
     assert os.listdir(tmp_path / "none") == ["misclassified.json"]
+    assert (tmp_path / "all" / "gradcam.png").exists()
+    misclassified(tiny_run, tmp_path / "all", true=true, predicted=predicted)  # of another choice, whose pictures go
+    assert os.listdir(tmp_path / "all") == ["misclassified.json"]
 
 
 def test_the_files_named_are_those_written(tiny_run, tmp_path, cli, no_figures, monkeypatch):
