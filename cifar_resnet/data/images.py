@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 from ..errors import DataError, UsageError, first_line
 
 RULE = 4  # of reading; a new number makes kept images be read again
 # The value of white in images of more than 8 bits: the first of these that no pixel exceeds by more than a hundredth.
 WHITES, EXCESS = (1, 255, 4095, 65535), 1.01
-ORIENTATION = 0x0112  # the EXIF tag
 DRAFT = 256  # pixels a side: what a JPEG's own decoder may reduce a large image to, eight times what is wanted
 SUFFIXES = {  # whose files are taken for images without a look at their content
     ".apng", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".pbm", ".pgm", ".png", ".pnm",
@@ -86,7 +86,9 @@ def decode(path: Path, picture: Image.Image | None = None) -> Decoded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) if picture is None else nullcontext(picture) as file:
+            with ExitStack() as held:
+                # Of a path, Pillow maps some TIFFs into memory, and then turns those that are not square wrongly.
+                file = picture or held.enter_context(Image.open(held.enter_context(open(path, "rb"))))
                 if picture is None:
                     file.draft(None, (DRAFT, DRAFT))
                 else:
@@ -128,12 +130,15 @@ def scaled(found: Decoded, whites: Mapping[str, int], path: Path) -> np.ndarray:
 
 def _deep(file: Image.Image, path: Path) -> Decoded | None:
     """What a file of more than 8 bits a channel holds, else None."""
+    tags = getattr(file, "tag_v2", {})
+    if tags.get(Base.PlanarConfiguration) == 2 and max(tags.get(Base.BitsPerSample, [8])) > 8:
+        raise UnidentifiedImageError  # Pillow and OpenCV both read such channels, one after the other, wrongly
     # Before getexif(), which loads the file and empties the list.
     tiles = file.tile if isinstance(file, ImageFile.ImageFile) else []
     several = file.mode[0] != "I" and bool(tiles) and ";16" in str(tiles[0][3])
     if file.mode[0] in "IF":
         values = np.asarray(file)
-        orientation = file.getexif().get(ORIENTATION, 1)  # what is left: loading has turned a TIFF
+        orientation = file.getexif().get(Base.Orientation, 1)  # what is left: loading has turned a TIFF
         transparent = file.info.get("transparency")
         alpha = np.where(values == transparent, 0, 255).astype(np.uint8) if isinstance(transparent, int) else None
         return Decoded(None, values.astype(np.uint16) if values.dtype.kind == "u" else values, alpha, orientation)
@@ -142,7 +147,7 @@ def _deep(file: Image.Image, path: Path) -> Decoded | None:
         return None
     alpha = (channels[..., 3] >> 8).astype(np.uint8) if channels.shape[2] == 4 else None
     turned = file.format == "TIFF"  # by OpenCV
-    return Decoded(None, channels[..., 2::-1], alpha, 1 if turned else file.getexif().get(ORIENTATION, 1))
+    return Decoded(None, channels[..., 2::-1], alpha, 1 if turned else file.getexif().get(Base.Orientation, 1))
 
 
 def _channels_of_16_bits(path: Path) -> np.ndarray | None:
@@ -166,7 +171,7 @@ def _in_8_bits(found: Decoded, whites: Mapping[str, int], path: Path) -> Image.I
     image = Image.fromarray((found.values.clip(0, white).astype(np.float64) * (255 / white)).astype(np.uint8))
     if found.alpha is not None:
         image.putalpha(Image.fromarray(found.alpha))
-    image.getexif()[ORIENTATION] = found.orientation
+    image.getexif()[Base.Orientation] = found.orientation
     return ImageOps.exif_transpose(image)
 
 

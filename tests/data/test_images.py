@@ -85,7 +85,7 @@ def test_a_white_that_is_given_counts_instead_of_the_images_own(tmp_path):
     ]
 
 
-def png(values):
+def png(values, exif=None):
     """A PNG file of 16 bits of several channels, which Pillow does not write: of uint16 (H, W, C)."""
 
     def chunk(kind, content):
@@ -94,7 +94,8 @@ def png(values):
     height, width, channels = values.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    more = b"" if exif is None else chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])
@@ -121,34 +122,58 @@ def test_a_value_that_stands_for_transparent_is_white(tmp_path):
     np.testing.assert_allclose(found[8:, 1:, 0], values[8:, 1:] / 4095 * 255, atol=1)
 
 
-def tiff(values, orientation):
+def tiff(values, orientation=1, planar=False):
     """A TIFF file of 16 bits of three channels, not packed, which Pillow does not write: of uint16 (H, W, 3)."""
     height, width, _ = values.shape
-    at = 8 + 2 + 11 * 12 + 4  # behind the directory: three numbers of bits, then the pixels
+    at, size = 8 + 2 + 11 * 12 + 4, 2 * height * width  # behind the directory: numbers of bits, strips if several, pixels
+    first = at + 6 + 24 * planar
     tags = (
-        (256, 3, width), (257, 3, height), (258, 3, at), (259, 3, 1), (262, 3, 2), (273, 4, at + 6), (274, 3, orientation), (277, 3, 3),
-        (278, 3, height), (279, 4, values.nbytes), (284, 3, 1),
+        (256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, at), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 3, at + 6) if planar else (273, 4, 1, first), (274, 3, 1, orientation), (277, 3, 1, 3), (278, 3, 1, height),
+        (279, 4, 3, at + 18) if planar else (279, 4, 1, 3 * size), (284, 3, 1, 1 + planar),
     )  # fmt: skip
-    entries = b"".join(struct.pack("<HHII", tag, kind, 3 if tag == 258 else 1, value) for tag, kind, value in tags)
-    return b"II*\0" + struct.pack("<IH", 8, 11) + entries + bytes(4) + struct.pack("<3H", 16, 16, 16) + values.astype("<u2").tobytes()
+    strips = struct.pack("<6I", first, first + size, first + 2 * size, size, size, size) if planar else b""
+    pixels = (values.transpose(2, 0, 1) if planar else values).astype("<u2").tobytes()
+    entries = b"".join(struct.pack("<HHII", *each) for each in tags)
+    return b"II*\0" + struct.pack("<IH", 8, 11) + entries + bytes(4) + struct.pack("<3H", 16, 16, 16) + strips + pixels
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["8 bits.png", "8 bits.tif", "16 bits.png", "16 bits.tif", "float.tif", "channels.tif"])
+def test_channels_of_16_bits_one_after_the_other_are_refused(tmp_path):
+    """Pillow and OpenCV read them, but not as they are."""
+    (tmp_path / "x.tif").write_bytes(tiff(noise((32, 32, 3), dtype=np.uint16, high=65536), planar=True))
+    assert Image.open(tmp_path / "x.tif").convert("RGB").size == (32, 32)
+    with pytest.raises(DataError, match="x.tif: not an image that can be read"):
+        read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize(
+    "kind",
+    ["8 bits.png", "8 bits.tif", "RGBA.tif", "16 bits.png", "16 bits.tif", "float.tif", "int.tif", "channels.tif", "channels.png", "packed.tif"],
+)
 def test_an_image_of_every_depth_is_turned_once(kind, orientation, tmp_path):
-    """By what the EXIF standard says of row 0 and column 0."""
-    exif, shown = Image.Exif(), gradient(np.uint16, 65535) // 2 + np.arange(32, dtype=np.uint16)[:, None] * 500
-    exif[0x0112] = orientation
+    """It is then the same as an image that was stored as it is shown. The turns are what the EXIF standard says."""
+    shown = gradient(np.uint16, 65535) // 2 + np.arange(32, dtype=np.uint16)[:, None] * 500
+    shown = shown[:, :20]  # not square
     stored = np.ascontiguousarray({
-        1: shown, 2: shown[:, ::-1], 3: shown[::-1, ::-1], 4: shown[::-1],
+        2: shown[:, ::-1], 3: shown[::-1, ::-1], 4: shown[::-1],
         5: shown.T, 6: shown.T[::-1], 7: shown.T[::-1, ::-1], 8: shown.T[:, ::-1],
     }[orientation])  # fmt: skip
-    if kind == "channels.tif":
-        (tmp_path / kind).write_bytes(tiff(np.repeat(stored[..., None], 3, 2), orientation))
-    else:
-        as_kind = {"8": (stored // 257).astype(np.uint8), "1": stored, "f": (stored / 65535).astype(np.float32)}[kind[0]]
-        Image.fromarray(as_kind).save(tmp_path / kind, exif=exif)
-    np.testing.assert_allclose(read_image(tmp_path / kind, {"uint16": 65535})[..., 0], shown / 257, atol=1.1)
+
+    def read(values, turned):
+        exif, path = Image.Exif(), tmp_path / f"{turned} {kind}"
+        exif[0x0112] = turned
+        if kind.startswith("channels"):
+            values = np.repeat(values[..., None], 3, 2)
+            path.write_bytes(tiff(values, turned) if kind.endswith("tif") else png(values, exif))
+        else:
+            small, pixels = (values // 257).astype(np.uint8), {"1": values, "p": values, "i": values.astype(np.int32)}
+            pixels |= {"8": small, "R": np.dstack([small] * 4), "f": (values / 65535).astype(np.float32)}
+            options = {"compression": "tiff_adobe_deflate"} if kind == "packed.tif" else {}
+            Image.fromarray(pixels[kind[0]]).save(path, exif=exif, **options)
+        return read_image(path)
+
+    np.testing.assert_array_equal(read(stored, orientation), read(shown, 1))
 
 
 @pytest.mark.parametrize(
