@@ -62,7 +62,7 @@ def check(function: Callable[..., Any], *arguments: Any, **named: Any) -> inspec
             plain = value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
             if not _fits(plain, types[name]):
                 _refuse(function, signature.parameters[name], value)
-            if "Path" in str(signature.parameters[name].annotation):
+            if "Path" in str(signature.parameters[name].annotation):  # a text, as it stands in the code
                 for path in plain if isinstance(plain, list | tuple) else [plain]:
                     _check_path(function, name, path)
             bound.arguments[name] = plain
@@ -78,12 +78,14 @@ def _fits(value: Any, type_of: TypeAdapter[Any]) -> bool:
 
 
 def _check_path(function: Callable[..., Any], name: str, value: Any) -> None:
-    """Refuses a text that no file can have for its name, as it is too long or holds a NUL."""
+    """Refuses what cannot be the name of a file here: it is too long, or holds a character that no name has, such as NUL."""
     reason = None
     try:
-        os.lstat(value) if isinstance(value, str | PathLike) else None
+        if isinstance(value, str | PathLike):
+            os.lstat(value)
     except OSError as error:
-        reason = error.strerror if error.errno == errno.ENAMETOOLONG else None
+        too_long = error.errno == errno.ENAMETOOLONG or getattr(error, "winerror", None) in (123, 206)
+        reason = error.strerror if too_long else None
     except ValueError as error:
         reason = str(error)
     if reason:

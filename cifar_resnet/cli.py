@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import __version__, arguments
-from .errors import CifarResnetError, UsageError, printable, rank_0_speaks
+from .errors import CifarResnetError, UsageError, is_other_rank, printable
 from .look import console, progress
 from .look.words import plural
 from .recipe import Recipe
@@ -683,7 +683,7 @@ def summary(recipe: Recipe, json_output: Json = False) -> None:
 
 
 TRIANGULAR = 0.001, 490, 3  # lower bound, steps from one bound to the other, cycles
-MOST_STEPS = 1_000_000  # that such a picture shows
+MOST_STEPS = 1_000_000  # in a picture of --policy triangular
 
 
 @_command(BEFORE, "schedule", "schedule --recipe page --epochs 12", "schedule --policy triangular --max-lr 0.1")
@@ -786,7 +786,7 @@ def main() -> None:
 def _fail(message: str, exit_code: int) -> NoReturn:
     """Ends with a message. Under torchrun every process meets a wrong usage. Rank 0 prints it, and the others wait, because torchrun
     ends all once one has failed."""
-    if exit_code == 2 and rank_0_speaks():
+    if exit_code == 2 and is_other_rank():
         time.sleep(5)
     elif message:
         line = _line(message)

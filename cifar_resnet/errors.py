@@ -53,9 +53,11 @@ class NonFiniteLossError(CifarResnetError):
     """The loss, or a weight, stopped being a finite number."""
 
 
-def rank_0_speaks() -> bool:
-    """Whether torchrun started this process beside the one of rank 0, which says what is to be said."""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and bool(re.fullmatch(r"0*[1-9]\d*", os.environ.get("RANK", "0")))
+def is_other_rank() -> bool:
+    """Whether torchrun started this process with a rank above 0. Such a process prints nothing: rank 0 prints for all."""
+    given = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    rank, size = (int(each) if re.fullmatch(r"[0-9]{1,9}", each) else 0 for each in given)
+    return 0 < rank < size
 
 
 def check_choice(option: str, value: str, *choices: str) -> None:

@@ -63,6 +63,18 @@ def rename(part: Path, path: Path) -> None:
     return os.replace(part, path)
 
 
+def remove(path: Path) -> None:
+    """Removes a file of an earlier state, if it is there.
+
+    Raises:
+        RunDirectoryError: it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"{path} is of an earlier state, and cannot be removed: {error.strerror}") from None
+
+
 def left_by_systems(name: str) -> bool:
     """Whether a file is one that file browsers leave in folders that they show."""
     return name.startswith("._") or name.lower() in LEFT_BY_SYSTEMS

@@ -123,8 +123,8 @@ class Recipe(BaseModel):
     )
     ema_every: int = _field(5, "Optimizer", "Steps between two updates of the EMA.", ge=1)
 
-    epochs: int = _field(24, "Schedule", "Passes over the training images.", ge=1, le=10_000)
-    batch_size: int = _field(512, "Schedule", "Largest number of images in a step.", ge=1, le=100_000)
+    epochs: int = _field(24, "Schedule", "Passes over the training images.", ge=1, le=1_000_000)
+    batch_size: int = _field(512, "Schedule", "Largest number of images in a step.", ge=1, le=1_000_000)
     batches: Literal["even", "fixed"] = _field(
         "even",
         "Schedule",

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from .checkpoint import ROW, SCHEMA, Checkpoint, load_checkpoint, save_checkpoint
 from .data.splits import Data
 from .errors import RunDirectoryError, UsageError, shell_command
-from .files import check_writable, csv_of, left_by_systems, same_place, writable, write_json, write_whole
+from .files import check_writable, csv_of, left_by_systems, remove, same_place, writable, write_json, write_whole
 from .recipe import DATASETS, Recipe, read_json
 from .runs import CHECKPOINT, RECIPE, REPEAT
 from .training.engine import State
@@ -165,12 +165,7 @@ class RunDir:
         """
         made = sorted(name for name in MADE_OF_CHECKPOINT if (self.path / name).is_file())
         for name in made:
-            try:
-                (self.path / name).unlink(missing_ok=True)
-            except OSError as error:
-                raise RunDirectoryError(
-                    f"{self.path / name} is of an earlier state, and cannot be removed: {error.strerror}"
-                ) from None
+            remove(self.path / name)
         return made
 
     def save(

@@ -209,7 +209,8 @@ def runs(device, tiny):
         with tempfile.TemporaryDirectory() as folder:
             cache = dict(TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor", TRITON_CACHE_DIR=f"{folder}/triton")
             cache |= dict(PYTHONPYCACHEPREFIX=f"{folder}/bytecode", PYTHONDONTWRITEBYTECODE="")
-            command(["-c", IMPORTS], cache)  # pip leaves its packages compiled, but some machines do not keep that
+            compiled = command(["-c", IMPORTS], cache)  # pip leaves its packages compiled, but some machines do not keep that
+            assert compiled["code"] == 0, compiled["output"]
             common = ["-m", "cifar_resnet", "train", "--recipe", recipe, "--device", device, *small]
             for name in ("cold", "warm"):
                 yield f"{recipe}, {name}", partial(_trained, [*common, "--run-dir", f"{folder}/run-{name}"], cache, device)

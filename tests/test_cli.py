@@ -207,7 +207,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(refused, arguments, words, tmp_
 def test_of_several_processes_the_first_says_what_was_wrong(cli, monkeypatch, arguments):
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
-    for size, rank in (("2", "0"), ("2", "x"), ("1", "1"), (None, "1")):  # a rank alone may be set by another program
+    for size, rank in (("2", "0"), ("2", "x"), ("2", "2"), ("1", "1"), (None, "1")):  # a rank alone may be set by another program
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv("WORLD_SIZE")
         code, out, first = cli(*arguments)

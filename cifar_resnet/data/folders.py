@@ -137,7 +137,7 @@ def present(folder: Path, moved_to: Path | str | None) -> Path:
     name = folder_name(folder)
     places = [folder, *([moved_to / name] if moved_to and name else [])]
     for place in places:
-        if os.path.isdir(place):  # which is false for what is no path, too
+        if os.path.isdir(place):  # False for a text that cannot be a path, where Path.is_dir raises
             return place
     near = difflib.get_close_matches(folder.name, DATASETS, n=1)
     advice = "if it was moved, give its new place with --dataset, or the folder that holds it with --data-dir"
@@ -149,10 +149,11 @@ def present(folder: Path, moved_to: Path | str | None) -> Path:
 
 def _parts(folder: Path, split: float | None, notify: Callable[[str], None]) -> list[Path]:
     """The folders that hold one for each class: of training and of evaluation images, or of both together."""
-    found = {path.name.lower(): path for path in _folders(folder)}
-    for path in _folders(folder):
+    folders = _folders(folder)
+    found = {path.name.lower(): path for path in folders}
+    for path in folders:
         if (other := found[path.name.lower()]) != path and path.name.lower() in ("train", *EVALUATION):
-            raise UsageError(f"{folder} has {path.name} and {other.name}, and only one can be meant; rename the other one")
+            raise UsageError(f"{folder} has {path.name} and {other.name}, which mean the same; rename one of them")
     evaluation = [found[name] for name in EVALUATION if name in found]
     if "train" in found and evaluation and split is None:
         for unused in evaluation[1:]:

@@ -283,11 +283,12 @@ def _captured(call: Callable[[], Any], state: State) -> Callable[[], Any]:
 
 
 def _model_alone(recipe: Recipe, device: torch.device, compile: str, ways: Choice | None) -> Callable[[], Any]:
-    """The step on one batch of noise."""
+    """The first step, on one batch of noise; but the average is updated only if it is updated at every step."""
     state = _started(recipe, device, compile, ways)
     images = torch.randn(recipe.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     batch = Batch(images, torch.arange(recipe.batch_size, device=device) % 10)
-    return _captured(partial(train_step, state, batch, rates_at(state.recipe, 0, TRAIN_IMAGES)), state)
+    first, later = (rates_at(state.recipe, step, TRAIN_IMAGES) for step in (0, state.recipe.ema_every))
+    return _captured(partial(train_step, state, batch, first._replace(average=later.average)), state)
 
 
 def _optimizer_alone(recipe: Recipe, device: torch.device) -> Callable[[], Any]:

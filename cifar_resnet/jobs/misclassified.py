@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..arguments import Format, GradCamLayer, Sort, checked
 from ..checkpoint import SCHEMA, Checkpoint, load_checkpoint
 from ..data.folders import present
 from ..errors import CifarResnetError, UsageError
-from ..files import check_new_folder, check_writable, csv_of, new_folder, same_place, writable, write_json, write_whole
+from ..files import check_new_folder, check_writable, csv_of, new_folder, remove, same_place, writable, write_json, write_whole
 from ..look import analysis, figures, pictures
 from ..recipe import DATASETS
 from ..runs import LATEST
@@ -91,14 +91,15 @@ def _draw(
     written: Callable[[Path], None], given: str,
 ) -> None:  # fmt: skip
     """The two pictures. Where there is nothing to show, those of an earlier choice go."""
+    photos, looked = folder / f"misclassified.{format}", folder / f"gradcam.{format}"
     if not shown:
-        for stale in (folder / f"{stem}.{each}" for stem in ("misclassified", "gradcam") for each in get_args(Format)):
-            stale.unlink(missing_ok=True)
+        remove(photos)
+        remove(looked)
         return
     images, of_predicted, of_rival = grad_cams(found, shown, layer)
-    written(save_figure(pictures.misclassified(images, shown, title, given), folder / f"misclassified.{format}"))
-    looked = pictures.grad_cam(images, of_predicted, of_rival, shown, f"Grad-CAM at {layer}: {title}", given)
-    written(save_figure(looked, folder / f"gradcam.{format}"))
+    written(save_figure(pictures.misclassified(images, shown, title, given), photos))
+    figure = pictures.grad_cam(images, of_predicted, of_rival, shown, f"Grad-CAM at {layer}: {title}", given)
+    written(save_figure(figure, looked))
 
 
 def by_label(found: Prediction, logits: Tensor | None = None) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:

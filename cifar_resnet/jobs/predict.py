@@ -88,7 +88,7 @@ def _add(given: Picture, asked: list[_Asked], others: list[Path]) -> None:
             _add(picture, asked, others)
     elif isinstance(given, Image.Image):
         asked.append(_Asked(Path(f"image {len(asked)}"), given))
-    elif os.path.isdir(given):  # which is false for what is no path, too
+    elif os.path.isdir(given):  # False for a text that cannot be a path, where Path.is_dir raises
         found, rest = image_files(Path(given))
         asked += [_Asked(path, named=False) for path in found]
         others += rest

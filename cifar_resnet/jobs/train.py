@@ -225,7 +225,7 @@ class _Run:
         steps = planned.epochs * len(batch_sizes(planned, len(self.read_data.train)))
         if self.resume is None and planned.ema_decay and planned.ema_every > steps:
             raise UsageError(
-                f"--ema-every {planned.ema_every} is more than the {steps} steps of the run: there would be no average"
+                f"--ema-every {planned.ema_every} is more than the {steps} steps of the run: the average would never be updated"
             )
         return planned, checkpoint, False
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import errors
-from ..errors import rank_0_speaks, shell_command
+from ..errors import is_other_rank, shell_command
 from ..presets import MEASURED, PRESETS
 from ..recipe import Recipe
 from .words import count_of, duration, ordinal, plural
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch stays out of what only prints
     from .analysis import Mistake
 
 # Under torchrun rank 0 speaks.
-console = Console(highlight=False, markup=False, emoji=False, quiet=rank_0_speaks())
+console = Console(highlight=False, markup=False, emoji=False, quiet=is_other_rank())
 UNBOUNDED = 100_000  # columns
 if not console.is_terminal and not console.is_jupyter:
     console.width = UNBOUNDED  # nothing is cut or folded on its way into a file

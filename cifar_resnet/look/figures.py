@@ -44,13 +44,21 @@ def render(figure: Figure, format: str = "png") -> bytes:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # which choose_fonts has said
         if format == "png":
-            figure.dpi = DPI
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()  # once; savefig lays out twice, and packs what is unpacked again here
-            return _in_few_colours(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+            return _in_few_colours(_drawn(figure))
         figure.savefig(buffer, format=format, dpi=DPI)
     written = buffer.getvalue()
     return re.sub(rb'<g id="hover: ([^"]*)">', rb"<g><title>\1</title>", written) if format == "svg" else written
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    """The figure in pixels, as savefig draws them, which would lay the figure out twice."""
+    before = figure.dpi, figure.canvas
+    try:
+        figure.dpi, canvas = DPI, FigureCanvasAgg(figure)
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    finally:
+        figure.dpi, figure.canvas = before
 
 
 def _in_few_colours(picture: Image.Image) -> bytes:

@@ -28,12 +28,14 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     about all N, the likelihood alone would ask for the temperature 0 (as Platt 1999 smooths his targets).
     """
 
+    logits = logits.double()
+
     def loss(log_temperature: float) -> float:
-        scaled = logits.double() / math.exp(log_temperature)
+        scaled = logits / math.exp(log_temperature)
         return float(functional.cross_entropy(scaled, labels, label_smoothing=1 / (len(labels) + 1)))
 
     low, high = math.log(0.05), math.log(20)
-    while (third := (high - low) / 3) > 1e-6:  # the loss is convex in 1 / temperature, so it has one minimum
+    while (third := (high - low) / 3) > 1e-5:  # The loss is convex in 1 / temperature. It has one minimum.
         if loss(low + third) < loss(high - third):
             high -= third
         else:

@@ -6,6 +6,7 @@ Rank 0 alone reads and writes the run directory, and speaks; the others are hand
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -55,10 +56,13 @@ def joined() -> Iterator[None]:
 
 
 def _join() -> None:
+    given = os.environ.get("RANK", "0")
+    if re.fullmatch(r"-?\d{1,9}", given) and not 0 <= int(given) < started():
+        raise UsageError(f"the environment variable RANK is {given}, and WORLD_SIZE is {started()}; {_ADVICE}")
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
     except ValueError as error:  # of the variables
-        raise UsageError(f"WORLD_SIZE is set, as torchrun sets it, but not all is: {first_line(error)}; {_ADVICE}") from None
+        raise UsageError(f"torchrun's environment variables do not fit together: {first_line(error)}; {_ADVICE}") from None
 
 
 def together() -> bool:
@@ -69,8 +73,8 @@ def together() -> bool:
 def started() -> int:
     """How many processes torchrun started, joined or not."""
     given = os.environ.get("WORLD_SIZE", "1")
-    if not (given.isascii() and given.isdecimal() and int(given)):
-        raise UsageError(f"the environment variable WORLD_SIZE is {given!r}, and no number of processes; {_ADVICE}")
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", given):
+        raise UsageError(f"the environment variable WORLD_SIZE is {given[:40]!r}, and no number of processes; {_ADVICE}")
     return int(given)
 
 

@@ -207,7 +207,7 @@ def test_two_spellings_of_a_part_are_refused(tmp_path):
     (tmp_path / "pets" / "Train").mkdir(exist_ok=True)
     if len(list((tmp_path / "pets").iterdir())) == 2:
         pytest.skip("one spelling is another here")
-    with pytest.raises(UsageError, match="has (Train and train|train and Train), and only one can be meant"):
+    with pytest.raises(UsageError, match="has (Train and train|train and Train), which mean the same; rename one"):
         read(tmp_path / "pets")
 
 

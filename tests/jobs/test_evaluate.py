@@ -148,6 +148,14 @@ def test_the_images_of_another_published_dataset_are_not_downloaded(tiny_run, re
     assert f"--dataset cifar100: {tiny_run / 'checkpoint.pt'} was trained on digits, which has other classes" in line
 
 
+def test_images_that_are_too_few_for_the_run_are_said_not_to_fit(own_images, tiny_run, tmp_path, refused):
+    """The command has no option of the name that does not fit: the run has."""
+    line = refused(2, "evaluate", tiny_run, "--dataset", own_images)
+    assert "does not fit these images: --train-limit 70 does not fit: it takes 2 to 48 images here" in line
+    assert line.startswith(f"cifar-resnet: the recipe of {tiny_run / 'checkpoint.pt'} does not")
+    assert "there is no folder" in refused(2, "evaluate", tiny_run, "--dataset", tmp_path / "none")
+
+
 def test_a_folder_that_is_called_like_a_dataset_is_a_folder(own_images, tmp_path, cli, no_figures, monkeypatch):
     train(Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, max_lr=0.02, width=4), tmp_path / "run")
     accuracy = evaluate(tmp_path / "run")["accuracy"]

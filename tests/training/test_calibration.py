@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 
 from cifar_resnet import Recipe, build_model
 from cifar_resnet.data import datasets
@@ -25,6 +26,20 @@ def test_the_temperature_that_labels_were_drawn_at_is_found(temperature):
     believed = analysis.probabilities(logits, found)
     assert torch.equal(believed.argmax(1), logits.argmax(1))
     assert analysis.calibration_error(analysis.reliability(logits, labels, found)) < 1.5
+
+
+def test_the_temperature_is_that_of_scipys_search():
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(0, 10, (500,), generator=generator)
+        logits = torch.randn(500, 10, generator=generator) * (0.5 + seed) + 2 * seed * torch.nn.functional.one_hot(labels, 10)
+
+        def loss(log_temperature, logits=logits, labels=labels):
+            scaled = logits.double() / np.exp(log_temperature)
+            return torch.nn.functional.cross_entropy(scaled, labels, label_smoothing=1 / 501).item()
+
+        expected = np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded", options={"xatol": 1e-8}).x)
+        assert calibration.fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-4)
 
 
 def test_images_that_are_all_right_do_not_ask_for_the_temperature_0():

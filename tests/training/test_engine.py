@@ -97,7 +97,7 @@ def test_the_average_after_few_updates_weighs_the_random_start_by_nothing():
 
 
 def test_where_no_update_comes_the_average_is_the_weights():
-    """So a training shorter than --ema-every is not judged by a network that was never trained."""
+    """An epoch that ends before the first update is judged by the weights themselves, not by those before training."""
     recipe, loader, evaluation = small_run(ema_decay=0.9, ema_every=1000, max_lr=0.02)
     state, plain = engine.start(recipe, CPU), engine.start(recipe.replace(ema_decay=0.0), CPU)
     averaged, usual = (
