@@ -84,8 +84,7 @@ def _check_path(function: Callable[..., Any], name: str, value: Any) -> None:
         if isinstance(value, str | PathLike):
             os.lstat(value)
     except OSError as error:
-        too_long = error.errno == errno.ENAMETOOLONG or getattr(error, "winerror", None) in (123, 206)
-        reason = error.strerror if too_long else None
+        reason = error.strerror if error.errno == errno.ENAMETOOLONG else None  # on Windows it is just not there
     except ValueError as error:
         reason = str(error)
     if reason:

@@ -139,16 +139,19 @@ WRONG_VALUES = [
     (lambda: Recipe().replace(max_lr="high"), "--max-lr 'high'"),
     (lambda: train(Recipe.build(dataset=LONG)), "lll; if it was moved"),
     (lambda: train(Recipe.build(dataset="a\0b")), "b; if it was moved"),
-    (lambda: train(SMALL, LONG), "train: run_dir 'lll"),
     (lambda: train(SMALL, "a\0b"), "train: run_dir 'a"),
+    (lambda: compare(["a"], "a\0.png"), "compare: path 'a"),
+    (lambda: evaluate(np.add), "checkpoint <ufunc 'add'>"),
+]
+TOO_LONG = [  # on Windows such a file is just not there
+    (lambda: train(SMALL, LONG), "train: run_dir 'lll"),
     (lambda: train(resume=LONG), "train: resume 'lll"),
     (lambda: load_checkpoint(LONG), "load_checkpoint: path 'lll"),
     (lambda: compare(["a", LONG]), "compare: runs 'lll"),
-    (lambda: compare(["a"], "a\0.png"), "compare: path 'a"),
     (lambda: evaluate("a", dataset=Path(LONG)), "evaluate: dataset 'lll"),
     (lambda: misclassified("a", save_images=LONG), "misclassified: save_images 'lll"),
-    (lambda: evaluate(np.add), "checkpoint <ufunc 'add'>"),
 ]
+WRONG_VALUES += [pytest.param(*each, marks=pytest.mark.posix) for each in TOO_LONG]
 
 
 @pytest.mark.parametrize(("call", "words"), WRONG_VALUES)
