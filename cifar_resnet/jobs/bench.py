@@ -283,7 +283,7 @@ def _captured(call: Callable[[], Any], state: State) -> Callable[[], Any]:
 
 
 def _model_alone(recipe: Recipe, device: torch.device, compile: str, ways: Choice | None) -> Callable[[], Any]:
-    """The first step, on one batch of noise; but the average is updated only if it is updated at every step."""
+    """The first step, on one batch of noise. An average that is updated every few steps is not updated."""
     state = _started(recipe, device, compile, ways)
     images = torch.randn(recipe.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     batch = Batch(images, torch.arange(recipe.batch_size, device=device) % 10)

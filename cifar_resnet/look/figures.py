@@ -51,7 +51,7 @@ def render(figure: Figure, format: str = "png") -> bytes:
 
 
 def _drawn(figure: Figure) -> Image.Image:
-    """The figure in pixels, as savefig draws them, which would lay the figure out twice."""
+    """The figure in pixels. savefig gives the same pixels, but lays the figure out twice."""
     before = figure.dpi, figure.canvas
     try:
         figure.dpi, canvas = DPI, FigureCanvasAgg(figure)
@@ -155,7 +155,7 @@ def _leave_out_the_first(axis: Axes, history: Sequence[dict], quantity: str) -> 
 
 
 def learning_rate(recipe: Recipe, steps_per_epoch: int, size: Size = (7, 4.2)) -> Figure:
-    """The learning rate at the steps of a run, or a thousand of them, from the function that training uses."""
+    """The learning rate at every step of a run, or at a thousand steps, from the function that training uses."""
     figure, (axis,) = _figure(size)
     total, peak_step = recipe.epochs * steps_per_epoch, int(recipe.peak_epoch * steps_per_epoch) - 1
     steps = np.r_[np.linspace(0, total - 1, min(total, 1000)).astype(int), peak_step, peak_step + 1]
