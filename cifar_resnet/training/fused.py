@@ -37,12 +37,12 @@ PARTS = 512  # of a sum, at most: near the number of programs that an H100 runs 
 FINISH = 8  # columns of which a program adds up the parts
 
 
-def _jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, built once for all sizes of batch and image; where there is no Triton, nothing to call."""
     return function if triton is None else triton.jit(function, do_not_specialize=["rows", "width", "parts"])
 
 
-@_jit
+@jit
 def _place(channels: int, CHANNELS: tl.constexpr) -> Any:
     """This program's number among those of the same columns, how many they are; the columns, (1, CHANNELS), and which exist."""
     groups = tl.cdiv(channels, CHANNELS)
@@ -50,20 +50,20 @@ def _place(channels: int, CHANNELS: tl.constexpr) -> Any:
     return tl.program_id(0) // groups, tl.num_programs(0) // groups, columns, columns < channels
 
 
-@_jit
+@jit
 def _tile(number: tl.tensor, rows: int, columns: tl.tensor, channels: int, ROWS: tl.constexpr) -> Any:
     """The rows of a tile, (ROWS, 1); its elements' offsets in the matrix, and which exist, (ROWS, CHANNELS)."""
     row = number * ROWS + tl.arange(0, ROWS)[:, None]
     return row, row * channels + columns, (row < rows) & (columns < channels)
 
 
-@_jit
+@jit
 def _pixel(row: tl.tensor, number: tl.constexpr, width: int) -> Any:
     """The row, before pooling, of one of the four pixels of this row of a pooled image of this width."""
     return 4 * row - 2 * (row % width) + number // 2 * 2 * width + number % 2
 
 
-@_jit
+@jit
 def _pool(x: tl.tensor, row: tl.tensor, columns: tl.tensor, there: tl.tensor, width: int, channels: int) -> Any:
     """Maxima of the four pixels of each row, and which it was, 0 to 3: the first of equal ones or the last NaN, as torch chooses."""
     best = tl.load(x + _pixel(row, 0, width) * channels + columns, mask=there, other=0.0).to(tl.float32)
@@ -75,13 +75,13 @@ def _pool(x: tl.tensor, row: tl.tensor, columns: tl.tensor, there: tl.tensor, wi
     return best, code
 
 
-@_jit
+@jit
 def _fold(values: tl.tensor, ROWS: tl.constexpr, CHANNELS: tl.constexpr) -> Any:
     """Sums of every 16th row, (16, CHANNELS): each thread adds up what it holds."""
     return tl.sum(tl.reshape(values, (ROWS // 16, 16, CHANNELS)), 0)
 
 
-@_jit
+@jit
 def _store_part(
     sums: tl.tensor, first: tl.tensor, second: tl.tensor, part: int, parts: int, columns: tl.tensor, there: tl.tensor, channels: int
 ) -> None:  # fmt: skip
@@ -91,7 +91,7 @@ def _store_part(
     tl.store(at + parts * channels, tl.sum(second, 0)[None, :], mask=there)
 
 
-@_jit
+@jit
 def _add_parts(sums: tl.tensor, parts: int, columns: tl.tensor, channels: int, PARTS: tl.constexpr) -> Any:
     """What `_store_part` wrote, added up: two sums for each column."""
     part = tl.arange(0, PARTS)[:, None]
@@ -100,21 +100,21 @@ def _add_parts(sums: tl.tensor, parts: int, columns: tl.tensor, channels: int, P
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@_jit
+@jit
 def _affine(mean: tl.tensor, invstd: tl.tensor, weight: tl.tensor, bias: tl.tensor, columns: tl.tensor, there: tl.tensor) -> Any:
     """Normalising is (x - centre) * scale + shift."""
     scale = tl.load(weight + columns, mask=there) * tl.load(invstd + columns, mask=there)
     return tl.load(mean + columns, mask=there), scale, tl.load(bias + columns, mask=there)
 
 
-@_jit
+@jit
 def _relu(x: tl.tensor, centre: tl.tensor, scale: tl.tensor, shift: tl.tensor) -> Any:
     """ReLU of x normalised, float32 but rounded as torch rounds it; NaN stays NaN."""
     y = (x.to(tl.float32) - centre) * scale + shift
     return tl.where(y <= 0, 0.0, y).to(x.dtype).to(tl.float32)
 
 
-@_jit
+@jit
 def _sum_activations(
     x: tl.tensor, pooled: tl.tensor, codes: tl.tensor, mean: tl.tensor, sums: tl.tensor, rows: int, width: int, channels: int,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
@@ -146,7 +146,7 @@ def _sum_activations(
     _store_part(sums, first, second, part, parts, columns, there, channels)
 
 
-@_jit
+@jit
 def _finish_statistics(
     sums: tl.tensor, mean: tl.tensor, invstd: tl.tensor, running_mean: tl.tensor, running_var: tl.tensor, batches: tl.tensor,
     rows: int, parts: int, channels: int, momentum: float, eps: float, PARTS: tl.constexpr, FINISH: tl.constexpr,
@@ -166,7 +166,7 @@ def _finish_statistics(
         tl.store(batches, tl.load(batches) + 1)
 
 
-@_jit
+@jit
 def _normalise(
     x: tl.tensor, residual: tl.tensor, out: tl.tensor, mean: tl.tensor, invstd: tl.tensor, weight: tl.tensor, bias: tl.tensor,
     rows: int, channels: int, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -181,7 +181,7 @@ def _normalise(
     tl.store(out + at, y, mask=inside)
 
 
-@_jit
+@jit
 def _sum_gradients(
     x: tl.tensor, gradient: tl.tensor, sums: tl.tensor, mean: tl.tensor, invstd: tl.tensor, weight: tl.tensor, bias: tl.tensor,
     rows: int, channels: int, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
@@ -201,7 +201,7 @@ def _sum_gradients(
     _store_part(sums, first, second, part, parts, columns, there, channels)
 
 
-@_jit
+@jit
 def _finish_gradients(
     sums: tl.tensor, invstd: tl.tensor, dweight: tl.tensor, dbias: tl.tensor, parts: int, channels: int,
     PARTS: tl.constexpr, FINISH: tl.constexpr,
@@ -213,7 +213,7 @@ def _finish_gradients(
     tl.store(dweight + columns, second * tl.load(invstd + columns, mask=columns < channels), mask=columns < channels)
 
 
-@_jit
+@jit
 def _input_gradient(
     x: tl.tensor, gradient: tl.tensor, codes: tl.tensor, dx: tl.tensor, mean: tl.tensor, invstd: tl.tensor, weight: tl.tensor,
     bias: tl.tensor, dweight: tl.tensor, dbias: tl.tensor, rows: int, width: int, channels: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,24 +65,25 @@ class Muon(torch.optim.Optimizer):
     def _move_kernels(self, kernels: list[Tensor], gradients: list[Any], buffers: list[Tensor], group: dict[str, Any]) -> None:
         """All at once, as launches cost a GPU more than the arithmetic."""
         momentum, factor = group["muon_momentum"], group["lr_factor"]
-        norms = torch._foreach_norm(kernels)
-        scales = torch._foreach_mul(torch._foreach_reciprocal(norms), [len(each) ** 0.5 for each in kernels])
+        shapes = [(len(each), each[0].numel()) for each in kernels]
+        device = kernels[0].device
+        stacks = [torch.empty(count, *shape, dtype=self.dtype, device=device) for shape, count in Counter(shapes).items()]
+        moves = _unstack(stacks, shapes)
         if muon_kernels.usable(self.dtype, kernels, gradients, buffers):
-            moves = [torch.empty(each.shape[0], each[0].numel(), dtype=self.dtype, device=each.device) for each in kernels]
-            for gradient, buffer, move in zip(gradients, buffers, moves, strict=True):
-                muon_kernels.add_momentum(gradient, buffer, momentum, move)
-            for kernel, direction, scale in zip(kernels, orthogonalise(moves), scales, strict=True):
-                muon_kernels.move_kernel(kernel, direction, scale, group["lr"], factor)
+            squares = muon_kernels.add_momentum(gradients, buffers, kernels, moves, momentum)
+            directions = _unstack(newton_schulz(stacks), shapes)
+            muon_kernels.move_kernels(kernels, directions, squares, group["lr"], factor)
             return
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
         wanted = torch._foreach_add(gradients, buffers, alpha=momentum)
-        # (outputs, inputs, 3, 3) as (outputs, 9 * inputs): a view of channels-last memory. The order of columns does not matter.
-        directions = orthogonalise([each.permute(0, 2, 3, 1).flatten(1).to(self.dtype) for each in wanted])
-        for move, direction in zip(wanted, directions, strict=True):
-            move.copy_(direction.unflatten(1, (*move.shape[2:], -1)).permute(0, 3, 1, 2))
+        for move, each in zip(moves, wanted, strict=True):
+            _as_kernel(move, each).copy_(each)
+        for each, direction in zip(wanted, _unstack(orthogonalise(stacks), shapes), strict=True):
+            each.copy_(_as_kernel(direction, each))
         torch._foreach_mul_(wanted, factor)
-        torch._foreach_mul_(kernels, scales)
+        scales = torch._foreach_reciprocal(torch._foreach_norm(kernels))
+        torch._foreach_mul_(kernels, torch._foreach_mul(scales, [len(each) ** 0.5 for each in kernels]))
         _sgd(kernels, list(wanted), [], group)
 
 
@@ -91,25 +93,37 @@ def _sgd(params: list[Tensor], gradients: list[Any], buffers: list[Any], group: 
     sgd(params, gradients, buffers, dampening=0.0, maximize=False, **rates)
 
 
-def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
-    """Matrices with the singular vectors of these, each (M, N), and singular values near 1 (between about 0.5 and 1.3).
+def _unstack(stacks: list[Tensor], shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """The matrices of stacks (K, M, N), in the order of their shapes (M, N); each stack has a shape of its own."""
+    rest = {tuple(stack.shape[1:]): iter(stack.unbind()) for stack in stacks}
+    return [next(rest[shape]) for shape in shapes]
 
-    The quintic Newton-Schulz iteration with Jordan's coefficients, on the side that is shorter; matrices of one shape together.
-    """
-    found: list[Any] = [None] * len(matrices)
-    for shape in dict.fromkeys(each.shape for each in matrices):
-        places = [place for place, each in enumerate(matrices) if each.shape == shape]
-        x = torch.stack([matrices[place] for place in places]) if len(places) > 1 else matrices[places[0]][None]
-        x = x.mT if shape[0] > shape[1] else x
-        x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
-        for _ in range(ITERATIONS):
-            gram = x @ x.mT
-            factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-            x = torch.baddbmm(x, factor, x, beta=3.4445)
-        x = x.mT if shape[0] > shape[1] else x
-        for place, each in zip(places, x.unbind(), strict=True):
-            found[place] = each
-    return found
+
+def _as_kernel(matrix: Tensor, kernel: Tensor) -> Tensor:
+    """A matrix (outputs, 9 * inputs), a row being a kernel in channels-last memory, as (outputs, inputs, 3, 3); a view."""
+    return matrix.unflatten(1, (*kernel.shape[2:], -1)).permute(0, 3, 1, 2)
+
+
+def orthogonalise(stacks: list[Tensor]) -> list[Tensor]:
+    """Matrices with the singular vectors of these, and singular values near 1 (between about 0.5 and 1.3); in stacks (K, M, N)."""
+    return newton_schulz([each / (torch.linalg.vector_norm(each, dim=(1, 2), keepdim=True) + 1e-7) for each in stacks])
+
+
+def newton_schulz(stacks: list[Tensor]) -> list[Tensor]:
+    """The quintic Newton-Schulz iteration with Jordan's coefficients, of matrices of norm 1, on the side that is shorter."""
+    x = [each.mT if each.shape[1] > each.shape[2] else each for each in stacks]
+    for _ in range(ITERATIONS):
+        gram = [each @ each.mT for each in x]
+        factor = _baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = _baddbmm(x, factor, x, beta=3.4445)
+    return [each.mT if stack.shape[1] > stack.shape[2] else each for each, stack in zip(x, stacks, strict=True)]
+
+
+def _baddbmm(inputs: list[Tensor], left: list[Tensor], right: list[Tensor], **factors: float) -> list[Tensor]:
+    """torch.baddbmm of each; the inputs, which it would copy one by one, are copied at once."""
+    found = [each.new_empty(each.shape) for each in inputs]
+    torch._foreach_copy_(found, inputs)
+    return [each.baddbmm_(a, b, **factors) for each, a, b in zip(found, left, right, strict=True)]
 
 
 def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:

@@ -1,21 +1,14 @@
 """The fused kernels against torch's own operations in float64: in Triton's interpreter, a process of its own, and on CUDA."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from interpreter import check_in_the_interpreter, needs_triton, run_checks
 from torch import nn
 from torch.nn import functional
 
 from cifar_resnet.training import fused
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
-
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -182,26 +175,18 @@ def refusals():
         return ["outside of a graph"] * outside + [name for name, (x, norm) in refused.items() if fused.usable(x, norm)]
 
 
-def interpret():
-    """What is wrong, by what was checked, in the interpreter; or why it was not checked."""
-    if not fused.triton_works(torch.device("cpu"), torch.float32):
-        return "Triton's interpreter does not work here: that of Triton 3.6 needs a NumPy before 2.4"
+def check(device):
+    """Small cases, ties, what is no number, and what is refused."""
     wrong = {"choices": [] if choices() else ["not torch's"], "nan": [] if nans() else ["lost"], "not refused": refusals()}
     for name, case in SMALL.items():
         fused.PARTS = case.parts
-        wrong[name] = errors(case, "cpu")
-    return {name: each for name, each in wrong.items() if each}
+        wrong[name] = errors(case, device)
+    assert {name: each for name, each in wrong.items() if each} == {}
 
 
 @needs_triton
 def test_in_the_interpreter_results_and_gradients_are_torchs():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    wrong = json.loads(run.stdout)
-    if isinstance(wrong, str):
-        pytest.skip(wrong)
-    assert wrong == {}
+    check_in_the_interpreter(__file__)
 
 
 def test_it_is_not_used_on_a_cpu():
@@ -235,4 +220,4 @@ def test_on_cuda_a_graph_can_hold_it():
 
 
 if __name__ == "__main__":
-    print(json.dumps(interpret()))
+    run_checks(check)
