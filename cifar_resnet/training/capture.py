@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.loaders import Loader, TensorLoader
+from . import step_kernels
 from .engine import Rates, State, rates_at, train_step
 from .fused import for_a_graph
 from .optim import set_rates
@@ -113,7 +114,8 @@ class CapturedEpoch:
 
     def _step(self, kind: Kind, momentum: float) -> None:
         """The next step, which must be of this kind. Nothing here depends on a value of the device but what is computed there."""
-        batch = self.loader.batch(self.table, self.done % self.loader.steps, kind.size)
+        draw = partial(step_kernels.batch, self.loader) if step_kernels.usable_loader(self.loader) else self.loader.batch
+        batch = draw(self.table, self.done % self.loader.steps, kind.size)
         average = torch.take(self.average, self.done) if kind.averages else None
         rates = Rates(self.done, torch.take(self.lr, self.done), momentum, kind.sam, average)
         loss = train_step(self.state, batch, rates)

@@ -23,10 +23,11 @@ from torch.nn import functional
 from ..data.loaders import Batch, Loader
 from ..errors import NonFiniteLossError
 from ..recipe import Recipe
-from . import convolution, distributed
+from . import convolution, distributed, step_kernels
+from .fused import worth_launching
 from .model import ResNet, build_model, whiten
 from .optim import average_weight, learning_rate, make_optimizer, sam, set_rates, update_average
-from .runtime import autocast, wait_for
+from .runtime import autocast, cast_at_once, wait_for
 
 
 class Step(NamedTuple):
@@ -203,19 +204,37 @@ def train_step(state: State, batch: Batch, rates: Rates) -> Tensor:
     state.optimizer.zero_grad()
     if state.averaged is not None and rates.average is not None:
         update_average(state.averaged, model, rates.average)
-    state.totals += torch.stack([loss * len(batch.labels), (output.argmax(1) == batch.labels).sum()])
-    first_bad = (state.bad_step < 0) & ~loss.isfinite()
-    state.bad_step.copy_(torch.where(first_bad, rates.step, state.bad_step))
+    _count(state, batch, output, loss, rates.step)
     return loss
 
 
 def _backward(state: State, batch: Batch) -> tuple[Tensor, Tensor]:
     """Adds the batch's weight times the gradient of its mean loss to the weights'; gives the output and that loss, detached."""
-    with autocast(state.recipe, batch.images.device):
-        output = state.forward(batch.images)
-    loss = training_loss(state.recipe, output, batch.labels)
-    (batch.weight * loss).backward()
+    recipe = state.recipe
+    with autocast(recipe, batch.images.device):
+        output = cast_at_once(state.model, batch.images) if _casts_at_once(state) else state.forward(batch.images)
+    if recipe.loss == "cross-entropy" and step_kernels.usable(output):
+        loss, gradient = step_kernels.cross_entropy(recipe, output.detach(), batch.labels, batch.weight)
+        output.backward(gradient)
+    else:
+        loss = training_loss(recipe, output, batch.labels)
+        (batch.weight * loss).backward()
     return output.detach(), loss.detach()
+
+
+def _casts_at_once(state: State) -> bool:
+    """Whether one launch for all weights is worth it: in a graph."""
+    return state.recipe.precision == "bfloat16" and state.forward is state.model and worth_launching()
+
+
+def _count(state: State, batch: Batch, output: Tensor, loss: Tensor, step: int | Tensor) -> None:
+    """Adds the batch's losses and hits to the totals, and keeps the first step whose loss is not finite."""
+    if step_kernels.usable(output):
+        step_kernels.count(output, batch.labels, loss, state.totals, state.bad_step, step)
+        return
+    state.totals += torch.stack([loss * len(batch.labels), (output.argmax(1) == batch.labels).sum()])
+    first_bad = (state.bad_step < 0) & ~loss.isfinite()
+    state.bad_step.copy_(torch.where(first_bad, step, state.bad_step))
 
 
 def training_loss(recipe: Recipe, output: Tensor, labels: Tensor) -> Tensor:

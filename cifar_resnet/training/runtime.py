@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .. import __version__
 from ..errors import CifarResnetError, UsageError, first_line
@@ -79,6 +80,34 @@ def _multiplies_bfloat16(device: torch.device) -> bool | None:
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
     """The recipe's arithmetic. Without a cache of cast weights: a pass uses each weight once, and a captured graph must not keep one."""
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=False)
+
+
+class _Cast(torch.autograd.Function):
+    """Tensors of one dtype as tensors of another, and their gradients back: a launch each on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        return _cast(dtype, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_cast(ctx.dtype, gradients)
+
+
+def _cast(dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    found = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(found, list(tensors))
+    return tuple(found)
+
+
+def cast_at_once(model: nn.Module, images: Tensor) -> Tensor:
+    """model(images) in bfloat16, in autocast, which would cast the weights of convolutions and of the linear layer one by one."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    named = {f"{name}.{own}": weight for name, layer in layers.items() for own, weight in layer.named_parameters()}
+    weights = _Cast.apply(torch.bfloat16, *named.values())
+    output: Tensor = functional_call(model, dict(zip(named, weights, strict=True)), (images,))
+    return output
 
 
 def set_tf32(on: bool) -> None:

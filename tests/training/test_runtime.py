@@ -24,6 +24,7 @@ from cifar_resnet.training.model import build_model
 from cifar_resnet.training.optim import make_optimizer
 from cifar_resnet.training.runtime import (
     autocast,
+    cast_at_once,
     compiled,
     environment,
     resolve_device,
@@ -230,3 +231,19 @@ def test_a_compiled_step_is_the_eager_one():
         if weight.is_floating_point():
             assert float((weight - other).norm() / weight.norm()) < 1e-3, name
     assert not torch.equal(eager.model.fc.weight, cut_off(recipe).model.fc.weight)
+
+
+@pytest.mark.parametrize("conv_bias", [False, True])
+def test_weights_that_are_cast_at_once_give_the_bits_of_autocast(conv_bias):
+    recipe = Recipe(width=4, precision="bfloat16", conv_bias=conv_bias)
+    images, found = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
+    for forward in (lambda model: model(images), lambda model: cast_at_once(model, images)):
+        model = build_model(recipe)
+        with autocast(recipe, images.device):
+            output = forward(model)
+        output.float().square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        assert all(each.dtype == torch.float32 for each in gradients)
+        found.append([output, *gradients, *model.buffers()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(one.stride() == other.stride() for one, other in zip(*found, strict=True))
