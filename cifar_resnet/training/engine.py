@@ -27,7 +27,7 @@ from . import convolution, distributed, step_kernels
 from .fused import worth_launching
 from .model import ResNet, build_model, whiten
 from .optim import average_weight, learning_rate, make_optimizer, sam, set_rates, update_average
-from .runtime import autocast, cast_at_once, wait_for
+from .runtime import autocast, cast_at_once, dtype, wait_for
 
 
 class Step(NamedTuple):
@@ -213,7 +213,7 @@ def _backward(state: State, batch: Batch) -> tuple[Tensor, Tensor]:
     recipe = state.recipe
     with autocast(recipe, batch.images.device):
         output = cast_at_once(state.model, batch.images) if _casts_at_once(state) else state.forward(batch.images)
-    if recipe.loss == "cross-entropy" and step_kernels.usable(output):
+    if recipe.loss == "cross-entropy" and step_kernels.usable(recipe, output):
         loss, gradient = step_kernels.cross_entropy(recipe, output.detach(), batch.labels, batch.weight)
         output.backward(gradient)
     else:
@@ -224,12 +224,12 @@ def _backward(state: State, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _casts_at_once(state: State) -> bool:
     """Whether one launch for all weights is worth it: in a graph."""
-    return state.recipe.precision == "bfloat16" and state.forward is state.model and worth_launching()
+    return dtype(state.recipe) == torch.bfloat16 and state.forward is state.model and worth_launching()
 
 
 def _count(state: State, batch: Batch, output: Tensor, loss: Tensor, step: int | Tensor) -> None:
     """Adds the batch's losses and hits to the totals, and keeps the first step whose loss is not finite."""
-    if step_kernels.usable(output):
+    if step_kernels.usable(state.recipe, output):
         step_kernels.count(output, batch.labels, loss, state.totals, state.bad_step, step)
         return
     state.totals += torch.stack([loss * len(batch.labels), (output.argmax(1) == batch.labels).sum()])

@@ -16,6 +16,7 @@ from torch.optim.sgd import sgd
 from ..recipe import Recipe
 from . import muon_kernels
 from .model import ResNet
+from .runtime import dtype
 
 ITERATIONS = 3  # of Newton-Schulz
 
@@ -142,8 +143,7 @@ def make_optimizer(recipe: Recipe, model: ResNet) -> torch.optim.Optimizer:
     of_kernels = dict(
         muon_momentum=recipe.muon_momentum, lr_factor=recipe.muon_lr_factor, momentum=0.0, nesterov=False, weight_decay=0.0
     )
-    dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-    return _without_dynamo(Muon)([{"params": rest}, {"params": kernels, **of_kernels}], dtype, **common)
+    return _without_dynamo(Muon)([{"params": rest}, {"params": kernels, **of_kernels}], dtype(recipe), **common)
 
 
 @functools.cache

@@ -77,9 +77,14 @@ def _multiplies_bfloat16(device: torch.device) -> bool | None:
     return None
 
 
+def dtype(recipe: Recipe) -> torch.dtype:
+    """Of the recipe's arithmetic."""
+    return torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+
+
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
     """The recipe's arithmetic. Without a cache of cast weights: a pass uses each weight once, and a captured graph must not keep one."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16", cache_enabled=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype(recipe) == torch.bfloat16, cache_enabled=False)
 
 
 class _Cast(torch.autograd.Function):

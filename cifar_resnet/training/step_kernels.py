@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.loaders import Batch, Loader, TensorLoader
 from ..recipe import Recipe
 from .fused import jit, tl, triton, triton_works, worth_launching
+from .runtime import dtype
 
 MOST_CLASSES = 128  # one program takes the loss of all images
 TILE = 4096  # logits at a time
@@ -96,7 +97,7 @@ def _count(
 
 def usable_loader(loader: Loader) -> bool:
     """Whether `batch` can stand for the loader's own."""
-    return worth_launching() and isinstance(loader, TensorLoader) and triton_works(loader.device, torch.float32)
+    return worth_launching() and isinstance(loader, TensorLoader) and triton_works(loader.device, dtype(loader.recipe))
 
 
 def batch(loader: TensorLoader, table: Tensor, step: Tensor, size: int) -> Batch:
@@ -112,10 +113,10 @@ def batch(loader: TensorLoader, table: Tensor, step: Tensor, size: int) -> Batch
     return Batch(images.permute(0, 3, 1, 2), labels, loader.weight(size))
 
 
-def usable(output: Tensor) -> bool:
+def usable(recipe: Recipe, output: Tensor) -> bool:
     """Whether `cross_entropy` and `count` can stand for torch's own operations on this output, (B, classes)."""
     fits = output.shape[1] <= MOST_CLASSES and output.is_contiguous()
-    return worth_launching() and fits and triton_works(output.device, output.dtype)
+    return worth_launching() and fits and triton_works(output.device, dtype(recipe))
 
 
 def _tile(output: Tensor) -> dict[str, Any]:
