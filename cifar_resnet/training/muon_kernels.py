@@ -6,6 +6,7 @@ kernels: a program has a block of one of them.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,71 +18,71 @@ BLOCK = 4096
 
 
 @jit
-def _momentum_kernel(
-    gradients: tl.tuple, buffers: tl.tuple, kernels: tl.tuple, moves: tl.tuple, squares: tl.tensor, counts: tl.tuple, rows: int, momentum: float,
-    BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
-    """Leaves the sums of the squares of move and kernel in `squares`, (2, kernels, rows), one for each block."""
-    i = tl.program_id(1)
-    gradient, buffer, kernel, move, count = gradients[0], buffers[0], kernels[0], moves[0], counts[0]
-    for j in tl.static_range(1, len(counts)):
-        if i == j:
-            gradient, buffer, kernel, move, count = gradients[j], buffers[j], kernels[j], moves[j], counts[j]
-    if tl.program_id(0) * BLOCK < count:
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < count
-        g = tl.load(gradient + at, mask=inside, other=0.0)
-        b = momentum * tl.load(buffer + at, mask=inside, other=0.0) + g
-        m = (g + momentum * b).to(move.dtype.element_ty)
-        w = tl.load(kernel + at, mask=inside, other=0.0)
-        tl.store(buffer + at, b, mask=inside)
-        tl.store(move + at, m, mask=inside)
-        place = squares + i * rows + tl.program_id(0)
-        tl.store(place, tl.sum(m.to(tl.float32) * m.to(tl.float32), 0))
-        tl.store(place + len(counts) * rows, tl.sum(w * w, 0))
+def _mine(each: tl.tuple, starts: tl.tuple, BLOCK: tl.constexpr) -> Any:
+    """What belongs to the kernel that this program has a block of."""
+    found = each[0]
+    for i in tl.static_range(1, len(each)):
+        if tl.program_id(0) >= starts[i] // BLOCK:
+            found = each[i]
+    return found
 
 
 @jit
-def _norm(squares: tl.tensor, count: int, BLOCK: tl.constexpr, MOST: tl.constexpr) -> Any:
-    """The square root of the sum over the blocks of a matrix."""
+def _block(starts: tl.tuple, counts: tl.tuple, BLOCK: tl.constexpr) -> Any:
+    """The offsets of this program's block in its kernel, and which exist."""
+    at = tl.program_id(0) * BLOCK - _mine(starts, starts, BLOCK) + tl.arange(0, BLOCK)
+    return at, at < _mine(counts, starts, BLOCK)
+
+
+@jit
+def _norm(squares: tl.tensor, starts: tl.tuple, counts: tl.tuple, BLOCK: tl.constexpr, MOST: tl.constexpr) -> Any:
+    """Of this program's kernel: the square root of the sum of what its blocks left in `squares`."""
     block = tl.arange(0, MOST)
-    return tl.sqrt(tl.sum(tl.load(squares + block, mask=block < tl.cdiv(count, BLOCK), other=0.0), 0))
+    there = block < tl.cdiv(_mine(counts, starts, BLOCK), BLOCK)
+    return tl.sqrt(tl.sum(tl.load(squares + _mine(starts, starts, BLOCK) // BLOCK + block, mask=there, other=0.0), 0))
+
+
+@jit
+def _momentum_kernel(
+    gradients: tl.tuple, buffers: tl.tuple, kernels: tl.tuple, moves: tl.tuple, starts: tl.tuple, counts: tl.tuple,
+    of_moves: tl.tensor, of_kernels: tl.tensor, momentum: float, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Leaves the sums of the squares of a block of the moves, and of the kernels."""
+    buffer, move = _mine(buffers, starts, BLOCK), _mine(moves, starts, BLOCK)
+    at, inside = _block(starts, counts, BLOCK)
+    g = tl.load(_mine(gradients, starts, BLOCK) + at, mask=inside, other=0.0)
+    b = momentum * tl.load(buffer + at, mask=inside, other=0.0) + g
+    m = (g + momentum * b).to(move.dtype.element_ty)
+    w = tl.load(_mine(kernels, starts, BLOCK) + at, mask=inside, other=0.0)
+    tl.store(buffer + at, b, mask=inside)
+    tl.store(move + at, m, mask=inside)
+    tl.store(of_moves + tl.program_id(0), tl.sum(m.to(tl.float32) * m.to(tl.float32), 0))
+    tl.store(of_kernels + tl.program_id(0), tl.sum(w * w, 0))
 
 
 @jit
 def _scale_kernel(
-    moves: tl.tuple, squares: tl.tensor, counts: tl.tuple, rows: int, BLOCK: tl.constexpr, MOST: tl.constexpr
-) -> None:
+    moves: tl.tuple, starts: tl.tuple, counts: tl.tuple, of_moves: tl.tensor, BLOCK: tl.constexpr, MOST: tl.constexpr
+) -> None:  # fmt: skip
     """Scales the moves to the norm 1."""
-    i = tl.program_id(1)
-    move, count = moves[0], counts[0]
-    for j in tl.static_range(1, len(counts)):
-        if i == j:
-            move, count = moves[j], counts[j]
-    if tl.program_id(0) * BLOCK < count:
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        norm = _norm(squares + i * rows, count, BLOCK, MOST)
-        m = tl.load(move + at, mask=at < count).to(tl.float32)
-        tl.store(move + at, m / (norm + 1e-7), mask=at < count)
+    move = _mine(moves, starts, BLOCK)
+    at, inside = _block(starts, counts, BLOCK)
+    norm = _norm(of_moves, starts, counts, BLOCK, MOST)
+    tl.store(move + at, tl.load(move + at, mask=inside).to(tl.float32) / (norm + 1e-7), mask=inside)
 
 
 @jit
 def _move_kernel(
-    kernels: tl.tuple, directions: tl.tuple, squares: tl.tensor, lr: tl.tensor, factor: float, counts: tl.tuple, outputs: tl.tuple, rows: int,
-    BLOCK: tl.constexpr, MOST: tl.constexpr,
+    kernels: tl.tuple, directions: tl.tuple, outputs: tl.tuple, starts: tl.tuple, counts: tl.tuple, of_kernels: tl.tensor,
+    lr: tl.tensor, factor: float, BLOCK: tl.constexpr, MOST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Scales the kernels to the norm sqrt(outputs), and moves them."""
-    i = tl.program_id(1)
-    kernel, direction, count, output = kernels[0], directions[0], counts[0], outputs[0]
-    for j in tl.static_range(1, len(counts)):
-        if i == j:
-            kernel, direction, count, output = kernels[j], directions[j], counts[j], outputs[j]
-    if tl.program_id(0) * BLOCK < count:
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        norm = _norm(squares + (len(counts) + i) * rows, count, BLOCK, MOST)
-        d = tl.load(direction + at, mask=at < count).to(tl.float32)
-        w = tl.load(kernel + at, mask=at < count) * (tl.sqrt(output.to(tl.float32)) / norm) - tl.load(lr) * factor * d
-        tl.store(kernel + at, w, mask=at < count)
+    kernel = _mine(kernels, starts, BLOCK)
+    at, inside = _block(starts, counts, BLOCK)
+    scale = tl.sqrt(_mine(outputs, starts, BLOCK).to(tl.float32)) / _norm(of_kernels, starts, counts, BLOCK, MOST)
+    d = tl.load(_mine(directions, starts, BLOCK) + at, mask=inside).to(tl.float32)
+    w = tl.load(kernel + at, mask=inside) * scale - tl.load(lr) * factor * d
+    tl.store(kernel + at, w, mask=inside)
 
 
 def usable(dtype: torch.dtype, *groups: list[Tensor]) -> bool:
@@ -97,6 +98,18 @@ def usable(dtype: torch.dtype, *groups: list[Tensor]) -> bool:
     )
 
 
+def _blocks(kernels: list[Tensor]) -> tuple[int, dict[str, Any]]:
+    """How many programs there are, and how each finds its block."""
+    counts = tuple(each.numel() for each in kernels)
+    *starts, end = accumulate((BLOCK * triton.cdiv(count, BLOCK) for count in counts), initial=0)
+    return end // BLOCK, dict(starts=tuple(starts), counts=counts, BLOCK=BLOCK)
+
+
+def _most(kernels: list[Tensor]) -> int:
+    """Blocks that a kernel has, or a few more."""
+    return int(triton.next_power_of_2(triton.cdiv(max(each.numel() for each in kernels), BLOCK)))
+
+
 def add_momentum(
     gradients: list[Tensor], buffers: list[Tensor], kernels: list[Tensor], moves: list[Tensor], momentum: float
 ) -> Tensor:
@@ -107,19 +120,17 @@ def add_momentum(
     Returns:
         What `move_kernels` needs to know of the kernels.
     """
-    counts = tuple(each.numel() for each in kernels)
-    rows = triton.cdiv(max(counts), BLOCK)
-    squares, grid = torch.empty(2, len(counts), rows, device=kernels[0].device), (rows, len(counts))
-    lists = tuple(gradients), tuple(buffers), tuple(kernels), tuple(moves)
-    _momentum_kernel[grid](*lists, squares, counts, rows, momentum, BLOCK=BLOCK)
-    _scale_kernel[grid](tuple(moves), squares, counts, rows, BLOCK=BLOCK, MOST=triton.next_power_of_2(rows))
-    return squares
+    programs, blocks = _blocks(kernels)
+    of_moves, of_kernels = torch.empty(2, programs, device=kernels[0].device)
+    lists = (tuple(each) for each in (gradients, buffers, kernels, moves))
+    _momentum_kernel[programs,](*lists, of_moves=of_moves, of_kernels=of_kernels, momentum=momentum, **blocks)
+    _scale_kernel[programs,](tuple(moves), of_moves=of_moves, MOST=_most(kernels), **blocks)
+    return of_kernels
 
 
 def move_kernels(kernels: list[Tensor], directions: list[Tensor], squares: Tensor, lr: float | Tensor, factor: float) -> None:
     """kernel = sqrt(outputs) / norm(kernel) * kernel - lr * factor * direction; `squares` are from `add_momentum`."""
-    counts, outputs = tuple(each.numel() for each in kernels), tuple(len(each) for each in kernels)
-    rows, lists = squares.shape[2], (tuple(kernels), tuple(directions))
+    programs, blocks = _blocks(kernels)
+    lists = tuple(kernels), tuple(directions), tuple(len(each) for each in kernels)
     rate: Any = lr if isinstance(lr, Tensor) else torch.full((), lr, device=squares.device)
-    sizes = {"BLOCK": BLOCK, "MOST": triton.next_power_of_2(rows)}
-    _move_kernel[rows, len(counts)](*lists, squares, rate, factor, counts, outputs, rows, **sizes)
+    _move_kernel[programs,](*lists, of_kernels=squares, lr=rate, factor=factor, MOST=_most(kernels), **blocks)
