@@ -126,8 +126,8 @@ class TensorLoader(Loader):
     def __init__(self, split: Split, recipe: Recipe, device: torch.device, share: Share = WHOLE) -> None:
         super().__init__(recipe, len(split), device, share)
         self.options = {"loader": "tensor"}
-        self.images = torch.from_numpy(split.images).to(device)  # (N, 32, 32, 3)
-        self.labels = torch.from_numpy(split.labels).to(device)
+        self.images = torch.from_numpy(split.images).to(device).contiguous()  # (N, 32, 32, 3)
+        self.labels = torch.from_numpy(split.labels).to(device).contiguous()
         self.starts_on_device = torch.tensor(self.starts, device=device)
         self.augment = TensorAugmentation(recipe, device)
 

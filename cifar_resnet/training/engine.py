@@ -24,7 +24,7 @@ from ..data.loaders import Batch, Loader
 from ..errors import NonFiniteLossError
 from ..recipe import Recipe
 from . import convolution, distributed, step_kernels
-from .fused import worth_launching
+from .fused import in_a_graph
 from .model import ResNet, build_model, whiten
 from .optim import average_weight, learning_rate, make_optimizer, sam, set_rates, update_average
 from .runtime import autocast, cast_at_once, dtype, wait_for
@@ -224,7 +224,7 @@ def _backward(state: State, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _casts_at_once(state: State) -> bool:
     """Whether one launch for all weights is worth it: in a graph."""
-    return dtype(state.recipe) == torch.bfloat16 and state.forward is state.model and worth_launching()
+    return dtype(state.recipe) == torch.bfloat16 and state.forward is state.model and in_a_graph()
 
 
 def _count(state: State, batch: Batch, output: Tensor, loss: Tensor, step: int | Tensor) -> None:

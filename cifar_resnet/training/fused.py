@@ -325,9 +325,14 @@ def for_a_graph() -> Iterator[None]:
         _in_a_graph.reset(token)
 
 
+def in_a_graph() -> bool:
+    """Whether what runs now is for a CUDA graph."""
+    return _in_a_graph.get()
+
+
 def worth_launching() -> bool:
     """Whether there is Triton, and what runs now is for a CUDA graph."""
-    return triton is not None and _in_a_graph.get()
+    return triton is not None and in_a_graph()
 
 
 def usable(x: Tensor, norm: nn.BatchNorm2d) -> bool:

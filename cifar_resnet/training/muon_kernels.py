@@ -35,11 +35,14 @@ def _block(starts: tl.tuple, counts: tl.tuple, BLOCK: tl.constexpr) -> Any:
 
 
 @jit
-def _norm(squares: tl.tensor, starts: tl.tuple, counts: tl.tuple, BLOCK: tl.constexpr, MOST: tl.constexpr) -> Any:
+def _norm(squares: tl.tensor, starts: tl.tuple, counts: tl.tuple, BLOCK: tl.constexpr) -> Any:
     """Of this program's kernel: the square root of the sum of what its blocks left in `squares`."""
-    block = tl.arange(0, MOST)
-    there = block < tl.cdiv(_mine(counts, starts, BLOCK), BLOCK)
-    return tl.sqrt(tl.sum(tl.load(squares + _mine(starts, starts, BLOCK) // BLOCK + block, mask=there, other=0.0), 0))
+    squares += _mine(starts, starts, BLOCK) // BLOCK
+    blocks, total = tl.cdiv(_mine(counts, starts, BLOCK), BLOCK), 0.0
+    for start in range(0, blocks, 1024):
+        block = start + tl.arange(0, 1024)
+        total += tl.sum(tl.load(squares + block, mask=block < blocks, other=0.0), 0)
+    return tl.sqrt(total)
 
 
 @jit
@@ -62,24 +65,24 @@ def _momentum_kernel(
 
 @jit
 def _scale_kernel(
-    moves: tl.tuple, starts: tl.tuple, counts: tl.tuple, of_moves: tl.tensor, BLOCK: tl.constexpr, MOST: tl.constexpr
+    moves: tl.tuple, starts: tl.tuple, counts: tl.tuple, of_moves: tl.tensor, BLOCK: tl.constexpr
 ) -> None:  # fmt: skip
     """Scales the moves to the norm 1."""
     move = _mine(moves, starts, BLOCK)
     at, inside = _block(starts, counts, BLOCK)
-    norm = _norm(of_moves, starts, counts, BLOCK, MOST)
+    norm = _norm(of_moves, starts, counts, BLOCK)
     tl.store(move + at, tl.load(move + at, mask=inside).to(tl.float32) / (norm + 1e-7), mask=inside)
 
 
 @jit
 def _move_kernel(
     kernels: tl.tuple, directions: tl.tuple, outputs: tl.tuple, starts: tl.tuple, counts: tl.tuple, of_kernels: tl.tensor,
-    lr: tl.tensor, factor: float, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    lr: tl.tensor, factor: float, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Scales the kernels to the norm sqrt(outputs), and moves them."""
     kernel = _mine(kernels, starts, BLOCK)
     at, inside = _block(starts, counts, BLOCK)
-    scale = tl.sqrt(_mine(outputs, starts, BLOCK).to(tl.float32)) / _norm(of_kernels, starts, counts, BLOCK, MOST)
+    scale = tl.sqrt(_mine(outputs, starts, BLOCK).to(tl.float32)) / _norm(of_kernels, starts, counts, BLOCK)
     d = tl.load(_mine(directions, starts, BLOCK) + at, mask=inside).to(tl.float32)
     w = tl.load(kernel + at, mask=inside) * scale - tl.load(lr) * factor * d
     tl.store(kernel + at, w, mask=inside)
@@ -105,11 +108,6 @@ def _blocks(kernels: list[Tensor]) -> tuple[int, dict[str, Any]]:
     return end // BLOCK, dict(starts=tuple(starts), counts=counts, BLOCK=BLOCK)
 
 
-def _most(kernels: list[Tensor]) -> int:
-    """Blocks that a kernel has, or a few more."""
-    return int(triton.next_power_of_2(triton.cdiv(max(each.numel() for each in kernels), BLOCK)))
-
-
 def add_momentum(
     gradients: list[Tensor], buffers: list[Tensor], kernels: list[Tensor], moves: list[Tensor], momentum: float
 ) -> Tensor:
@@ -124,13 +122,13 @@ def add_momentum(
     of_moves, of_kernels = torch.empty(2, programs, device=kernels[0].device)
     lists = (tuple(each) for each in (gradients, buffers, kernels, moves))
     _momentum_kernel[programs,](*lists, of_moves=of_moves, of_kernels=of_kernels, momentum=momentum, **blocks)
-    _scale_kernel[programs,](tuple(moves), of_moves=of_moves, MOST=_most(kernels), **blocks)
+    _scale_kernel[programs,](tuple(moves), of_moves=of_moves, **blocks)
     return of_kernels
 
 
-def move_kernels(kernels: list[Tensor], directions: list[Tensor], squares: Tensor, lr: float | Tensor, factor: float) -> None:
-    """kernel = sqrt(outputs) / norm(kernel) * kernel - lr * factor * direction; `squares` are from `add_momentum`."""
+def move_kernels(kernels: list[Tensor], directions: list[Tensor], of_kernels: Tensor, lr: float | Tensor, factor: float) -> None:
+    """kernel = sqrt(outputs) / norm(kernel) * kernel - lr * factor * direction; `of_kernels` is from `add_momentum`."""
     programs, blocks = _blocks(kernels)
     lists = tuple(kernels), tuple(directions), tuple(len(each) for each in kernels)
-    rate: Any = lr if isinstance(lr, Tensor) else torch.full((), lr, device=squares.device)
-    _move_kernel[programs,](*lists, of_kernels=squares, lr=rate, factor=factor, MOST=_most(kernels), **blocks)
+    rate: Any = lr if isinstance(lr, Tensor) else torch.full((), lr, device=of_kernels.device)
+    _move_kernel[programs,](*lists, of_kernels=of_kernels, lr=rate, factor=factor, **blocks)

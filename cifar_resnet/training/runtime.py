@@ -96,6 +96,7 @@ class _Cast(torch.autograd.Function):
         return _cast(dtype, tensors)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_cast(ctx.dtype, gradients)
 
@@ -107,11 +108,12 @@ def _cast(dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 
 
 def cast_at_once(model: nn.Module, images: Tensor) -> Tensor:
-    """model(images) in bfloat16, in autocast, which would cast the weights of convolutions and of the linear layer one by one."""
+    """model(images) in bfloat16, to be called in autocast, which would cast weights of convolutions and linear layer one by one."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    named = {f"{name}.{own}": weight for name, layer in layers.items() for own, weight in layer.named_parameters()}
-    weights = _Cast.apply(torch.bfloat16, *named.values())
-    output: Tensor = functional_call(model, dict(zip(named, weights, strict=True)), (images,))
+    weights = {f"{name}.{own}": weight for name, layer in layers.items() for own, weight in layer.named_parameters()}
+    named = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    cast = _Cast.apply(torch.bfloat16, *named.values())
+    output: Tensor = functional_call(model, dict(zip(named, cast, strict=True)), (images,))
     return output
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.loaders import Batch, Loader, TensorLoader
+from ..data.loaders import Batch, TensorLoader
 from ..recipe import Recipe
 from .fused import jit, tl, triton, triton_works, worth_launching
 from .runtime import dtype
@@ -27,7 +27,7 @@ def _augment(
     first: int, pad: tl.constexpr, holes: tl.constexpr, size: tl.constexpr,
 ) -> None:  # fmt: skip
     """An image a program, as `TensorAugmentation` makes it; there is a `fill` where places beside the image are of one colour."""
-    number = tl.program_id(0)
+    number = tl.program_id(0).to(tl.int64)
     row = table + (tl.load(starts + tl.load(step)) + first + number) * (4 + 2 * holes)
     index = tl.load(row).to(tl.int64)
     tl.store(out_labels + number, tl.load(labels + index))
@@ -95,21 +95,21 @@ def _count(
     tl.store(bad_step, tl.where((bad < 0) & (mean - mean != 0), tl.load(step), bad))
 
 
-def usable_loader(loader: Loader) -> bool:
+def usable_loader(loader: TensorLoader) -> bool:
     """Whether `batch` can stand for the loader's own."""
-    return worth_launching() and isinstance(loader, TensorLoader) and triton_works(loader.device, dtype(loader.recipe))
+    return worth_launching() and triton_works(loader.images.device, dtype(loader.recipe))
 
 
 def batch(loader: TensorLoader, table: Tensor, step: Tensor, size: int) -> Batch:
     """`loader.batch`, of a step that is a tensor on the device."""
     recipe, augment, mine = loader.recipe, loader.augment, loader.share.of(size)
-    count = mine.stop - mine.start
-    images = torch.empty(count, 32, 32, 3, device=loader.device)
-    labels = torch.empty(count, dtype=torch.int64, device=loader.device)
+    images = torch.empty(mine.stop - mine.start, 32, 32, 3, device=loader.device)
+    labels = torch.empty(len(images), dtype=torch.int64, device=loader.device)
+    split = loader.images, loader.labels, table, loader.starts_on_device, step
     fill = None if recipe.pad_mode == "reflect" else augment.fill
-    tables = table, loader.starts_on_device, step, augment.source, augment.hole, fill, augment.mean, augment.scale
-    options = dict(pad=recipe.pad, holes=recipe.cutout_count, size=recipe.cutout_size)
-    _augment[count,](loader.images, loader.labels, *tables, images, labels, mine.start, **options)
+    pixels = augment.source, augment.hole, fill, augment.mean, augment.scale
+    sizes = dict(pad=recipe.pad, holes=recipe.cutout_count, size=recipe.cutout_size)
+    _augment[len(images),](*split, *pixels, images, labels, mine.start, **sizes)
     return Batch(images.permute(0, 3, 1, 2), labels, loader.weight(size))
 
 
