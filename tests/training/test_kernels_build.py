@@ -52,8 +52,9 @@ def test_the_kernels_of_sharpness_aware_steps_can_be_built(monkeypatch, tmp_path
     for module in LAUNCHED:
         monkeypatch.setattr(module, "triton_works", lambda *_: True)
     split = Split(np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64), np.arange(4))
-    for changes in (dict(pad_mode="reflect", precision="bfloat16"), dict(pad_mode="mean", precision="float32")):
-        recipe = with_statistics(Recipe(width=16, batch_size=4, sam_share=1.0, epochs=2, peak_epoch=1.0, **changes))
+    for pad_mode in ("reflect", "mean"):
+        fields = dict(width=16, batch_size=4, sam_share=1.0, epochs=2, peak_epoch=1.0, precision="bfloat16")
+        recipe = with_statistics(Recipe(pad_mode=pad_mode, **fields))
         state, loader = engine.start(recipe, device), TensorLoader(split, recipe, device)
         with fused.for_a_graph():
             assert len(list(CapturedEpoch(state, loader)(state, loader))) == 1
