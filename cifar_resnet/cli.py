@@ -607,7 +607,7 @@ def predict(
         print(json.dumps(found, indent=2))
     else:
         console.predictions(found)
-    for line in [f"skipped {each}" for each in skipped] + others:
+    for line in [f"skipped {each}" for each in skipped] + ([] if console.console.quiet else others):
         _aside(line)
     if skipped:
         raise typer.Exit(1)
@@ -617,6 +617,8 @@ def _run_and_images(given: list[Path]) -> tuple[Path, list[Path]]:
     """The run, which may be left out, and what follows. Where much follows, what is not there is meant as a run."""
     from .runs import is_run
 
+    if among := [each for each in given[1:] if is_run(each)]:
+        raise UsageError(f"predict {among[0]}: that is a run, which stands before the images, and alone")
     if not is_run(given[0]) and (len(given) == 1 or given[0].exists()):
         return _one_run(None, "predict"), given
     if len(given) == 1:
@@ -737,7 +739,7 @@ def bench(
     from .jobs.bench import bench
 
     if json_file:
-        check_file(json_file)
+        check_file(json_file, ".json")
     where: dict[str, Any] = dict(device=device, workers=workers, compile=compile, convolution=convolution)
     content = bench(recipe, rounds=rounds, reference=reference, profile=profile, **where)
     console.bench(content)
@@ -754,15 +756,21 @@ def recipes(name: RecipeName = None) -> None:
         console.recipes()
     else:
         print(Recipe.build(name).to_json(), end="")
-        console.assumed(name)
+        if not console.console.quiet:
+            console.assumed(name)
 
 
 def main() -> None:
     """Runs the command line; every failure is one line on standard error, with its exit code."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
+    os.environ["MPLBACKEND"] = "Agg"
     console.replace_unencodable()
     warnings.formatwarning = lambda message, *_: f"{_line(str(message))}\n"
     try:
+        if "" in sys.argv[1:]:
+            before = sys.argv[sys.argv.index("", 1) - 1]
+            raise UsageError(
+                f"{before if before.startswith('-') else 'a word'} is empty; perhaps a variable of the shell is not set"
+            )
         code = app(standalone_mode=False)
     except CifarResnetError as error:
         _fail(str(error), error.exit_code)
@@ -772,7 +780,7 @@ def main() -> None:
         _fail("interrupted", 130)
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type
-            message = error.format_message().replace("Value error, ", "")
+            message = _with_value(error.format_message().replace("Value error, ", ""))
             hint = next((f"; {hint}" for pattern, hint in MEANT.items() if re.search(pattern, message)), "")
             _fail(message.rstrip(".") + hint, getattr(error, "exit_code", 2))
         if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
@@ -781,6 +789,17 @@ def main() -> None:
     if code == 130:  # Ctrl-C, which Typer turns into this
         _fail("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_value(message: str) -> str:
+    """What Typer says of an option's value, with the value."""
+    option = re.match(r"Invalid value for '(-[^']*)'", message)
+    if not option or "Input should" not in message:
+        return message
+    words = sys.argv[1:]
+    given = [then for word, then in zip(words, words[1:], strict=False) if word == option[1]]
+    given += [word.partition("=")[2] for word in words if word.startswith(f"{option[1]}=")]
+    return message.replace(option[0], f"{option[0]}, {given[-1]!r}", 1) if given else message
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import RunDirectoryError
+from .errors import RunDirectoryError, UsageError
 
 LEFT_BY_SYSTEMS = {".ds_store", "desktop.ini", "thumbs.db", "ehthumbs.db", "icon\r"}
 
@@ -27,7 +27,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
         RunDirectoryError: it cannot be written, and the old file is as it was; or the new file is there, and its folder could not be
             flushed.
     """
-    refuse_folder(path)
+    refuse_special(path)
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else path  # the link stays
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -117,6 +118,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         part.mkdir()
         yield part
         if path.exists():
+            shutil.copymode(path, part)
             for name in filter(left_by_systems, os.listdir(path)):
                 (path / name).unlink()
             path.rmdir()
@@ -131,11 +133,13 @@ def check_new_folder(path: Path) -> None:
     """Whether a folder of this name can be made, or is there and empty; what a file browser leaves does not count.
 
     Raises:
-        RunDirectoryError: it holds something, is no folder, or cannot be made.
+        RunDirectoryError: it holds something, is no folder or the current one, or cannot be made.
     """
     check_writable(path)
     if path.exists() and not all(map(left_by_systems, os.listdir(path))):
         raise RunDirectoryError(f"folder {path} is not empty; choose a new one")
+    if same_place(path, os.curdir):
+        raise RunDirectoryError(f"folder {path} is the current one, which a new one cannot replace; choose a new one")
 
 
 def check_writable(path: Path) -> Path:
@@ -152,19 +156,23 @@ def check_writable(path: Path) -> Path:
     return path
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, *suffixes: str) -> None:
     """Whether a file can be written there, whose folder may be missing.
 
     Raises:
+        UsageError: its name does not end in one of these.
         RunDirectoryError: it cannot.
     """
-    refuse_folder(path)
+    refuse_special(path)
+    if suffixes and path.suffix not in suffixes:
+        raise UsageError(f"{path} must end in {' or '.join(filter(None, (', '.join(suffixes[:-1]), suffixes[-1])))}")
     check_writable(path.parent)
 
 
-def refuse_folder(path: Path) -> None:
-    if os.path.isdir(path):  # which raises nothing, unlike Path.is_dir
-        raise RunDirectoryError(f"{path} cannot be written: it is a folder")
+def refuse_special(path: Path) -> None:
+    """Refuses a folder, a device, a pipe: a file would take its place."""
+    if os.path.exists(path) and not os.path.isfile(path):  # which raise nothing, unlike the methods of Path
+        raise RunDirectoryError(f"{path} cannot be written: it is {'a folder' if os.path.isdir(path) else 'no ordinary file'}")
 
 
 def writable(path: Path) -> Path:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .arguments import checked
 from .errors import UsageError, printable
@@ -175,6 +175,13 @@ class Recipe(BaseModel):
     def _null_is_no_clipping(cls, value: Any) -> Any:
         return 0.0 if value is None else value  # as runs wrote it for a while
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, about: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(about.field_name)].annotation is not bool:
+            raise ValueError("true and false are no value of it")
+        return value
+
     @field_validator("recipe")
     @classmethod
     def _printable(cls, value: str) -> str:
@@ -233,7 +240,14 @@ class Recipe(BaseModel):
                 with suppress(TypeError, ValueError, OverflowError):  # of what is no number, which is refused below
                     fields["peak_epoch"] = before.peak_epoch * max(int(given["epochs"]), 1) / before.epochs
             fields |= given
-        return cls(**fields)
+            if given is from_file:
+                of_file = dict(fields)
+        try:
+            return cls(**fields)
+        except UsageError:
+            if from_file:
+                cls._loaded(of_file, f"{file}: ")
+            raise
 
     @classmethod
     def load(cls, fields: Any, source: str = "") -> Recipe:
@@ -252,9 +266,12 @@ class Recipe(BaseModel):
         if not isinstance(fields, dict):
             raise UsageError(f"{source}a recipe is an object with its fields, not {fields!r:.60}")
         known = PRESETS.get(str(fields.get("recipe"))) if "schema" in fields else None
-        plain = {**(known.fields if known else {}), **_filled(fields, 1, source)}
+        return cls._loaded({**(known.fields if known else {}), **_filled(fields, 1, source)}, source)
+
+    @classmethod
+    def _loaded(cls, fields: dict[str, Any], source: str) -> Recipe:
         try:
-            return cls(**plain)
+            return cls(**fields)
         except UsageError as error:
             raise UsageError(f"{source}{error}") from None
 
@@ -333,6 +350,14 @@ def _of_windows(path: Path | str) -> bool:
     return bool(re.match(r"[A-Za-z]:[\\/]|\\\\", str(path)))
 
 
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
+
+
 def read_json(path: Path | str, what: str) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -340,13 +365,22 @@ def read_json(path: Path | str, what: str) -> dict[str, Any]:
         UsageError: the file is missing, or holds something else.
     """
     try:
-        value = json.loads(Path(path).read_bytes())  # UTF-8, or what PowerShell makes of `>`: UTF-16 with a mark
+        # UTF-8, or what PowerShell makes of `>`: UTF-16 with a mark.
+        value = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_doubles)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
         raise UsageError(f"{what} {path} cannot be read: {reason}") from None
     if not isinstance(value, dict):
         raise UsageError(f"{what} {path} holds a {type(value).__name__}, not an object")
     return value
+
+
+def option_words(name: str, value: Any) -> list[str]:
+    """A field of a recipe as a command takes it."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    return [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
 
 
 SHORT = reprlib.Repr()  # of what a file may hold instead of a number
@@ -361,5 +395,6 @@ def _one_line(problem: Any) -> str:
         return re.sub(r"[a-z]+(_[a-z]+)+", lambda field: "--" + field[0].replace("_", "-"), message)
     option = "--" + str(problem["loc"][0]).replace("_", "-")
     if problem["type"] == "extra_forbidden":
-        message = "no field of a recipe"
+        meant = str(problem["loc"][0]).replace("-", "_")
+        message = "no field of a recipe" + (f"; its name is {meant}" if meant in Recipe.model_fields else "")
     return f"{option} {SHORT.repr(problem['input'])}: {message[0].lower()}{message[1:]}"

@@ -17,7 +17,7 @@ from .checkpoint import ROW, SCHEMA, Checkpoint, load_checkpoint, save_checkpoin
 from .data.splits import Data
 from .errors import RunDirectoryError, UsageError, shell_command
 from .files import check_writable, csv_of, left_by_systems, remove, same_place, writable, write_json, write_whole
-from .recipe import DATASETS, Recipe, read_json
+from .recipe import DATASETS, Recipe, option_words, read_json
 from .runs import CHECKPOINT, RECIPE, REPEAT
 from .training.engine import State
 
@@ -99,7 +99,8 @@ class RunDir:
         elif (self.path / RECIPE).exists():
             checkpoint, recipe = None, Recipe.load(read_json(self.path / RECIPE, "recipe file"))
         else:
-            raise UsageError(f"--resume {self.path}: holds neither {CHECKPOINT} nor recipe.json, so no run to go on with")
+            holds = f"holds neither {CHECKPOINT} nor recipe.json" if self.path.exists() else "there is no such folder"
+            raise UsageError(f"--resume {self.path}: {holds}, so no run to go on with")
         must_match = dict(must_match or {})
         if moved(recipe, must_match) and (checkpoint.fingerprints if checkpoint else not os.path.exists(recipe.dataset)):
             recipe = recipe.replace(dataset=str(must_match.pop("dataset")))
@@ -218,5 +219,5 @@ def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> Non
             same = isinstance(value, str | Path) and same_place(value, planned)
         if not same:
             reason = " (the schedule would change)" if name == "epochs" else ""
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"{option} {value} contradicts the run in {folder}, which has {planned}{reason}; leave it out")
+            given = " ".join(option_words(name, value))
+            raise UsageError(f"{given} contradicts the run in {folder}, which has {planned}{reason}; leave it out")

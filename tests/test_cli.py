@@ -323,3 +323,18 @@ def test_without_a_terminal_there_is_one_plain_line_an_epoch(cli, tmp_path, monk
     assert json.loads((folder / "metrics.json").read_text("utf-8"))["evaluated_on"] == "holdout"
     shown = folder.relative_to(tmp_path)
     assert f"next:\n  cifar-resnet evaluate {shown}\n  cifar-resnet misclassified {shown}\n  cifar-resnet predict {shown} IMAGE\n" in out
+
+
+@pytest.mark.parametrize("words", [("--epochs", "ten"), ("--epochs=ten",), ("--seed", "1", "--epochs", "ten")])
+def test_a_value_of_the_wrong_type_is_shown(words, refused):
+    assert "Invalid value for '--epochs', 'ten': Input should be" in refused(2, "train", *words)
+
+
+def test_an_empty_word_is_refused(refused):
+    assert "a word is empty; perhaps a variable of the shell is not set" in refused(2, "predict", "run", "")
+    assert "--run-dir is empty" in refused(2, "evaluate", "run", "--run-dir", "")
+
+
+def test_a_backend_of_matplotlib_that_is_not_there_does_no_harm(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "bogus")
+    assert cli("schedule", "--output", tmp_path / "schedule.png")[0] == 0

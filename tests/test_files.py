@@ -125,3 +125,29 @@ def test_a_place_is_the_same_by_a_link_and_by_what_the_file_system_says(tmp_path
     assert same_place(tmp_path / "Pets", tmp_path / "pets") == (tmp_path / "Pets").exists()  # as a Mac takes them for one
     monkeypatch.setattr(os.path, "samefile", lambda one, other: str(one).lower() == str(other).lower())
     assert same_place(tmp_path / "Pets", tmp_path / "pets")
+
+
+@pytest.mark.posix
+def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for write in (check_file, lambda path: write_whole(path, "text")):
+        with pytest.raises(RunDirectoryError, match="pipe cannot be written: it is no ordinary file"):
+            write(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for text in ("new", "newer"):
+        write_whole(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "file").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.posix
+def test_a_folder_that_was_there_keeps_its_mode_and_the_current_one_stays(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir(0o700)
+    with new_folder(tmp_path / "mine") as part:
+        (part / "file").touch()
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RunDirectoryError, match="is the current one"), new_folder(Path(".")):
+        pass

@@ -1,5 +1,6 @@
 import inspect
 import json
+import re
 
 import pytest
 
@@ -297,3 +298,25 @@ def test_one_field_is_one_option_spelled_the_same():
     options = inspect.signature(train).parameters
     assert set(Recipe.model_fields) <= set(options)
     assert all(options[name].default is None for name in Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"max-lr": 0.1}', "FILE: --max-lr 0.1: no field of a recipe; its name is max_lr"),
+        ('{"epochs": "ten"}', "FILE: --epochs 'ten': input should be a valid integer"),
+        ('{"epochs": true}', "FILE: --epochs True: true and false are no value of it"),
+        ('{"nesterov": true, "label_smoothing": false}', "FILE: --label-smoothing False: true and false are no value of it"),
+        ('{"epochs": 1, "epochs": 2}', "recipe file FILE cannot be read: not JSON: 'epochs' stands twice"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_name(content, message, tmp_path):
+    (tmp_path / "part.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=re.escape(message.replace("FILE", str(tmp_path / "part.json")))):
+        Recipe.build("digits", tmp_path / "part.json")
+
+
+def test_what_is_wrong_among_the_options_is_not_said_of_the_file(tmp_path):
+    (tmp_path / "part.json").write_text('{"epochs": 3}', encoding="utf-8")
+    with pytest.raises(UsageError, match="^--max-lr -1.0"):
+        Recipe.build("digits", tmp_path / "part.json", max_lr=-1.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ..errors import DataError, UsageError
 from ..files import left_by_systems
@@ -121,8 +121,8 @@ def _is_image(path: Path) -> bool:
     if path.suffix.lower() in SUFFIXES:
         return True
     try:
-        with Image.open(path):
-            return True
+        with Image.open(path) as image:
+            return not isinstance(image, ImageFile.StubImageFile)  # of a kind that Pillow knows, and cannot read
     except Exception:  # of whatever kind: it is no image
         return False
 
@@ -140,7 +140,9 @@ def present(folder: Path, moved_to: Path | str | None) -> Path:
         if os.path.isdir(place):  # False for a text that cannot be a path, where Path.is_dir raises
             return place
     near = difflib.get_close_matches(folder.name, DATASETS, n=1)
-    advice = "if it was moved, give its new place with --dataset, or the folder that holds it with --data-dir"
+    advice = (
+        "if it was moved, give the folder that holds it with --data-dir; or, but to demo and export, its new place with --dataset"
+    )
     if near:
         advice = f"did you mean {near[0]}?"
     kinds = f"{', '.join(DATASETS)} or a folder of images"

@@ -24,7 +24,7 @@ from ..errors import CifarResnetError, UsageError, shell_word
 from ..files import check_file, write_whole
 from ..look import analysis
 from ..presets import PRESETS
-from ..recipe import DATASETS, Recipe
+from ..recipe import DATASETS, Recipe, option_words
 from ..run_dir import PICTURES
 from ..training.engine import predict_logits, scores
 from ..training.model import ResNet
@@ -106,9 +106,7 @@ def check_picture(path: Path) -> None:
         UsageError: the suffix is none of .png, .svg and .pdf.
         RunDirectoryError: the file cannot be written.
     """
-    if path.suffix not in PICTURES:
-        raise UsageError(f"{path} must end in .png, .svg or .pdf")
-    check_file(path)
+    check_file(path, *PICTURES)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -289,9 +287,5 @@ def command_words(recipe: Recipe, rounded: Collection[str] = ()) -> list[str]:
             continue
         if value is None:  # which no option can say
             return ["cifar-resnet", "train", "--recipe-file", "recipe.json"]
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+        words += option_words(name, value)
     return [shell_word(word) for word in words]

@@ -94,13 +94,14 @@ def _trained_as(run: Checkpoint, known: dict[str, str]) -> tuple[Recipe, str]:
 
 
 def _images(run: Checkpoint) -> str:
-    """The digests of a run's images, shortened: of their files, where they have some. "" for a checkpoint of an old version."""
-    return " and ".join(each.get("files", each["sha256"])[:12] for each in run.fingerprints.values())
+    """The digests of a run's images, shortened; "" for a checkpoint of an old version."""
+    return " and ".join(each["sha256"][:12] for each in run.fingerprints.values())
 
 
 def _check_evaluated_alike(runs: list[Checkpoint]) -> None:
-    if len({run.path.resolve() for run in runs}) < len(runs):
-        raise UsageError("a run is given twice")
+    paths = [run.path.resolve() for run in runs]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise UsageError(f"{twice[0].parent} is given twice")
     first = runs[0]
     for run in runs[1:]:
         if run.evaluated_on != first.evaluated_on:
@@ -120,8 +121,12 @@ def _check_seeds(members: list[Checkpoint]) -> None:
 
 def _groups(together: dict[tuple[Recipe, str], list[Checkpoint]]) -> list[dict[str, Any]]:
     """What `compare` gives as `groups`, of the runs by what they have in common."""
-    recipes, images_differ = [recipe for recipe, _ in together], len({recipe for recipe, _ in together}) < len(together)
+    recipes = [recipe for recipe, _ in together]
+    images_of = {(members[0].recipe.dataset, images) for (_, images), members in together.items() if images}
+    images_differ = len({images for _, images in images_of}) > 1
     fields = [name for name in Recipe.model_fields if name != "recipe" and len({getattr(each, name) for each in recipes}) > 1]
+    if images_differ and len({folder for folder, _ in images_of}) == len(images_of):  # then their folders tell them apart
+        fields, images_differ = list(dict.fromkeys(["dataset", *fields])), False
     names = [recipe.recipe for recipe in recipes]
     groups = []
     for (recipe, images), members in together.items():

@@ -73,7 +73,10 @@ def export(
     if format == "space" and recipe.dataset not in DATASETS:  # what is published says no path of this machine
         recipe = recipe.model_copy(update={"dataset": f"./{recipe.dataset_name}"})
     path = Path(path) if path else loaded.path.parent / ("space" if format == "space" else f"model.{format}")
-    (check_new_folder if format == "space" else check_file)(path)
+    if format == "space":
+        check_new_folder(path)
+    else:
+        check_file(path, f".{format}")
     told = {"recipe": recipe.to_dict(), "classes": loaded.classes, "temperature": loaded.temperature, **standing(loaded)}
     metadata = {name: json.dumps(value) for name, value in told.items()}
     try:

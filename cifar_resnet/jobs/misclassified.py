@@ -19,6 +19,7 @@ from ..errors import CifarResnetError, UsageError
 from ..files import check_new_folder, check_writable, csv_of, new_folder, remove, same_place, writable, write_json, write_whole
 from ..look import analysis, figures, pictures
 from ..recipe import DATASETS
+from ..run_dir import PICTURES
 from ..runs import LATEST
 from .common import Prediction, dataset_of, grad_cams, logits_of, save_figure, standing
 
@@ -92,9 +93,10 @@ def _draw(
 ) -> None:  # fmt: skip
     """The two pictures. Where there is nothing to show, those of an earlier choice go."""
     photos, looked = folder / f"misclassified.{format}", folder / f"gradcam.{format}"
+    for path in (each.with_suffix(suffix) for each in (photos, looked) for suffix in PICTURES):
+        if not shown or path not in (photos, looked):  # of an earlier choice
+            remove(path)
     if not shown:
-        remove(photos)
-        remove(looked)
         return
     images, of_predicted, of_rival = grad_cams(found, shown, layer)
     written(save_figure(pictures.misclassified(images, shown, title, given), photos))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -18,8 +19,8 @@ from PIL import Image
 from ..arguments import ReportFormat, checked
 from ..checkpoint import load_checkpoint
 from ..data.loaders import batch_sizes
-from ..errors import printable
-from ..files import check_file, check_writable, writable, write_whole
+from ..errors import RunDirectoryError, printable
+from ..files import check_file, check_writable, left_by_systems, writable, write_whole
 from ..look import analysis, figures, pictures
 from ..look.progress import epoch_line
 from ..look.words import count_of, duration, plural
@@ -28,6 +29,7 @@ from .common import Prediction, command_words, content_of, data_url, grad_cams, 
 from .misclassified import by_label
 
 SHOWN = 10  # of the mistakes, and of the labels that may be wrong
+SIGN = "accuracy, single view"  # stands near the top of each report
 CHART = (4.6, 3.8)  # inches, as wide as a telephone's screen
 
 
@@ -57,7 +59,10 @@ def report(
     """
     checkpoint = load_checkpoint(run)
     path = Path(path) if path else checkpoint.path.parent / ("report.html" if format == "html" else "report")
-    (check_file if format == "html" else check_writable)(path)
+    if format == "html":
+        check_file(path, ".html", ".htm")
+    else:
+        _check_report(check_writable(path))
     found = logits_of(checkpoint, data_dir, device, notify, dataset)
     content = content_of(found, "flip" if checkpoint.recipe.flip_probability else "none")
     wrong = analysis.mistakes(*found.judged)
@@ -67,7 +72,7 @@ def report(
         run=checkpoint,
         content=content,
         tiles=_tiles(found, content),
-        command=command_words(checkpoint.recipe),
+        command=[*command_words(checkpoint.recipe), *_run_options(checkpoint.environment)],
         which=_which(len(shown), len(wrong)),
         doubted=doubted[:SHOWN],
         labels=f"Labels that may be wrong: {count_of(len(doubted[:SHOWN]), len(doubted))}",
@@ -81,6 +86,20 @@ def report(
     writable(path.parent)
     write_whole(path, page.encode(errors="backslashreplace"))
     return path
+
+
+def _check_report(folder: Path) -> None:
+    """Whether a folder of Markdown is new, empty, or an earlier report."""
+    page = folder / "README.md"
+    earlier = page.is_file() and SIGN in page.read_text(encoding="utf-8", errors="replace")[:1000]
+    if folder.exists() and not earlier and not all(map(left_by_systems, os.listdir(folder))):
+        raise RunDirectoryError(f"folder {folder} is not empty, and holds no report; choose a new one")
+
+
+def _run_options(environment: dict[str, Any]) -> list[str]:
+    """Options that are no fields of the recipe, and with which the run had its numbers."""
+    loader = ["--loader", "albumentations"] if environment.get("loader") == "albumentations" else []
+    return [*loader, *(["--tf32"] if environment.get("tf32") else [])]
 
 
 def _which(shown: int, wrong: int) -> str:

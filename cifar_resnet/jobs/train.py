@@ -22,7 +22,7 @@ from ..data.splits import Data, same_images
 from ..errors import CifarResnetError, RunDirectoryError, UsageError, first_line
 from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
-from ..recipe import Recipe
+from ..recipe import Recipe, option_words
 from ..run_dir import RunDir, SavePolicy, check_free
 from ..runs import default_directory, find_run
 from ..training import calibration, convolution, distributed, engine
@@ -57,6 +57,9 @@ class Watcher:
     def warn(self, message: str) -> None: ...
 
 
+TOLD = [name for name in vars(Watcher) if not name.startswith("_")]
+
+
 class Watchers:
     """Hands everything on to several watchers, as far as each has the method for it.
 
@@ -67,13 +70,15 @@ class Watchers:
         self.watchers, self.open = watchers, ExitStack()
 
     def __enter__(self) -> Self:
-        for watcher in self.watchers:
-            if isinstance(watcher, AbstractContextManager):
-                self.open.enter_context(watcher)
+        with ExitStack() as opened:  # which closes what is open, where the next cannot be opened
+            for watcher in self.watchers:
+                if isinstance(watcher, AbstractContextManager):
+                    opened.enter_context(watcher)
+            self.open = opened.pop_all()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.open.close()
+    def __exit__(self, *error: Any) -> None:
+        self.open.__exit__(*error)
 
     def _tell(self, method: str, *what: Any) -> None:
         for watcher in self.watchers:
@@ -155,8 +160,15 @@ def _watchers(
 ) -> Watchers:
     """All that are told of a run's course. The table of progress is closed with the stack."""
     table = held.enter_context(TrainingTable()) if (visible() if progress is None else progress) else None
+    if watcher is not None and (isinstance(watcher, type) or not any(hasattr(watcher, name) for name in TOLD)):
+        raise UsageError(f"train: watcher {watcher!r:.60} is no object with one of the methods {', '.join(TOLD)}")
     calling = on_epoch and SimpleNamespace(epoch=lambda epoch: on_epoch(dict(epoch.metrics)))
     return Watchers(*(each for each in (table, calling, watcher) if each is not None))
+
+
+def _folder_of(run: Path) -> Path:
+    """Of a run that is named by its folder, or by its checkpoint file."""
+    return run.parent if run.is_file() else run
 
 
 def check_options(save_every_minutes: float, target: float | None) -> None:
@@ -193,7 +205,7 @@ class _Run:
         if resume is not None and (recipe is not None or run_dir is not None):
             raise UsageError("a resumed run takes recipe and folder from itself; give neither")
         self.asked_recipe, self.run_dir, self.must_match, self.asked = recipe, run_dir, must_match, asked
-        self.resume = RunDir(find_run(resume)) if resume is not None else None
+        self.resume = RunDir(_folder_of(find_run(resume))) if resume is not None else None
         self.watcher = watcher if distributed.rank() == 0 else Watchers()
         self.began, self.seconds = time.perf_counter(), dict[str, float]()
         self.drawn, self.drawing = time.monotonic(), 0.5  # when the curves were drawn last, and the seconds that it took
@@ -357,10 +369,8 @@ class _Run:
         preset = PRESETS.get(self.recipe.recipe)
         usual = {**Recipe().model_dump(), **(preset.fields if preset else {})}
         for name, reason in self.recipe.idle().items():
-            value, option = getattr(self.recipe, name), name.replace("_", "-")
-            if value != usual[name]:
-                given = ("--" if value else "--no-") + option if isinstance(value, bool) else f"--{option} {value}"
-                self.watcher.warn(f"{given} changes nothing: {reason}")
+            if (value := getattr(self.recipe, name)) != usual[name]:
+                self.watcher.warn(f"{' '.join(option_words(name, value))} changes nothing: {reason}")
 
     def steps_to_the_end(self, policy: SavePolicy) -> None:
         checked = time.monotonic()

@@ -114,7 +114,8 @@ def _parts(data: Data, folds: int, seed: int) -> Parts:
     counts = np.bincount(data.train.labels, minlength=len(data.classes))
     if not 2 <= folds <= counts.min():
         rarest = data.classes[counts.argmin()]
-        raise UsageError(f"--folds {folds} must be at least 2, and at most {counts.min()}, the training images of {rarest}")
+        bounds = f"--folds {folds} must be at least 2, and at most {counts.min()}, the training images of {rarest}"
+        raise UsageError(bounds if counts.min() > 1 else f"--folds needs at least two training images of {rarest}, which has one")
     return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(data.train.labels, data.train.labels))
 
 

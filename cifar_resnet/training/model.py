@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from ..recipe import Recipe
 from . import fused
 from .convolution import Conv3x3
 
+SEEDING = threading.Lock()  # of torch's random numbers, which all threads share
 WHITENING_IMAGES = 5000  # at most: every k-th training image
 
 
@@ -100,7 +103,7 @@ def build_model(recipe: Recipe, classes: int = 10) -> ResNet:
     """
     if classes < 1:
         raise UsageError(f"classes {classes} must be at least 1")
-    with torch.random.fork_rng(devices=[]):
+    with SEEDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
         model = ResNet(recipe, classes)
     if recipe.init != "default":

@@ -443,3 +443,11 @@ def test_where_nothing_can_be_kept_images_are_read_all_the_same(own, where, tmp_
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(cache, "user_cache", user_cache)
     assert [len(read(own).train) for _ in range(2)] == [6, 6]
+
+
+def test_a_file_of_a_kind_that_pillow_knows_and_cannot_read_is_no_image(own):
+    said = []
+    for name, content in (("features.h5", b"\x89HDF\r\n\x1a\n"), ("weather.grib", b"GRIB\0\0\0\1")):
+        (own / "train" / "dogs" / name).write_bytes(content + bytes(100))
+    assert len(read(own, said.append).train) == 6
+    assert "2 files are no images and are left out" in said[0]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from cifar_resnet import Recipe, compare, load_checkpoint, train
@@ -116,3 +117,24 @@ def test_a_repetition_that_lacks_seeds_is_refused(tiny_run, unfinished, refused,
 def test_a_run_that_has_not_ended_is_refused(unfinished, refused):
     line = refused(1, "compare", unfinished)
     assert re.search(r"stands at epoch 1 of 2, step 1; finish it: cifar-resnet train --resume", line)
+
+
+def test_folders_with_other_images_are_told_apart(own_images, tmp_path, no_figures):
+    """By their names; by the images, where files of the same names hold other pixels at the same place. They are no seeds of one run."""
+    fields = dict(epochs=1, peak_epoch=0.5, width=4, batch_size=24, precision="float32", mean=(0.5,) * 3, std=(0.2,) * 3)
+    recipe = Recipe(dataset=str(own_images), **fields)
+    train(recipe, tmp_path / "first")
+    other = shutil.copytree(own_images, tmp_path / "other")
+    Image.new("RGB", (40, 40)).save(other / "train" / "dark" / "0.png")
+    train(recipe.replace(dataset=str(other), seed=1), tmp_path / "second")
+    groups = compare([tmp_path / "first", tmp_path / "second"])["groups"]
+    assert [group["differs"] for group in groups] == [{"dataset": str(own_images)}, {"dataset": str(other)}]
+    shutil.rmtree(own_images)
+    shutil.move(other, own_images)
+    train(recipe.replace(seed=2), tmp_path / "third")
+    groups = compare([tmp_path / "first", tmp_path / "third"])["groups"]
+    assert [list(group["differs"]) for group in groups] == [["images"], ["images"]]
+
+
+def test_a_run_given_twice_is_named(tiny_run, refused):
+    assert f"{tiny_run} is given twice" in refused(2, "compare", tiny_run, tiny_run / "checkpoint.pt")

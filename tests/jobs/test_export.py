@@ -63,3 +63,9 @@ def test_what_cannot_be_exported_is_refused(tiny_run, tmp_path, monkeypatch, ref
     with pytest.raises(UsageError, match="--format h5"):
         export(tiny_run, format="h5")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_of_another_format_is_refused(tiny_run, refused, tmp_path):
+    assert "must end in .onnx" in refused(2, "export", tiny_run, "--output", tmp_path / "model.safetensors")
+    assert "must end in .onnx" in refused(2, "export", tiny_run, "--output", tiny_run / "checkpoint.pt")
+    assert load_checkpoint(tiny_run).finished

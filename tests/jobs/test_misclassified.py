@@ -274,3 +274,9 @@ def test_a_file_that_is_gone_leaves_no_half_of_a_folder(own_images, own_run, tmp
         misclassified(own_run, copy_to=tmp_path / "copies")
     assert not (tmp_path / "copies").exists()
     assert not list(tmp_path.glob(".*.new"))
+
+
+def test_pictures_of_an_earlier_choice_go_with_their_format(tiny_run, tmp_path, no_figures):
+    misclassified(tiny_run, tmp_path, format="png")
+    misclassified(tiny_run, tmp_path, format="svg")
+    assert sorted(os.listdir(tmp_path)) == ["gradcam.svg", "misclassified.json", "misclassified.svg"]

@@ -213,3 +213,9 @@ def test_predict_takes_the_newest_run_where_none_is_given(tiny_run, tmp_path, cl
     assert cli("predict", "latest", "photos/black.png", "photos", "--json") == (0, expected[1], said)
     assert "that is a run, and no image is given" in refused(2, "predict", "runs/digits-1")
     assert f"there is no checkpoint {Path('runs/digit-1')}" in refused(1, "predict", "runs/digit-1", "photos/black.png")
+
+
+def test_a_run_among_the_images_is_refused(digit_images, tiny_run, refused):
+    folder, _ = digit_images
+    line = refused(2, "predict", folder / "00.png", tiny_run)
+    assert f"predict {tiny_run}: that is a run, which stands before the images" in line

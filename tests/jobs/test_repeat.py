@@ -189,7 +189,7 @@ def test_what_contradicts_a_repetition_is_one_line(recipe, tmp_path, refused):
     """A field that is a list, which the repetition leaves to the data set."""
     repeat(recipe, 2, tmp_path / "many")
     line = refused(2, "train", "--resume", tmp_path / "many", "--mean", 0.5, 0.5, 0.5)
-    assert "--mean (0.5, 0.5, 0.5) contradicts the run" in line
+    assert "--mean 0.5 0.5 0.5 contradicts the run" in line
     with pytest.raises(UsageError, match="give count"):
         repeat(recipe)
 

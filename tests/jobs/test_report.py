@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from chromium import CHROMIUM
+from PIL import Image
 from run_helpers import StopAfter, content
 
 from cifar_resnet import Recipe, load_checkpoint, report, train
@@ -203,3 +204,28 @@ def test_a_missing_run_is_one_line(refused, tmp_path):
     with pytest.raises(CifarResnetError):
         report(tmp_path)
     assert issubclass(UsageError, CifarResnetError)
+
+
+def test_a_report_takes_the_place_of_a_report_alone(tiny_run, tmp_path, refused, no_figures):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("# My own", encoding="utf-8")
+    words = "report", tiny_run, "--format", "markdown", "--output", tmp_path / "mine"
+    assert "is not empty, and holds no report; choose a new one" in refused(1, *words)
+    assert (tmp_path / "mine" / "README.md").read_text(encoding="utf-8") == "# My own"
+    for _ in range(2):
+        assert report(tiny_run, tmp_path / "new", format="markdown").exists()
+    before = (tiny_run / "checkpoint.pt").read_bytes()
+    assert "checkpoint.pt must end in .html or .htm" in refused(2, "report", tiny_run, "--output", tiny_run / "checkpoint.pt")
+    assert (tiny_run / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_report_on_other_images_says_so(own_images, tmp_path, no_figures):
+    recipe = Recipe(dataset=str(own_images), epochs=1, peak_epoch=0.5, width=4, batch_size=24, precision="float32")
+    train(recipe, tmp_path / "run", loader="albumentations", workers=0)
+    page = report(tmp_path / "run", tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "not those of the run" not in page
+    assert "--loader albumentations" in Reader(page).text  # which augments otherwise than the usual one
+    Image.new("RGB", (40, 40)).save(own_images / "test" / "dark" / "0.png")
+    for format, name in (("html", "b.html"), ("markdown", "b")):
+        path = report(tmp_path / "run", tmp_path / name, format=format)
+        assert "which are not those of the run" in path.read_text(encoding="utf-8")

@@ -377,3 +377,8 @@ def test_all_files_that_are_made_of_a_checkpoint_are_known():
     kept = [file for file in files if file.name not in run_dir.MADE_OF_CHECKPOINT]
     of_training = (Path(f"training_labels.{suffix}") for suffix in ("json", "csv", "png"))
     assert kept == [Path("labels.csv"), *of_training, Path("training_folds.pt")]
+
+
+def test_a_run_is_resumed_by_its_checkpoint_file_too(tiny_run, refused, tmp_path):
+    assert train(resume=tiny_run / "checkpoint.pt").path == tiny_run / "checkpoint.pt"
+    assert "there is no such folder, so no run to go on with" in refused(2, "train", "--resume", tmp_path / "none")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from run_helpers import FILES, Listener, StopAfter, assert_same_run, content, equal_weights
 
-from cifar_resnet import Recipe, Watcher, build_model, files, load_checkpoint, run_dir, train
-from cifar_resnet.errors import NonFiniteLossError, RunDirectoryError, shell_word
+from cifar_resnet import Recipe, Watcher, Watchers, build_model, files, load_checkpoint, run_dir, train
+from cifar_resnet.errors import NonFiniteLossError, RunDirectoryError, UsageError, shell_word
 from cifar_resnet.jobs.train import _Run
 from cifar_resnet.look import figures, progress
 from cifar_resnet.training.capture import CapturedEpoch
@@ -449,3 +449,32 @@ def test_a_step_that_cannot_be_captured_is_taken_as_it_is_and_memory_that_is_out
     fails.first = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     code, _, err = cli("train", *DIGITS, "--device", "cpu", "--run-dir", tmp_path / "full")
     assert (code, err) == (1, "cifar-resnet: out of memory; try a smaller --batch-size\n")
+
+
+@pytest.mark.parametrize("watcher", ["tensorboard", Watcher, SimpleNamespace(on_epoch=print)])
+def test_a_watcher_that_would_hear_nothing_is_refused(watcher, tiny_recipe, tmp_path):
+    with pytest.raises(UsageError, match="is no object with one of the methods reading, begin, step, epoch, warn"):
+        train(tiny_recipe, tmp_path / "run", watcher=watcher)
+    assert not (tmp_path / "run").exists()
+
+
+def test_watchers_are_closed_with_what_ended_them():
+    """Where the second cannot be opened, the first is closed."""
+    seen = []
+
+    class Opened(Watcher):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, kind, error, trace):
+            seen.append(kind)
+
+    class Broken(Opened):
+        def __enter__(self):
+            raise OSError("no")
+
+    with pytest.raises(OSError, match="no"), Watchers(Opened(), Broken()):
+        pass
+    with pytest.raises(KeyError), Watchers(Opened()):
+        raise KeyError
+    assert seen == [OSError, KeyError]

@@ -1,5 +1,7 @@
 """The network against its specification, written out in functions; its size; its first weights."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -229,3 +231,12 @@ def test_probabilities_are_float32_in_bfloat16_arithmetic(output):
         given = model(torch.randn(8, 3, 32, 32))
     sums = (given if output == "softmax" else given.exp()).double().sum(1)
     torch.testing.assert_close(sums, torch.ones(8, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_models_of_several_threads_are_those_of_their_seeds():
+    recipes = [Recipe(width=4, seed=seed) for seed in range(8)]
+    alone = [build_model(recipe) for recipe in recipes]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(build_model, recipes))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
