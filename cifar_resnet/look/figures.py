@@ -133,7 +133,7 @@ def _draw_curve(
     if target is not None:
         axis.axhline(target, color=GREY, linewidth=1, linestyle=":", label=f"target, {target:g} %")
     axis.set(xlabel="epoch", ylabel="mean over the images" if quantity == "loss" else "percent")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.legend(frameon=False)
     _leave_out_the_first(axis, history, quantity)
 
@@ -395,6 +395,6 @@ def comparison(groups: Sequence[dict[str, Any]], evaluated_on: str) -> Figure:
         axis.plot(epochs, by_run.mean(0), color=colour, linestyle=line, label=label, marker=".")
         axis.fill_between(epochs, by_run.min(0), by_run.max(0), color=colour, alpha=0.15, linewidth=0)
     axis.set(xlabel="epoch", ylabel="percent", title=f"{evaluated_on.capitalize()} accuracy by epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     return figure

@@ -60,6 +60,19 @@ def test_curves_show_the_history():
     assert "holdout" in left.get_legend().get_texts()[1].get_text()
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 24])
+def test_epochs_are_whole_numbers(epochs):
+    keys = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    history = [{"epoch": epoch + 1, **dict.fromkeys(keys, 50.0)} for epoch in range(epochs)]
+    group = dict(label="a", mean=50.0, std=None, n=1, runs=[{"test_accuracy": [50.0] * epochs}])
+    for figure in (figures.curves(history, Recipe(), "test"), figures.comparison([group], "test")):
+        figure.canvas.draw()
+        for axis in figure.axes:
+            ticks = [tick for tick in axis.get_xticks() if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+            assert ticks
+            assert all(tick == round(tick) for tick in ticks)
+
+
 @pytest.mark.parametrize("first", [2.4, 40.0])
 def test_the_first_epoch_does_not_rule_the_axis(first):
     """One that lies far from all others is a note; one that does not stays."""
