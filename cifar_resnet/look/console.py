@@ -7,6 +7,7 @@ import io
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,16 @@ if TYPE_CHECKING:  # torch stays out of what only prints
     from ..training.lr_finder import FoundLR, Suggestions
     from .analysis import Mistake
 
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Who read the output has gone, such as `head`: the work goes on, and says no more."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 # Under torchrun rank 0 speaks.
-console = Console(highlight=False, markup=False, emoji=False, quiet=is_other_rank())
+console = _Console(highlight=False, markup=False, emoji=False, quiet=is_other_rank())
 UNBOUNDED = 100_000  # columns
 if not console.is_terminal and not console.is_jupyter:
     console.width = UNBOUNDED  # nothing is cut or folded on its way into a file

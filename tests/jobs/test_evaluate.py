@@ -2,6 +2,8 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -305,3 +307,15 @@ def test_the_figures_are_known_before_the_pictures_are_drawn(tiny_run, tmp_path,
     assert (code, err) == (1, "cifar-resnet: no room for a picture\n")
     assert "% of 40 images" in out
     assert json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["images"] == 40
+
+
+@pytest.mark.posix
+def test_what_is_written_does_not_wait_for_who_reads_the_table(tiny_run, tmp_path):
+    """The reader is gone before the table is printed, and the pictures are drawn after that."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "cifar_resnet", "evaluate", str(tiny_run), "--run-dir", str(tmp_path / "out")]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {"evaluation.json", "confusion_matrix.png", "reliability.png"} <= set(os.listdir(tmp_path / "out"))
