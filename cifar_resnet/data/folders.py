@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 
-from ..errors import DataError, UsageError
+from ..errors import DataError, UsageError, printable
 from ..files import left_by_systems
 from ..recipe import DATASETS, folder_name
 from . import cache
@@ -192,7 +192,7 @@ def _listed(folder: Path) -> Listing:
 
 
 def _check_classes(folder: Path, listings: Sequence[Listing]) -> None:
-    """Whether every part has images of every class, and the same classes."""
+    """Whether every part has images of every class, and the same classes, whose names can be told apart."""
     for part in listings:
         filled = set(part.labels.tolist())
         if empty := [name for label, name in enumerate(part.classes) if label not in filled]:
@@ -208,6 +208,9 @@ def _check_classes(folder: Path, listings: Sequence[Listing]) -> None:
         raise DataError(f"{folder}: {'; '.join(problems)}; both need the same classes")
     if len(listings[0].classes) < 2:
         raise DataError(f"{listings[0].folder} holds {some(listings[0].classes) or 'no folder'}; at least two classes are needed")
+    shown = list(map(printable, listings[0].classes))
+    if alike := [name for name in shown if shown.count(name) > 1]:
+        raise DataError(f"{listings[0].folder}: two classes would both be shown as {alike[0]}; rename one")
 
 
 def some(names: Sequence[object]) -> str:

@@ -451,3 +451,9 @@ def test_a_file_of_a_kind_that_pillow_knows_and_cannot_read_is_no_image(own):
         (own / "train" / "dogs" / name).write_bytes(content + bytes(100))
     assert len(read(own, said.append).train) == 6
     assert "2 files are no images and are left out" in said[0]
+
+
+@pytest.mark.posix
+def test_classes_that_would_be_shown_alike_are_refused(tmp_path):
+    pets(tmp_path, classes=("dog", "cat\u200b", "cat\\u200b"))
+    assert "two classes would both be shown as cat\\u200b; rename one" in refusal(tmp_path)
