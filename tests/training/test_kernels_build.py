@@ -1,5 +1,6 @@
 """Whether Triton's compiler takes our kernels, for GPUs that need not be here: its interpreter takes more than its compiler."""
 
+import re
 from collections import defaultdict
 
 import numpy as np
@@ -43,7 +44,7 @@ def test_the_kernels_of_sharpness_aware_steps_can_be_built(monkeypatch, tmp_path
     def build(kernel, *given, grid, warmup, **named):
         if kernel.__name__ not in built:  # a GPU that is there keeps its own
             monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-        built.setdefault(kernel.__name__, []).append(launch(kernel, *given, grid=grid, warmup=True, **named).asm["cubin"])
+        built.setdefault(kernel.__name__, []).append(launch(kernel, *given, grid=grid, warmup=True, **named).asm)
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     driver = triton.runtime.driver
@@ -59,4 +60,6 @@ def test_the_kernels_of_sharpness_aware_steps_can_be_built(monkeypatch, tmp_path
         with fused.for_a_graph():
             assert len(list(CapturedEpoch(state, loader)(state, loader))) == 1
     assert set(built) == set(" ".join(LAUNCHED.values()).split())
-    assert all(code.startswith(b"\x7fELF") for codes in built.values() for code in codes)
+    assert all(each["cubin"].startswith(b"\x7fELF") for kinds in built.values() for each in kinds)
+    for name in ("_momentum_kernel", "_scale_kernel", "_move_kernel", "_normalise"):  # which go through memory in its order
+        assert all(re.search(r"ld\.global[\w.:]*\.v4", each["ptx"]) for each in built[name])  # four numbers at once
