@@ -617,7 +617,7 @@ def _run_and_images(given: list[Path]) -> tuple[Path, list[Path]]:
     """The run, which may be left out, and what follows. Where much follows, what is not there is meant as a run."""
     from .runs import is_run
 
-    if among := [each for each in given[1:] if is_run(each)]:
+    if among := [each for each in given[1:] if each.suffix == ".pt" or (os.path.isdir(each) and is_run(each))]:
         raise UsageError(f"predict {among[0]}: that is a run, which stands before the images, and alone")
     if not is_run(given[0]) and (len(given) == 1 or given[0].exists()):
         return _one_run(None, "predict"), given
@@ -780,7 +780,7 @@ def main() -> None:
         _fail("interrupted", 130)
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type
-            message = _with_value(error.format_message().replace("Value error, ", ""))
+            message = _with_value(error.format_message().replace("Value error, ", ""), getattr(error, "param", None))
             hint = next((f"; {hint}" for pattern, hint in MEANT.items() if re.search(pattern, message)), "")
             _fail(message.rstrip(".") + hint, getattr(error, "exit_code", 2))
         if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error)):
@@ -791,15 +791,15 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _with_value(message: str) -> str:
-    """What Typer says of an option's value, with the value."""
+def _with_value(message: str, parameter: Any) -> str:
+    """What Typer says of an option's value, with the value: as many words as the option takes."""
     option = re.match(r"Invalid value for '(-[^']*)'", message)
     if not option or "Input should" not in message:
         return message
-    words = sys.argv[1:]
-    given = [then for word, then in zip(words, words[1:], strict=False) if word == option[1]]
-    given += [word.partition("=")[2] for word in words if word.startswith(f"{option[1]}=")]
-    return message.replace(option[0], f"{option[0]}, {given[-1]!r}", 1) if given else message
+    words, count = sys.argv[1:], parameter.nargs if parameter else 1
+    given = [words[at + 1 : at + 1 + count] for at, word in enumerate(words) if word == option[1]]
+    given += [[word.partition("=")[2]] for word in words if word.startswith(f"{option[1]}=")]
+    return message.replace(option[0], f"{option[0]}, {' '.join(given[-1])!r}", 1) if given else message
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

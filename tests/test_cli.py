@@ -330,6 +330,11 @@ def test_a_value_of_the_wrong_type_is_shown(words, refused):
     assert "Invalid value for '--epochs', 'ten': Input should be" in refused(2, "train", *words)
 
 
+def test_of_an_option_of_three_values_all_are_shown(refused):
+    line = refused(2, "samples", "--mean", "0.1", "0.2", "--std", "1", "1", "1")
+    assert "Invalid value for '--mean', '0.1 0.2 --std': Input should be" in line
+
+
 def test_an_empty_word_is_refused(refused):
     assert "a word is empty; perhaps a variable of the shell is not set" in refused(2, "predict", "run", "")
     assert "--run-dir is empty" in refused(2, "evaluate", "run", "--run-dir", "")

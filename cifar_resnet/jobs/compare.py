@@ -94,7 +94,8 @@ def _trained_as(run: Checkpoint, known: dict[str, str]) -> tuple[Recipe, str]:
 
 
 def _images(run: Checkpoint) -> str:
-    """The digests of a run's images, shortened; "" for a checkpoint of an old version."""
+    """The digests of a run's images, shortened; "" for a checkpoint of an old version. Pixels that another version of a library
+    decodes otherwise are other images."""
     return " and ".join(each["sha256"][:12] for each in run.fingerprints.values())
 
 

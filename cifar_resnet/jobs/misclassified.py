@@ -91,12 +91,11 @@ def _draw(
     found: Prediction, shown: list[analysis.Mistake], layer: str, title: str, folder: Path, format: str,
     written: Callable[[Path], None], given: str,
 ) -> None:  # fmt: skip
-    """The two pictures. Where there is nothing to show, those of an earlier choice go."""
+    """The two pictures. Where there is nothing to show, those of an earlier choice go, whatever their format."""
     photos, looked = folder / f"misclassified.{format}", folder / f"gradcam.{format}"
-    for path in (each.with_suffix(suffix) for each in (photos, looked) for suffix in PICTURES):
-        if not shown or path not in (photos, looked):  # of an earlier choice
-            remove(path)
     if not shown:
+        for path in (each.with_suffix(suffix) for each in (photos, looked) for suffix in PICTURES):
+            remove(path)
         return
     images, of_predicted, of_rival = grad_cams(found, shown, layer)
     written(save_figure(pictures.misclassified(images, shown, title, given), photos))

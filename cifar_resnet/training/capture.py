@@ -114,8 +114,8 @@ class CapturedEpoch:
 
     def _step(self, kind: Kind, momentum: float) -> None:
         """The next step, which must be of this kind. Nothing here depends on a value of the device but what is computed there."""
-        draw = partial(step_kernels.batch, self.loader) if step_kernels.usable_loader(self.loader) else self.loader.batch
-        batch = draw(self.table, self.done % self.loader.steps, kind.size)
+        batch_of = partial(step_kernels.batch, self.loader) if step_kernels.usable_loader(self.loader) else self.loader.batch
+        batch = batch_of(self.table, self.done % self.loader.steps, kind.size)
         average = torch.take(self.average, self.done) if kind.averages else None
         rates = Rates(self.done, torch.take(self.lr, self.done), momentum, kind.sam, average)
         loss = train_step(self.state, batch, rates)

@@ -1,6 +1,6 @@
 """What surrounds the network in a step, as Triton kernels for a GPU: its batch, its loss, and what is counted of it.
 
-In torch's own words these are seventy launches of next to nothing, each followed by a pause. Here they are three. Like all of our
+In torch's own words these are about seventy launches of next to nothing, each followed by a pause. Here they are three. Like all of our
 kernels they are for steps in a CUDA graph.
 """
 

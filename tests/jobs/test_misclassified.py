@@ -276,7 +276,10 @@ def test_a_file_that_is_gone_leaves_no_half_of_a_folder(own_images, own_run, tmp
     assert not list(tmp_path.glob(".*.new"))
 
 
-def test_pictures_of_an_earlier_choice_go_with_their_format(tiny_run, tmp_path, no_figures):
-    misclassified(tiny_run, tmp_path, format="png")
-    misclassified(tiny_run, tmp_path, format="svg")
-    assert sorted(os.listdir(tmp_path)) == ["gradcam.svg", "misclassified.json", "misclassified.svg"]
+def test_pictures_go_where_nothing_is_chosen_whatever_their_format(tiny_run, tmp_path, no_figures):
+    for format in ("png", "svg"):
+        misclassified(tiny_run, tmp_path, format=format)
+    drawn = {f"{name}.{format}" for name in ("gradcam", "misclassified") for format in ("png", "svg")}
+    assert drawn <= set(os.listdir(tmp_path))
+    assert misclassified(tiny_run, tmp_path, sort="label", true="3", predicted="3") == []
+    assert not drawn & set(os.listdir(tmp_path))

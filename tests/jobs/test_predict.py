@@ -215,7 +215,10 @@ def test_predict_takes_the_newest_run_where_none_is_given(tiny_run, tmp_path, cl
     assert f"there is no checkpoint {Path('runs/digit-1')}" in refused(1, "predict", "runs/digit-1", "photos/black.png")
 
 
-def test_a_run_among_the_images_is_refused(digit_images, tiny_run, refused):
+def test_a_run_among_the_images_is_refused(digit_images, tiny_run, refused, cli, tmp_path):
     folder, _ = digit_images
     line = refused(2, "predict", folder / "00.png", tiny_run)
     assert f"predict {tiny_run}: that is a run, which stands before the images" in line
+    shutil.make_archive(tmp_path / "archive", "zip", folder)
+    code, _, err = cli("predict", tiny_run, folder / "00.png", tmp_path / "archive.zip")
+    assert (code, "skipped" in err) == (1, True)  # it is no image, and no run
