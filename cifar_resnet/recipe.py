@@ -234,19 +234,19 @@ class Recipe(BaseModel):
             dataset = options.get("dataset", from_file.get("dataset"))
             recipe = from_file.get("recipe") or (dataset if dataset in DATASETS and dataset in PRESETS else "default")
         fields = {**preset(recipe).fields, "recipe": recipe}
-        for given in (from_file, options):
-            if "epochs" in given and "peak_epoch" not in given:
-                before = cls(**fields)
-                with suppress(TypeError, ValueError, OverflowError):  # of what is no number, which is refused below
-                    fields["peak_epoch"] = before.peak_epoch * max(int(given["epochs"]), 1) / before.epochs
-            fields |= given
-            if given is from_file:
-                of_file = dict(fields)
+        of_file = dict[str, Any]()
         try:
+            for given in (from_file, options):
+                if "epochs" in given and "peak_epoch" not in given:
+                    before = cls(**fields)
+                    with suppress(TypeError, ValueError, OverflowError):  # of what is no number, which is refused below
+                        fields["peak_epoch"] = before.peak_epoch * max(int(given["epochs"]), 1) / before.epochs
+                fields |= given
+                of_file = of_file or dict(fields)
             return cls(**fields)
         except UsageError:
             if from_file:
-                cls._loaded(of_file, f"{file}: ")
+                cls._loaded(of_file, f"{file}: ")  # which raises, where the file is to blame
             raise
 
     @classmethod

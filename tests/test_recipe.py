@@ -312,8 +312,10 @@ def test_one_field_is_one_option_spelled_the_same():
 )
 def test_what_is_wrong_in_a_file_is_said_with_its_name(content, message, tmp_path):
     (tmp_path / "part.json").write_text(content, encoding="utf-8")
-    with pytest.raises(UsageError, match=re.escape(message.replace("FILE", str(tmp_path / "part.json")))):
-        Recipe.build("digits", tmp_path / "part.json")
+    for options in ({}, {"epochs": 3}):
+        if "epochs" not in content or not options:
+            with pytest.raises(UsageError, match=re.escape(message.replace("FILE", str(tmp_path / "part.json")))):
+                Recipe.build("digits", tmp_path / "part.json", **options)
 
 
 def test_what_is_wrong_among_the_options_is_not_said_of_the_file(tmp_path):
