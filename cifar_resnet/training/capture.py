@@ -18,7 +18,7 @@ from torch import Tensor
 from ..data.loaders import Loader, TensorLoader
 from . import step_kernels
 from .engine import Rates, State, rates_at, train_step
-from .fused import for_a_graph
+from .fused import for_a_graph, try_kernels
 from .optim import set_rates
 
 WARM_UP = 3  # calls before a capture: libraries choose their algorithms, and the optimizer makes its buffers
@@ -52,7 +52,7 @@ def graph_of(
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             before()
-            call()
+            try_kernels(call)
     around.wait_stream(stream)
     try:
         for group in groups:

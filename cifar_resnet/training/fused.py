@@ -313,6 +313,7 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d, pool: bool = False, residual: Ten
 
 
 _in_a_graph = ContextVar("_in_a_graph", default=False)
+_left_out = False  # as one of the kernels has failed
 
 
 @contextmanager
@@ -332,7 +333,26 @@ def in_a_graph() -> bool:
 
 def worth_launching() -> bool:
     """Whether there is Triton, and what runs now is for a CUDA graph."""
-    return triton is not None and in_a_graph()
+    return triton is not None and in_a_graph() and not _left_out
+
+
+def try_kernels(call: Callable[[], object]) -> None:
+    """Calls it; where it fails with our kernels and not without, it warns, and leaves them out from then on."""
+    global _left_out
+    try:
+        call()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: another Triton may not build what ours does
+        if not worth_launching():
+            raise
+        _left_out = True
+        try:
+            call()
+        except Exception:  # then it is not a kernel that fails
+            _left_out = False
+            raise
+        warnings.warn(f"a Triton kernel fails here, so training takes longer: {first_line(error)}", stacklevel=2)
 
 
 def usable(x: Tensor, norm: nn.BatchNorm2d) -> bool:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +131,31 @@ def test_our_kernels_are_for_what_is_captured_and_what_warms_up_for_it(monkeypat
     graph_of(lambda: seen.append(fused.worth_launching()), torch.optim.SGD([weight], lr=0.1))
     assert seen == [True] * (WARM_UP + 1)
     assert not fused.worth_launching()
+
+
+def test_a_kernel_that_fails_is_left_out_and_what_fails_without_kernels_too_is_not_their_fault(monkeypatch):
+    monkeypatch.setattr(fused, "triton", object())
+    monkeypatch.setattr(fused, "_left_out", False)
+    done = []
+
+    def fails(always: bool = False, error: type[Exception] = ValueError) -> None:
+        if always or fused.worth_launching():
+            raise error("of Triton\nin many lines")
+        done.append(True)
+
+    with pytest.raises(ValueError, match="of Triton"):
+        fused.try_kernels(partial(fails, always=True))  # outside of a graph there are no kernels
+    with fused.for_a_graph():
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            fused.try_kernels(partial(fails, error=torch.cuda.OutOfMemoryError))
+        with pytest.raises(ValueError, match="of Triton"):
+            fused.try_kernels(partial(fails, always=True))
+        assert fused.worth_launching()
+        with pytest.warns(UserWarning, match="a Triton kernel fails here, so training takes longer: of Triton$"):
+            fused.try_kernels(fails)
+        fused.try_kernels(fails)
+        assert not fused.worth_launching()
+    assert done == [True, True]
 
 
 @pytest.mark.cuda
