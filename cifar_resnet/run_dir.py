@@ -219,5 +219,6 @@ def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> Non
             same = isinstance(value, str | Path) and same_place(value, planned)
         if not same:
             reason = " (the schedule would change)" if name == "epochs" else ""
-            given = " ".join(option_words(name, value))
-            raise UsageError(f"{given} contradicts the run in {folder}, which has {planned}{reason}; leave it out")
+            given, (flag, *words) = " ".join(option_words(name, value)), option_words(name, planned)
+            has = "none" if planned is None else " ".join(words or [flag])
+            raise UsageError(f"{given} contradicts the run in {folder}, which has {has}{reason}; leave it out")

@@ -250,7 +250,9 @@ def test_what_contradicts_the_run_is_named_as_its_option(tmp_path, recipe):
     )
     assert RunDir(tmp_path).open(same)[0] == planned
     for name, value, message in (
-        ("mean", (0.1, 0.2, 0.4), "--mean 0.1 0.2 0.4 contradicts"),
+        ("mean", (0.1, 0.2, 0.4), "--mean 0.1 0.2 0.4 contradicts the run in .* has 0.1 0.2 0.3; leave it out"),
+        ("nesterov", False, "--no-nesterov contradicts the run in .* has --nesterov; leave it out"),
+        ("train_limit", 20, "--train-limit 20 contradicts the run in .* has none; leave it out"),
         ("precision", "float32", "--precision float32 contradicts .* has bfloat16; leave it out"),
         ("epochs", 9, r"--epochs 9 contradicts the run in .* has 8 \(the schedule would change\)"),
         ("max_lr", 0.2, "--max-lr 0.2 contradicts"),
