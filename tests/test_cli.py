@@ -327,12 +327,15 @@ def test_without_a_terminal_there_is_one_plain_line_an_epoch(cli, tmp_path, monk
 
 @pytest.mark.parametrize("words", [("--epochs", "ten"), ("--epochs=ten",), ("--seed", "1", "--epochs", "ten")])
 def test_a_value_of_the_wrong_type_is_shown(words, refused):
-    assert "Invalid value for '--epochs', 'ten': Input should be" in refused(2, "train", *words)
+    line = refused(2, "train", *words)
+    assert "Invalid value for '--epochs'" in line  # what follows is Typer's, and differs from version to version
+    assert "'ten'" in line
 
 
 def test_of_an_option_of_three_values_all_are_shown(refused):
     line = refused(2, "samples", "--mean", "0.1", "0.2", "--std", "1", "1", "1")
-    assert "Invalid value for '--mean', '0.1 0.2 --std': Input should be" in line
+    assert "Invalid value for '--mean'" in line
+    assert "'0.1 0.2 --std': Input should be" in line or "'--std' is not" in line
 
 
 def test_an_empty_word_is_refused(refused):
