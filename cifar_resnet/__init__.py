@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _MODULES = {  # of the names that are no job's
-    "CifarResnetError": "errors", "PRESETS": "presets", "Recipe": "recipe", "Checkpoint": "run_dir", "load_checkpoint": "run_dir",
+    "CifarResnetError": "errors", "PRESETS": "presets", "Recipe": "recipe", "Checkpoint": "checkpoint", "load_checkpoint": "checkpoint",
     "ResNet": "training.model", "build_model": "training.model", "Watcher": "jobs.train", "Watchers": "jobs.train",
 }  # fmt: skip
 __all__ = [
