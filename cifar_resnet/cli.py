@@ -101,7 +101,7 @@ def _option(help: str, panel: str = WHERE, *flags: str, default: str | None = No
     return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
 
 
-def _argument(help: str, metavar: str | None = None) -> Any:
+def _argument(help: str, metavar: str) -> Any:
     return typer.Argument(help=help, metavar=metavar, show_default=False, readable=False)  # what cannot be read is our own error
 
 
@@ -710,16 +710,16 @@ def schedule(
     if policy == "triangular" and not 0 < min_lr < recipe.max_lr:
         raise UsageError(f"--min-lr {min_lr:g} must be above 0 and below --max-lr {recipe.max_lr:g}")
     from .data.loaders import batch_sizes
-    from .files import writable
-    from .jobs.common import check_picture, save_figure
+    from .files import check_file
+    from .jobs.common import save_figure
     from .look import figures
+    from .run_dir import PICTURES
 
-    check_picture(output)
+    check_file(output, *PICTURES)
     if policy == "triangular":
         figure = figures.triangular(min_lr, recipe.max_lr, step_size, cycles)
     else:
         figure = figures.learning_rate(recipe, len(batch_sizes(recipe, 50_000)))
-    writable(output.parent)
     save_figure(figure, output)
     _say_written(output)
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import RunDirectoryError, UsageError
+from .errors import DataError, RunDirectoryError, UsageError
 
 LEFT_BY_SYSTEMS = {".ds_store", "desktop.ini", "thumbs.db", "ehthumbs.db", "icon\r"}
 
@@ -89,6 +89,31 @@ def same_place(one: Path | str, other: Path | str) -> bool:
         return os.path.samefile(one, other)
     except OSError:  # one is not there
         return False
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
+
+
+def read_json(path: Path | str, what: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UsageError: the file is missing, or holds something else.
+    """
+    try:
+        # UTF-8, or what PowerShell makes of `>`: UTF-16 with a mark.
+        value = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_doubles)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise UsageError(f"{what} {path} cannot be read: {reason}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{what} {path} holds a {type(value).__name__}, not an object")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -187,3 +212,17 @@ def writable(path: Path) -> Path:
     except OSError as error:
         raise RunDirectoryError(f"folder {path} cannot be made: {error.strerror}") from None
     return path
+
+
+def user_cache() -> Path:
+    """`cifar-resnet` in the user's cache folder.
+
+    Raises:
+        DataError: the user has no home.
+    """
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "cifar-resnet"
+    try:
+        return Path.home() / ".cache" / "cifar-resnet"
+    except RuntimeError:
+        raise DataError("this user has no home folder for images; give a folder for them with --data-dir") from None

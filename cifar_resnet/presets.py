@@ -75,7 +75,7 @@ PRESETS: dict[str, Preset] = {
         "S11 assignment: log-softmax and NLL, weight decay 1e-2, two holes",
         "max LR 0.035 (its later version: between 0.03 and 0.04), reflection padding, hole probability 0.5",
         {
-            **_PUBLISHED, "conv_bias": True, "output": "log-softmax", "loss": "nll", "optimizer": "sgd", "nesterov": True,
+            **_PUBLISHED, "conv_bias": True, "output": "log-softmax", "loss": "nll", "optimizer": "sgd",
             "max_lr": 0.035, "weight_decay": 1e-2, "peak_epoch": 6.0, "div_factor": 24.0, "final_div_factor": 1.0,
             "pad_mode": "reflect", "cutout_count": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
         },

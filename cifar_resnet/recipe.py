@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from .arguments import checked
 from .errors import UsageError, printable
+from .files import read_json
 from .presets import PRESETS, preset
 
 DATASETS = ("cifar10", "cifar100", "digits")  # anything else is a folder
@@ -170,11 +171,6 @@ class Recipe(BaseModel):
                 more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
                 raise UsageError("; ".join(wrong[:10] + more)) from None
 
-    @field_validator("grad_clip", mode="before")
-    @classmethod
-    def _null_is_no_clipping(cls, value: Any) -> Any:
-        return 0.0 if value is None else value  # as runs wrote it for a while
-
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, about: ValidationInfo) -> Any:
@@ -283,6 +279,10 @@ class Recipe(BaseModel):
         """Whether each image is mirrored in every second epoch, instead of at random."""
         return self.flip_order == "alternating" and self.flip_probability == 0.5
 
+    def first_sharp_step(self, total_steps: int) -> int:
+        """From which step of a run, from 0, on all are sharpness-aware."""
+        return round(total_steps * (1 - self.sam_share))
+
     @property
     def dataset_name(self) -> str:
         return printable(folder_name(self.dataset)) or "images"
@@ -348,31 +348,6 @@ def folder_name(path: Path | str) -> str:
 def _of_windows(path: Path | str) -> bool:
     """Whether it is a whole path with a drive or a server, as in a run that was made in Windows."""
     return bool(re.match(r"[A-Za-z]:[\\/]|\\\\", str(path)))
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return found
-
-
-def read_json(path: Path | str, what: str) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UsageError: the file is missing, or holds something else.
-    """
-    try:
-        # UTF-8, or what PowerShell makes of `>`: UTF-16 with a mark.
-        value = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_doubles)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
-        raise UsageError(f"{what} {path} cannot be read: {reason}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{what} {path} holds a {type(value).__name__}, not an object")
-    return value
 
 
 def option_words(name: str, value: Any) -> list[str]:

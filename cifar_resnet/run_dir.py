@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -16,8 +15,8 @@ from filelock import FileLock, Timeout
 from .checkpoint import ROW, SCHEMA, Checkpoint, load_checkpoint, save_checkpoint
 from .data.splits import Data
 from .errors import RunDirectoryError, UsageError, shell_command
-from .files import check_writable, csv_of, left_by_systems, remove, same_place, writable, write_json, write_whole
-from .recipe import DATASETS, Recipe, option_words, read_json
+from .files import check_writable, csv_of, left_by_systems, read_json, remove, same_place, writable, write_json, write_whole
+from .recipe import DATASETS, Recipe, option_words
 from .runs import CHECKPOINT, RECIPE, REPEAT
 from .training.engine import State
 
@@ -47,19 +46,10 @@ def check_free(path: Path) -> None:
         raise RunDirectoryError(f"run directory {path} is not empty; {advice}")
 
 
-class SavePolicy:
-    """When a checkpoint is due: at the end of the run, at the end of an epoch if the last one is 20 s old, and inside an epoch
-    every `every_minutes`. Every rank keeps one."""
-
-    def __init__(self, every_minutes: float) -> None:
-        self.seconds, self.last = 60 * every_minutes, time.monotonic()
-
-    def due(self, epoch_done: bool, run_done: bool) -> bool:
-        return run_done or time.monotonic() - self.last >= (20 if epoch_done else self.seconds)
-
-    def saved(self) -> None:
-        """To be called when a checkpoint was saved, or could not be."""
-        self.last = time.monotonic()
+def save_due(seconds: float, every_minutes: float, epoch_done: bool, run_done: bool) -> bool:
+    """Whether a checkpoint is due so many seconds after the last one: at the end of the run, at that of an epoch after 20 s, and
+    inside an epoch after `every_minutes`."""
+    return run_done or seconds >= (20 if epoch_done else 60 * every_minutes)
 
 
 class RunDir:
@@ -86,8 +76,8 @@ class RunDir:
         """The recipe of the run, and its checkpoint, or None where it has none yet.
 
         Args:
-            must_match: values that fields of the recipe must have. Another `dataset` is the new folder of the images. If there is a
-                checkpoint, it must have fingerprints, by which the caller checks the images; else the old folder must be gone.
+            must_match: values that fields of the recipe must have. Another `dataset` is taken as the new folder of the images where the
+                checkpoint has fingerprints, by which the caller checks them; before the first checkpoint, where the old folder is gone.
 
         Raises:
             UsageError: there is no run in the folder, or its recipe has another value.

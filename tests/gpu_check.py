@@ -36,7 +36,7 @@ from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.data.splits import Split
 from cifar_resnet.training import engine
 from cifar_resnet.training.capture import CapturedEpoch, capturable
-from cifar_resnet.training.runtime import environment, resolve_device, set_tf32, wait_for
+from cifar_resnet.training.runtime import environment, resolve_device, wait_for
 
 PARTS = ("runs", "steps", "equal", "tests", "bench")
 ENDS = [float("inf")]  # when all must be done, by time.monotonic()
@@ -290,7 +290,6 @@ def main():
     options = parser.parse_args()
     ENDS[0] = time.monotonic() + options.seconds
     device = resolve_device(options.device)
-    set_tf32(False)
     driver = ""
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]

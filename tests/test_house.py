@@ -21,7 +21,7 @@ BELOW = {
     "files": {"errors"},
     "presets": {"errors"},
     "signals": set(),
-    "recipe": {"arguments", "errors", "presets"},
+    "recipe": {"arguments", "errors", "files", "presets"},
     "data": GROUND,
     "training": GROUND | {"data"},
     "runs": GROUND,

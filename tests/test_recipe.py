@@ -132,11 +132,6 @@ def test_a_schema_of_the_future_or_none_at_all_is_refused_in_one_line(number, tm
     assert "reads 1 to 3" in refused(2, "train", "--resume", tmp_path)
 
 
-def test_a_recipe_written_while_uncut_gradients_were_null_is_read():
-    written = {**Recipe().model_dump(mode="json"), "grad_clip": None}
-    assert Recipe.load(written) == Recipe()
-
-
 # Which settings count
 
 

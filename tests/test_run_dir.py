@@ -16,12 +16,12 @@ from faulty import CALLS, CODES, Faulty
 from filelock import FileLock, Timeout
 from run_helpers import FILES, assert_same_run, content
 
-from cifar_resnet import Recipe, load_checkpoint, run_dir, train
+from cifar_resnet import Recipe, load_checkpoint, train
 from cifar_resnet.data.loaders import Batch
 from cifar_resnet.data.splits import Data, Split
 from cifar_resnet.errors import CheckpointError, RunDirectoryError, UsageError, shell_command
 from cifar_resnet.files import new_folder
-from cifar_resnet.run_dir import RunDir, SavePolicy, check_free
+from cifar_resnet.run_dir import RunDir, check_free, save_due
 from cifar_resnet.training.engine import rates_at, start, train_step
 
 CPU = torch.device("cpu")
@@ -353,39 +353,20 @@ def test_metrics_have_a_final_row_after_the_last_epoch_alone(tmp_path, stepped):
     assert written["final"] == {**row, "epoch": 2, "seconds": 7.0}
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that is moved by hand: `clock.now` in seconds."""
-
-    class Clock:
-        now = 1000.0
-
-        def monotonic(self):
-            return self.now
-
-    hand_moved = Clock()
-    monkeypatch.setattr(run_dir, "time", hand_moved)
-    return hand_moved
-
-
-def test_when_a_checkpoint_is_due(clock):
-    policy = SavePolicy(every_minutes=5)
-    assert not policy.due(epoch_done=False, run_done=False)
-    assert policy.due(epoch_done=True, run_done=True)  # the end of the run, however soon
-    clock.now += 19.9
-    assert not policy.due(epoch_done=True, run_done=False)
-    clock.now += 0.2
-    assert policy.due(epoch_done=True, run_done=False)  # 20 s after the start
-    assert not policy.due(epoch_done=False, run_done=False)
-    clock.now += 279.8
-    assert not policy.due(epoch_done=False, run_done=False)
-    clock.now += 0.2
-    assert policy.due(epoch_done=False, run_done=False)  # 5 minutes after the start
-    policy.saved()
-    assert not policy.due(epoch_done=True, run_done=False)
-    clock.now += 20
-    assert policy.due(epoch_done=True, run_done=False)
-    assert not policy.due(epoch_done=False, run_done=False)
+@pytest.mark.parametrize(
+    ("seconds", "epoch_done", "run_done", "due"),
+    [
+        (0, True, True, True),  # the end of the run, however soon
+        (19.9, True, False, False),
+        (20, True, False, True),
+        (20, False, False, False),
+        (299.9, False, False, False),
+        (300, False, False, True),
+    ],
+)
+def test_when_a_checkpoint_is_due(seconds, epoch_done, run_done, due):
+    """Every five minutes inside an epoch."""
+    assert save_due(seconds, 5, epoch_done, run_done) == due
 
 
 # Checkpoints, and whom they trust

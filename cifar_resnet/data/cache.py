@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 
 from ..errors import DataError
-from .cifar import user_cache
+from ..files import user_cache
 from .images import RULE
 
 

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 
 from ..errors import DataError, first_line
-from ..files import rename
+from ..files import rename, user_cache
 from .splits import Split
 
 _ADVICE = "or use --dataset digits, which needs no download"
@@ -73,20 +73,6 @@ PUBLISHED = {
         "fine_label_names",
     ),
 }
-
-
-def user_cache() -> Path:
-    """`cifar-resnet` in the user's cache folder.
-
-    Raises:
-        DataError: the user has no home.
-    """
-    if chosen := os.environ.get("XDG_CACHE_HOME"):
-        return Path(chosen) / "cifar-resnet"
-    try:
-        return Path.home() / ".cache" / "cifar-resnet"
-    except RuntimeError:
-        raise DataError("this user has no home folder for images; give a folder for them with --data-dir") from None
 
 
 def given_directory(data_dir: Path | str | None = None) -> Path | None:

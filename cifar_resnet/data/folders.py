@@ -6,7 +6,6 @@ import difflib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +35,6 @@ class Listing(NamedTuple):
     files: list[Path]
     labels: np.ndarray  # int64 (N,)
     skipped: list[Path]  # files that are no images
-
-
-Telling = Callable[[Listing], Callable[[int], None]]  # gives, for a listing, what is called with how many of its images are read
 
 
 def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -75,10 +71,9 @@ def image_folder(
     _check_classes(folder, listings)
     _say_skipped([path.relative_to(folder) for listing in listings for path in listing.skipped], folder, notify)
     _say_loose([listing.folder for listing in listings], notify)
-    telling = partial(_telling, progress, notify)
-    train, whites = _read(listings[0], {}, telling)
+    train, whites = _read(listings[0], {}, progress, notify)
     if split is None:
-        test, _ = _read(listings[1], whites, telling)
+        test, _ = _read(listings[1], whites, progress, notify)
     else:
         train, test = _set_apart(train, split, listings[0].classes, folder)
     for name, part in (("training", train), ("evaluation", test)):
@@ -253,7 +248,9 @@ def _telling(progress: Progress, notify: Callable[[str], None], listing: Listing
     return tell
 
 
-def _read(listing: Listing, whites: dict[str, int], telling: Telling) -> tuple[Split, dict[str, int]]:
+def _read(
+    listing: Listing, whites: dict[str, int], progress: Progress, notify: Callable[[str], None]
+) -> tuple[Split, dict[str, int]]:
     """A listing's images, from where they are kept or from their files, and the values of white.
 
     Files of a type of more than 8 bits that `whites` lacks decide its white together.
@@ -261,7 +258,7 @@ def _read(listing: Listing, whites: dict[str, int], telling: Telling) -> tuple[S
     state = cache.state_of(listing.folder, listing.files, whites)
     images, found = cache.find(listing.folder, state, len(listing.files)) or (None, {})
     if images is None:
-        images, found = _decoded(listing, whites, telling(listing))
+        images, found = _decoded(listing, whites, _telling(progress, notify, listing))
         cache.keep(listing.folder, state, images, found)
     names = np.array([path.relative_to(listing.folder).as_posix() for path in listing.files])
     return Split(images, listing.labels, np.arange(len(images)), names, listing.folder), found

@@ -265,7 +265,7 @@ def check_loader(loader: str, workers: int | None) -> None:
     """Whether these options go together.
 
     Raises:
-        UsageError: there is no such loader, it has no workers, or there would be fewer than none, or more than any machine has use for.
+        UsageError: there is no such loader, it takes no workers, or their number is not 0 to 256.
     """
     check_choice("loader", loader, *get_args(LoaderKind))
     if workers is not None and not 0 <= workers <= MOST_WORKERS:

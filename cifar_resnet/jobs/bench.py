@@ -33,7 +33,7 @@ from ..look import analysis
 from ..look.progress import telling
 from ..recipe import Recipe
 from ..training import engine
-from ..training.autotune import Timing, choice
+from ..training.autotune import Timing
 from ..training.capture import CapturedEpoch, capturable, graph_of
 from ..training.convolution import use
 from ..training.engine import State, rates_at, train_step
@@ -129,8 +129,7 @@ def _ways(recipe: Recipe, device: torch.device, compile: str, convolution: str) 
     """How long each convolution takes, where one is chosen; and what a run would choose."""
     model = build_model(recipe)
     if convolution == "auto" and compile != "on" and chosen_here(recipe, device):
-        timings = measure_anew(model, recipe)
-        return timings, choice(timings)
+        return measure_anew(model, recipe)
     return [], choose(convolution, model, recipe, device) if compile != "on" else None
 
 

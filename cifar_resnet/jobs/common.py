@@ -19,16 +19,15 @@ from torch import Tensor
 from ..checkpoint import SCHEMA, Checkpoint, load_checkpoint
 from ..data import datasets, label_errors
 from ..data.loaders import TensorLoader
-from ..data.splits import Data, fingerprint, same_images
+from ..data.splits import Data, Split, fingerprint, same_images
 from ..errors import CifarResnetError, UsageError, shell_word
-from ..files import check_file, write_whole
+from ..files import writable, write_whole
 from ..look import analysis
 from ..presets import PRESETS
 from ..recipe import DATASETS, Recipe, option_words
-from ..run_dir import PICTURES
 from ..training.engine import predict_logits, scores
 from ..training.model import ResNet
-from ..training.runtime import environment, resolve_device, resolve_precision, set_tf32, without_emulation
+from ..training.runtime import environment, resolve_device, resolve_precision, without_emulation
 
 if TYPE_CHECKING:  # Matplotlib comes with the first picture
     from matplotlib.figure import Figure
@@ -47,7 +46,7 @@ class Prediction(NamedTuple):
     changed: str  # how the images differ from the run's. "": they do not, or the checkpoint is too old to tell
 
     @property
-    def judged(self) -> tuple[Tensor, Tensor, datasets.Split, tuple[str, ...], float]:
+    def judged(self) -> tuple[Tensor, Tensor, Split, tuple[str, ...], float]:
         """What `analysis.mistakes` takes."""
         return self.logits, self.labels, self.data.evaluation, self.data.classes, self.checkpoint.temperature
 
@@ -99,20 +98,11 @@ def spread(accuracies: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "interval": interval}
 
 
-def check_picture(path: Path) -> None:
-    """Whether `save_figure` can write there.
-
-    Raises:
-        UsageError: the suffix is none of .png, .svg and .pdf.
-        RunDirectoryError: the file cannot be written.
-    """
-    check_file(path, *PICTURES)
-
-
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes the figure whole, in the format of its suffix, and gives the path; see `check_picture`."""
+    """Writes the figure whole, in the format of its suffix, one of `PICTURES`; makes its folder, and gives the path."""
     from ..look import figures
 
+    writable(path.parent)
     write_whole(path, figures.render(figure, path.suffix[1:]))
     return path
 
@@ -137,9 +127,8 @@ def opened(
 
     A run in bfloat16 is evaluated in float32 on a CPU that is slow in bfloat16, and that is said.
     """
-    resolved = resolve_device(device)
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
-    set_tf32(bool(loaded.environment.get("tf32")))
+    resolved = resolve_device(device, bool(loaded.environment.get("tf32")))
     recipe = without_emulation(loaded.recipe, resolved)
     if recipe != loaded.recipe:
         notify("this run was in bfloat16, and is evaluated in float32 on this CPU: the last digits may differ")
@@ -248,6 +237,19 @@ def _without_label_errors(found: Prediction) -> dict[str, Any] | None:
         return None
     right = torch.tensor([index not in label_errors.CIFAR10_TEST for index in found.data.evaluation.indices.tolist()])
     return {"images": int(right.sum()), "accuracy": scores(found.logits[right], found.labels[right])["test_accuracy"]}
+
+
+def by_label(found: Prediction, logits: Tensor | None = None) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:
+    """The images whose label is less probable than another class, the least probable first; and the rows of `analysis.ranked_labels`.
+
+    By these logits, float32 (N, classes), or those of the network of `found`.
+    """
+    if logits is None:
+        tta = "flip" if found.checkpoint.recipe.flip_probability else "none"
+        logits = analysis.mean_logits(found.model, found.images, tta, found.logits)
+    judged = logits, *found.judged[1:]
+    wrong = sorted(analysis.mistakes(*judged), key=lambda mistake: mistake.probabilities[mistake.true])
+    return wrong, analysis.ranked_labels(*judged)
 
 
 def grad_cams(found: Prediction, shown: Sequence[analysis.Mistake], layer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,11 +11,12 @@ from typing import Any
 from ..arguments import checked
 from ..checkpoint import SCHEMA, Checkpoint, load_checkpoint
 from ..errors import CifarResnetError, UsageError, shell_command
-from ..files import writable
+from ..files import check_file, read_json
 from ..look import figures
-from ..recipe import DATASETS, Recipe, read_json
+from ..recipe import DATASETS, Recipe
+from ..run_dir import PICTURES
 from ..runs import CHECKPOINT, REPEAT, find_runs, seeds_of
-from .common import check_picture, save_figure, spread
+from .common import save_figure, spread
 
 
 @checked
@@ -40,9 +41,9 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
     if not runs:
         raise UsageError("compare takes at least one run")
     if path is not None:
-        check_picture(Path(path))
+        check_file(Path(path), *PICTURES)
     loaded = [checkpoint for run in runs for checkpoint in _ended(run)]
-    _check_evaluated_alike(loaded)
+    _check_runs(loaded)
     together: dict[tuple[Recipe, str], list[Checkpoint]] = {}
     known = {checkpoint.recipe.dataset: _images(checkpoint) for checkpoint in loaded if checkpoint.fingerprints}
     for checkpoint in loaded:
@@ -51,7 +52,6 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
         _check_seeds(members)
     evaluated_on, groups = loaded[0].evaluated_on, _groups(together)
     if path is not None:
-        writable(Path(path).parent)
         save_figure(figures.comparison(groups, evaluated_on), Path(path))
     return {"schema": SCHEMA, "evaluated_on": evaluated_on, "groups": groups}
 
@@ -99,7 +99,7 @@ def _images(run: Checkpoint) -> str:
     return " and ".join(each["sha256"][:12] for each in run.fingerprints.values())
 
 
-def _check_evaluated_alike(runs: list[Checkpoint]) -> None:
+def _check_runs(runs: list[Checkpoint]) -> None:
     paths = [run.path.resolve() for run in runs]
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise UsageError(f"{twice[0].parent} is given twice")

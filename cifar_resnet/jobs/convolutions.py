@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..data.cifar import user_cache
 from ..errors import CifarResnetError
-from ..files import write_json
+from ..files import user_cache, write_json
 from ..recipe import Recipe
 from ..training import autotune, convolution, distributed
 from ..training.autotune import Timing
@@ -51,11 +50,10 @@ def _kept_or_measured(model: nn.Module, recipe: Recipe) -> Choice:
     return keep(recipe, timings) if kept is None else kept
 
 
-def measure_anew(model: nn.Module, recipe: Recipe) -> list[Timing]:
-    """Times all ways anew. Later runs on this machine go by these timings."""
+def measure_anew(model: nn.Module, recipe: Recipe) -> tuple[list[Timing], Choice]:
+    """Times all ways anew, and chooses. Later runs on this machine go by this choice."""
     timings = autotune.measure(model, *_size(recipe))
-    keep(recipe, timings)
-    return timings
+    return timings, keep(recipe, timings)
 
 
 def keep(recipe: Recipe, timings: list[Timing]) -> Choice:

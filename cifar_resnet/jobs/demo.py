@@ -26,9 +26,8 @@ from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures
 from ..recipe import Recipe
 from ..runs import LATEST
-from .common import Prediction, command_line, content_of, data_url, images_of, logits_of, opened, rendered
+from .common import Prediction, by_label, command_line, content_of, data_url, images_of, logits_of, opened, rendered
 from .interrupt import signals
-from .misclassified import by_label
 
 if TYPE_CHECKING:
     from ..look.page import Content, Mistake

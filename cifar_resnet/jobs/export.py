@@ -81,12 +81,12 @@ def export(
     metadata = {name: json.dumps(value) for name, value in told.items()}
     try:
         content = _onnx(loaded, metadata, with_preprocessing) if format == "onnx" else _safetensors(loaded, metadata)
+        if format == "space":
+            space(loaded, recipe, path, content, data_dir, device, notify)
+            return path
     except ImportError as error:
         extra = "demo" if format == "space" else "export"
         raise CifarResnetError(f'export needs the package {error.name}: pip install "cifar-resnet[{extra}]"') from None
-    if format == "space":
-        space(loaded, recipe, path, content, data_dir, device, notify)
-        return path
     say_unfinished(loaded, notify)
     writable(path.parent)
     write_whole(path, content)

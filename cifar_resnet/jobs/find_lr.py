@@ -22,7 +22,7 @@ from ..look import figures
 from ..look.progress import telling
 from ..recipe import Recipe
 from ..training import engine
-from ..training.engine import Epoch
+from ..training.engine import Epoch, State
 from ..training.lr_finder import MIN_POINTS, FoundLR, Suggestions, range_test, run_trials, suggest, usual_steps
 from ..training.model import build_model
 from ..training.runtime import environment
@@ -113,18 +113,20 @@ class _Search(NamedTuple):
     progress: Progress
     convolutions: Choice | None
 
+    def begin(self, recipe: Recipe) -> State:
+        return engine.start(recipe, self.device, len(self.data.classes), self.convolutions, self.data.train.images)
+
     def run(self, trial_steps: int, settings: dict[str, Any]) -> FoundLR:
         """Range test, trials and sweep."""
-        recipe, loader, classes, trials, swept = self.recipe, self.loader, len(self.data.classes), [], []
-        start: dict[str, Any] = dict(convolutions=self.convolutions, images=self.data.train.images)
+        recipe, loader, trials, swept = self.recipe, self.loader, [], []
         planned, num_iter = self.sweep * SWEPT * loader.steps, settings["num_iter"]
         tested = range_test(
-            recipe, loader, self.device, classes, **settings, **start,
+            self.begin, recipe, loader, **settings,
             progress=lambda done, total: self.progress(done, total + 4 * trial_steps + planned),
         )  # fmt: skip
         if trial_steps:
             trials = run_trials(
-                recipe, loader, self.device, tested, classes, steps=trial_steps, **start,
+                self.begin, recipe, loader, tested, steps=trial_steps,
                 progress=lambda done, total: self.progress(num_iter + done, num_iter + total + planned),
             )  # fmt: skip
 
@@ -148,8 +150,7 @@ class _Search(NamedTuple):
             planned.append(("recommended", with_found_lr(short, found)))
         evaluation, rows = TensorLoader(self.data.evaluation, recipe, self.device), list[dict[str, Any]]()
         for rule, trained in planned:
-            start = len(self.data.classes), self.convolutions, self.data.train.images
-            state, score = engine.start(trained, self.device, *start), {}
+            state, score = self.begin(trained), {}
             with suppress(NonFiniteLossError):
                 for record in engine.train(state, self.loader, evaluation.plain):
                     done = (len(rows) * epochs + state.epoch) * steps + state.step

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CifarResnetError, shell_command
+from ..recipe import option_words
 from ..signals import ENDING
 
 # A user who sends one of these a second time does not want to wait. The others may come again by themselves: a terminal that is
@@ -21,8 +22,8 @@ class Interrupted(CifarResnetError):
     """Stopped by a signal, with a checkpoint written. `options` are those of `train` that the run goes on with."""
 
     def __init__(self, number: int, run_dir: Path, options: Mapping[str, Any]) -> None:
-        words = [(f"--{name.replace('_', '-')}", *([] if value is True else [value])) for name, value in options.items()]
-        again = shell_command("train", "--resume", run_dir, *(word for each in words for word in each))
+        words = [word for name, value in options.items() for word in option_words(name, value)]
+        again = shell_command("train", "--resume", run_dir, *words)
         super().__init__(f"stopped by {signal.Signals(number).name}; go on with: {again}")
         self.number, self.run_dir, self.options = number, run_dir, options
         self.exit_code = 128 + number
@@ -71,5 +72,5 @@ def signals() -> Iterator[list[int]]:
 
 
 def _is_ours(name: str, handler: Any) -> bool:
-    """Whether a signal with this handler is to be waited with; a handler of None was set outside Python."""
+    """Whether we take this signal over: nothing handles it yet, or it is SIGINT or SIGTERM. A handler of None is not Python's, and stays."""
     return handler == signal.SIG_DFL or (name in ("SIGINT", "SIGTERM") and handler not in (signal.SIG_IGN, None))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from ..arguments import Format, GradCamLayer, Sort, checked
 from ..checkpoint import SCHEMA, Checkpoint, load_checkpoint
@@ -21,7 +20,7 @@ from ..look import analysis, figures, pictures
 from ..recipe import DATASETS
 from ..run_dir import PICTURES
 from ..runs import LATEST
-from .common import Prediction, dataset_of, grad_cams, logits_of, save_figure, standing
+from .common import Prediction, by_label, dataset_of, grad_cams, logits_of, save_figure, standing
 
 
 @checked
@@ -101,19 +100,6 @@ def _draw(
     written(save_figure(pictures.misclassified(images, shown, title, given), photos))
     figure = pictures.grad_cam(images, of_predicted, of_rival, shown, f"Grad-CAM at {layer}: {title}", given)
     written(save_figure(figure, looked))
-
-
-def by_label(found: Prediction, logits: Tensor | None = None) -> tuple[list[analysis.Mistake], list[dict[str, Any]]]:
-    """The images whose label is less probable than another class, the least probable first; and the rows of `analysis.ranked_labels`.
-
-    By these logits, float32 (N, classes), or those of the network of `found`.
-    """
-    if logits is None:
-        tta = "flip" if found.checkpoint.recipe.flip_probability else "none"
-        logits = analysis.mean_logits(found.model, found.images, tta, found.logits)
-    judged = logits, found.labels, found.data.evaluation, found.data.classes, found.checkpoint.temperature
-    wrong = sorted(analysis.mistakes(*judged), key=lambda mistake: mistake.probabilities[mistake.true])
-    return wrong, analysis.ranked_labels(*judged)
 
 
 def write_labels(
@@ -259,8 +245,8 @@ def title(
     which = f"{count} {order[sort]} {chosen} {what}" if count < chosen else f"All {chosen} {what}"
     which = f"The one {what.replace('mistakes', 'mistake').replace('labels', 'label')}" if chosen == 1 else which
     of_classes = "".join(
-        f", {what} {name}"
-        for what, name in (("label" if sort == "label" else "true class", true), ("predicted", predicted))
+        f", {kind} {name}"
+        for kind, name in (("label" if sort == "label" else "true class", true), ("predicted", predicted))
         if name
     )
     images = f"{len(found.labels):,} {found.data.evaluated_on} images{of_classes}{figures.unfinished(standing(found.checkpoint))}"

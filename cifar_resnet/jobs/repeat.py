@@ -11,8 +11,8 @@ from ..arguments import check, checked
 from ..checkpoint import SCHEMA
 from ..data.datasets import load
 from ..errors import UsageError
-from ..files import writable, write_json, write_whole
-from ..recipe import Recipe, read_json
+from ..files import read_json, writable, write_json, write_whole
+from ..recipe import Recipe
 from ..run_dir import RunDir, check_free, check_match, moved
 from ..runs import CHECKPOINT, RECIPE, REPEAT, find_run, folder_for, seeds_of
 from ..training import distributed

@@ -25,8 +25,7 @@ from ..look import analysis, figures, pictures
 from ..look.progress import epoch_line
 from ..look.words import count_of, duration, plural
 from ..runs import LATEST
-from .common import Prediction, command_words, content_of, data_url, grad_cams, logits_of, rendered, save_figure
-from .misclassified import by_label
+from .common import Prediction, by_label, command_words, content_of, data_url, grad_cams, logits_of, rendered, save_figure
 
 SHOWN = 10  # of the mistakes, and of the labels that may be wrong
 SIGN = "accuracy, single view"  # stands near the top of each report

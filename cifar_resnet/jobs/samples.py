@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from ..arguments import LoaderKind, checked
 from ..data.loaders import epoch_order, make_loader
 from ..errors import UsageError
-from ..files import writable
+from ..files import check_file
 from ..look import analysis, figures, pictures
 from ..recipe import Recipe
-from .common import check_picture, prepare, save_figure
+from ..run_dir import PICTURES
+from .common import prepare, save_figure
 
 
 @checked
@@ -42,8 +43,8 @@ def samples(
     if not 1 <= views <= 20:
         raise UsageError(f"--views {views} must be 1 to 20")
     if path is not None:
-        check_picture(Path(path))
-    recipe, device, data = prepare(recipe or Recipe(), "cpu", data_dir, notify)
+        check_file(Path(path), *PICTURES)
+    recipe, device, data = prepare(recipe, "cpu", data_dir, notify)
     rng = np.random.default_rng(recipe.seed)
     classes = data.classes[: figures.MOST_CLASSES]
     positions = [rng.choice(np.flatnonzero(data.train.labels == label)) for label in range(len(classes))]
@@ -58,6 +59,5 @@ def samples(
         title += f", the first {len(classes)} of {len(data.classes):,} classes"
     figure = pictures.samples(chosen.images, seen, classes, title)
     if path is not None:
-        writable(Path(path).parent)
         save_figure(figure, Path(path))
     return figure

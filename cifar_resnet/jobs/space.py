@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -14,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoint import Checkpoint
-from ..errors import CifarResnetError
 from ..files import new_folder, write_json
 from ..recipe import Recipe
 from .common import command_line, rendered
@@ -35,10 +33,9 @@ def space(
 
     Raises:
         RunDirectoryError: the folder is not empty, or cannot be written.
-        CifarResnetError: Gradio is not installed, or the images of the run are not there.
+        ImportError: Gradio is not installed.
+        CifarResnetError: the images of the run are not there.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise CifarResnetError('--format space needs the package gradio: pip install "cifar-resnet[demo]"')
     with new_folder(folder) as part:
         content = content_of_page(checkpoint, data_dir, device, download=notify, recipe=recipe)
         mistakes = content.mistakes(content.orders[0], None, None)
@@ -108,7 +105,6 @@ def _readme(checkpoint: Checkpoint, recipe: Recipe, content: Content, mistakes: 
     return rendered(
         "space.md",
         title=content.title,
-        heading=content.title,
         gradio=_version("gradio"),
         python=".".join(platform.python_version_tuple()[:2]),
         classes=f"{len(checkpoint.classes)} classes",

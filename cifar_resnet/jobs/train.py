@@ -23,7 +23,7 @@ from ..errors import CifarResnetError, RunDirectoryError, UsageError, first_line
 from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe, option_words
-from ..run_dir import RunDir, SavePolicy, check_free
+from ..run_dir import RunDir, check_free, save_due
 from ..runs import default_directory, find_run
 from ..training import calibration, convolution, distributed, engine
 from ..training.capture import CapturedEpoch, capturable
@@ -151,7 +151,7 @@ def train(
         run.make_state()
         run.make_steps({} if captured is None else captured)
         run.begin()
-        run.steps_to_the_end(SavePolicy(save_every_minutes))
+        run.steps_to_the_end()
         return distributed.on_first(run.finish)
 
 
@@ -372,8 +372,8 @@ class _Run:
             if (value := getattr(self.recipe, name)) != usual[name]:
                 self.watcher.warn(f"{' '.join(option_words(name, value))} changes nothing: {reason}")
 
-    def steps_to_the_end(self, policy: SavePolicy) -> None:
-        checked = time.monotonic()
+    def steps_to_the_end(self) -> None:
+        checked = saved = time.monotonic()
         with signals() as received:
             for record in engine.train(self.state, self.loader, self.evaluation.plain, self.run_epoch):
                 epoch_done, run_done = isinstance(record, Epoch), self.state.epoch == self.recipe.epochs
@@ -381,18 +381,19 @@ class _Run:
                     self.watcher.epoch(record)
                 else:
                     self.watcher.step(record, self.state)
+                now, every = time.monotonic(), self.asked["save_every_minutes"]
                 due, check, stop = distributed.max_over_ranks(
-                    policy.due(epoch_done, run_done), time.monotonic() - checked >= 10, received[0] if received else 0
+                    save_due(now - saved, every, epoch_done, run_done), now - checked >= 10, received[0] if received else 0
                 )
-                if due or stop or check or epoch_done:
+                if (due or stop or check) and not epoch_done:  # at whose end `engine.train` has checked
                     self.state.check_finite(self.loader.steps)
                     checked = time.monotonic()
-                if epoch_done and run_done:
+                if run_done:
                     self.temperature = distributed.on_first(self._find_temperature)
                 if due or stop or epoch_done:
                     self._save(bool(due or stop), must_succeed=bool(run_done or stop))
-                    if due:
-                        policy.saved()
+                    if due:  # saved, or it could not be
+                        saved = time.monotonic()
                 if epoch_done and not run_done and time.monotonic() - self.drawn >= DRAWN_EVERY * self.drawing:
                     self._draw_curves()
                 if stop and not run_done:

@@ -24,8 +24,8 @@ from ..look.words import count_of
 from ..recipe import Recipe
 from ..runs import LATEST
 from ..training import calibration, engine
-from .common import Prediction, images_of, opened, save_figure
-from .misclassified import by_label, check_count, check_new_folders, title, write_images, write_labels
+from .common import Prediction, by_label, images_of, opened, save_figure
+from .misclassified import check_count, check_new_folders, title, write_images, write_labels
 
 FOLDS = "training_folds.pt"  # the logits of the folds that are done, until all are
 

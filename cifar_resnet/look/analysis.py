@@ -91,7 +91,7 @@ def mean_logits(model: ResNet, images: TensorLoader, tta: str, plain: Tensor | N
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Of each class, float64 (N, classes): the softmax of logits (N, classes), divided by the temperature of `calibration`."""
+    """Of each class, float64 (N, classes): the softmax of logits (N, classes) over the temperature, see `calibration`."""
     return torch.softmax(logits.double() / temperature, dim=1)
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # torch stays out of what only prints
 Told = Callable[..., None]
 MARGIN = 4  # columns that the line leaves free: a key pressed there is wiped with the line
 SILENCE = 120.0  # seconds between two lines of what is under way, where nothing moves
-GONE = (OSError, SystemExit)  # of a terminal or a pipe that was closed, as rich ends the process then: what runs goes on
 
 
 class Line(NamedTuple):
@@ -56,7 +55,7 @@ class LiveLine:
         self.cell: Any = None  # of a notebook, with what it shows
         if console.console.is_terminal and not console.console.is_jupyter:
             self.live = _Live(console=console.console, get_renderable=self.render, refresh_per_second=4, transient=True)
-            with suppress(*GONE):
+            with suppress(OSError):
                 self.live.start(refresh=True)
 
     def render(self) -> Table:
@@ -67,9 +66,9 @@ class LiveLine:
         shown.add_row(*bar, Text(text, no_wrap=True))
         return shown
 
-    def update(self, above: Sequence[str] = (), every: float = 0.5, last: bool = False) -> None:
+    def update(self, above: Sequence[str] = (), last: bool = False) -> None:
         """Shows a notebook the lines above and this one, or the lines alone where they are the last."""
-        if not console.console.is_jupyter or (time.monotonic() - self.updated < every and not last):
+        if not console.console.is_jupyter or (time.monotonic() - self.updated < 0.5 and not last):
             return
         from IPython.display import HTML, display
 
@@ -83,13 +82,13 @@ class LiveLine:
 
     def close(self) -> None:
         if self.live:
-            with suppress(*GONE):
+            with suppress(OSError):
                 self.live.stop()
 
 
 class _Live(Live):
     def refresh(self) -> None:
-        with suppress(*GONE):
+        with suppress(OSError):
             super().refresh()
 
 
@@ -119,7 +118,7 @@ def telling(asked: Told | bool | None, what: str, unit: str, total: int | None =
         shown.update()
         if not visible() and not console.console.quiet and time.monotonic() - printed >= SILENCE:
             printed = time.monotonic()
-            with suppress(*GONE):
+            with suppress(OSError):
                 print(f"cifar-resnet: {line().fitted(120)}", file=sys.stderr, flush=True)
 
     shown = LiveLine(line)
@@ -152,7 +151,7 @@ class Pace:
     def __init__(self, recipe: Recipe, images: Sequence[int], evaluated: int) -> None:
         self.steps, self.epochs = len(images), recipe.epochs
         self.total = self.epochs * self.steps
-        self.sharp_from = round(self.total * (1 - recipe.sam_share))
+        self.sharp_from = recipe.first_sharp_step(self.total)
         self.images = [0, *accumulate(images)]  # after so many steps of an epoch
         # In plain steps, until one was timed: to evaluate an image takes a third of the time of training on it.
         self.evaluation = evaluated / self.images[-1] * self.steps / 3
@@ -251,7 +250,7 @@ class TrainingTable(AbstractContextManager):
         # Of several processes each sums up its own images.
         self.glance: Glance | None = Glance(state.totals) if environment.get("processes", 1) == 1 else None
         self.epochs_done, self.printed = state.epoch, time.monotonic()
-        with suppress(*GONE):
+        with suppress(OSError):
             self._head(recipe, run_dir, environment, data, state)
         if visible():
             self.columns = _columns(data.evaluated_on, console.console.width)
@@ -282,7 +281,7 @@ class TrainingTable(AbstractContextManager):
         """A line of the table, for good."""
         self.lines.append(line.plain)
         if not console.console.is_jupyter:
-            with suppress(*GONE):
+            with suppress(OSError):
                 console.console.print(line, soft_wrap=True)
 
     def _row(self, metrics: dict[str, float]) -> Text:
@@ -336,7 +335,7 @@ class TrainingTable(AbstractContextManager):
     def _tell(self, line: str) -> None:
         """Where nothing moves."""
         self.printed = time.monotonic()
-        with suppress(*GONE):
+        with suppress(OSError):
             print_lines(line)
 
     def epoch(self, epoch: Epoch) -> None:
@@ -351,7 +350,7 @@ class TrainingTable(AbstractContextManager):
             self.close()
 
     def warn(self, message: str) -> None:
-        with suppress(*GONE):
+        with suppress(OSError):
             warn(message)
 
 

@@ -58,8 +58,12 @@ class Rates(NamedTuple):
 
 def rates_at(recipe: Recipe, step: int, total_steps: int) -> Rates:
     """The rates of a step of a run, from 0."""
-    sharp = step >= round(total_steps * (1 - recipe.sam_share))
-    return Rates(step, *learning_rate(recipe, step, total_steps), sharp, average_weight(recipe, step))
+    return Rates(
+        step,
+        *learning_rate(recipe, step, total_steps),
+        step >= recipe.first_sharp_step(total_steps),
+        average_weight(recipe, step),
+    )
 
 
 @dataclass

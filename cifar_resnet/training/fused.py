@@ -359,18 +359,9 @@ def usable(x: Tensor, norm: nn.BatchNorm2d) -> bool:
     """Whether `norm_relu` can stand for torch's own operations on x: in training, for a graph, executed rather than traced."""
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and worth_launching()
-        and type(norm) is nn.BatchNorm2d
         and norm.training
-        and norm.affine
-        and norm.track_running_stats
-        and norm.momentum is not None
-        and norm.weight.dtype == torch.float32
-        and x.device == norm.weight.device
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and x.dim() == 4
-        and x.shape[1] == norm.num_features
         and x.shape[1] % 16 == 0
         and min(x.shape[0], x.shape[2], x.shape[3]) > 1
         and x.numel() < 2**31

@@ -11,8 +11,7 @@ import io
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,7 +21,7 @@ import torch
 from ..data.loaders import Batch, Loader
 from ..errors import CifarResnetError, NonFiniteLossError, check_choice
 from ..recipe import Recipe
-from .engine import Rates, State, rates_at, start, train_step
+from .engine import Rates, State, rates_at, train_step
 
 MIN_POINTS = 20
 SHARE = 0.05  # of the whole drop of the range test's loss: what counts as still being at the bottom
@@ -78,23 +77,20 @@ class FoundLR(NamedTuple):
 
 
 def range_test(
+    begin: Callable[[Recipe], State],
     recipe: Recipe,
     loader: Loader,
-    device: torch.device,
-    classes: int = 10,
     *,
     start_lr: float = 1e-4,
     end_lr: float = 10.0,
     num_iter: int = 100,
     step_mode: str = "exp",
-    convolutions: Mapping[str, Sequence[str]] | None = None,
-    images: np.ndarray | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> History:
-    """Trains a fresh model of the recipe for `num_iter` steps while the learning rate rises from `start_lr` to `end_lr`.
+    """Trains for `num_iter` steps, from where `begin` lets a run of the recipe begin, while the rate rises from `start_lr` to `end_lr`.
 
     Steps are plain, with the recipe's optimizer, augmentation and precision, and without averaging. The test ends early if the loss
-    passes five times its lowest or is not finite. For `convolutions` see `convolution.use`, for `images` `engine.start`.
+    passes five times its lowest or is not finite.
 
     Raises:
         CifarResnetError: fewer than 20 points are left.
@@ -103,7 +99,7 @@ def range_test(
         from torch_lr_finder import LRFinder, TrainDataLoaderIter
         from torch_lr_finder import lr_finder as library
 
-    state, batches, done = start(recipe, device, classes, convolutions, images), endless(loader), itertools.count()
+    state, batches, done = begin(recipe), endless(loader), itertools.count()
 
     class Finder(LRFinder):
         """torch-lr-finder's, which raises the rate and reads the losses; each step is that of the training loop."""
@@ -117,7 +113,7 @@ def range_test(
                 raise NonFiniteLossError
             return loss
 
-    finder = Finder(state.model, state.optimizer, None, device=device)
+    finder = Finder(state.model, state.optimizer, None, device=state.device)
     quiet = mock.patch.object(library, "tqdm", lambda steps: steps), contextlib.redirect_stdout(io.StringIO())
     with quiet[0], quiet[1], contextlib.suppress(NonFiniteLossError):
         finder.range_test(
@@ -156,15 +152,12 @@ def usual_steps(recipe: Recipe, loader: Loader) -> int:
 
 
 def run_trials(
+    begin: Callable[[Recipe], State],
     recipe: Recipe,
     loader: Loader,
-    device: torch.device,
     history: History,
-    classes: int = 10,
     *,
     steps: int,
-    convolutions: Mapping[str, Sequence[str]] | None = None,
-    images: np.ndarray | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Trial]:
     """Trains fresh models of the recipe for `steps` steps each, on its schedule in small, from the `min_lr` of the range test;
@@ -179,14 +172,13 @@ def run_trials(
     found = suggest(history)
     if found.max_lr is None or found.min_lr is None:
         return []
-    begin, losses = found.min_lr, dict[int, float]()
-    start_trial = partial(start, device=device, classes=classes, convolutions=convolutions, images=images)
+    lowest_lr, losses = found.min_lr, dict[int, float]()
 
     def run(power: int) -> None:
         def taken(done: int) -> None:
             progress(len(losses) * steps + done, max(4, len(losses) + 1) * steps)
 
-        losses[power] = _trial(start_trial, recipe, loader, 2.0**power, begin, steps, taken)
+        losses[power] = _trial(begin, recipe, loader, 2.0**power, lowest_lr, steps, taken)
 
     run(round(math.log2(found.max_lr)))
     while len(losses) < MOST_TRIALS:
@@ -203,13 +195,13 @@ def run_trials(
 
 
 def _trial(
-    start: Callable[[Recipe], State], recipe: Recipe, loader: Loader, max_lr: float, min_lr: float, steps: int,
+    begin: Callable[[Recipe], State], recipe: Recipe, loader: Loader, max_lr: float, min_lr: float, steps: int,
     progress: Callable[[int], None],
 ) -> float:  # fmt: skip
     """Mean loss of the last fifth of a short training with a whole schedule; infinite where it is not finite."""
     schedule = dict(max_lr=max_lr, div_factor=max(max_lr / min_lr, 1.0), epochs=1, peak_epoch=recipe.peak_epoch / recipe.epochs)
     trial = recipe.replace(**schedule, ema_decay=0.0, sam_share=0.0)
-    state, losses = start(trial), []
+    state, losses = begin(trial), []
     state.model.train()
     even = recipe.batches == "even"
     batches = (batch for batch in endless(loader) if even or len(batch.labels) == recipe.batch_size)  # none of a remainder
@@ -285,9 +277,9 @@ def _best(history: History, trials: Sequence[Trial], longer: float) -> float | N
     return trials[best].max_lr * 2**octaves * longer**GROWTH
 
 
-def exponential(loss: np.ndarray, weight: float = 0.05) -> np.ndarray:
-    """torch-lr-finder's smoothing: each value moves the last one by `weight`. It lags behind the loss."""
-    return np.array(list(itertools.accumulate(loss.tolist(), lambda last, new: weight * new + (1 - weight) * last)))
+def exponential(loss: np.ndarray) -> np.ndarray:
+    """torch-lr-finder's smoothing: each value moves the last one by a twentieth. It lags behind the loss."""
+    return np.array(list(itertools.accumulate(loss.tolist(), lambda last, new: 0.05 * new + 0.95 * last)))
 
 
 def smooth(loss: np.ndarray) -> np.ndarray:

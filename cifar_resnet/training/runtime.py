@@ -26,7 +26,7 @@ from .distributed import rank, ranks, started
 def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
     """ "auto" is CUDA, then MPS, then the CPU; of several processes each takes a CUDA device of its own, or the CPU.
 
-    It also allows TF32 there from now on, or forbids it.
+    From now on `tf32` says whether float32 products and convolutions may round their factors to TF32, 10 bits, on an NVIDIA GPU.
 
     Raises:
         UsageError: the device is not there; or there are several processes, and they do not train.
@@ -50,7 +50,7 @@ def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
         keep_large_blocks()
     elif device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams, and so a captured graph, are of the current one
-    set_tf32(tf32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # torch allows it in convolutions by default
     torch.backends.cudnn.benchmark = True  # a run has few batch sizes: the fastest algorithm is looked for once for each
     return device
 
@@ -117,15 +117,6 @@ def cast_at_once(model: nn.Module, images: Tensor) -> Tensor:
     return output
 
 
-def set_tf32(on: bool) -> None:
-    """Whether products and convolutions in float32 may round their factors to TF32, 10 bits, on an NVIDIA GPU.
-
-    By default torch allows it in convolutions.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = on
-    torch.backends.cudnn.allow_tf32 = on
-
-
 def wait_for(device: torch.device) -> None:
     """Waits until the device has done all that it was given."""
     if device.type != "cpu":
@@ -176,7 +167,7 @@ def keep_large_blocks() -> None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """For `metrics.json`: versions, device and threads, on which the speed and the last bits of a run depend."""
+    """Versions, device and threads, on which the speed and the last bits of a run depend; for the files of a run."""
     on_cuda = device.type == "cuda"
     return {
         "cifar_resnet": __version__,

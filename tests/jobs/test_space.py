@@ -218,7 +218,8 @@ def test_what_cannot_be_exported_as_a_space_is_one_line(refused, tiny_run, tmp_p
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert "is not empty" in refused(1, "export", tiny_run, "--format", "space", "--output", tmp_path / "full")
     assert "--with-preprocessing goes with" in refused(2, "export", tiny_run, "--format", "space", "--with-preprocessing")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "cifar_resnet.look.page", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(CifarResnetError, match=r'gradio: pip install "cifar-resnet\[demo\]"'):
         export(tiny_run, tmp_path / "new", format="space")
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]

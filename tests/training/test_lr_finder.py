@@ -1,6 +1,7 @@
 """The range test, the trials after it, and what is read off them. The job around it is in tests/jobs."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from cifar_resnet.training.engine import Rates, train_step
 from cifar_resnet.training.lr_finder import History, Trial, range_test, run_trials, suggest, usual_steps
 
 CPU = torch.device("cpu")
+BEGIN = partial(engine.start, device=CPU)
 
 
 def made(best=0.3, noise=0.02, points=200, seed=0):
@@ -108,7 +110,7 @@ def test_trials_go_up_and_down_until_the_best_is_between_worse_ones(monkeypatch,
 
     monkeypatch.setattr(lr_finder, "train_step", given)
     recipe, loader = small()
-    trials = run_trials(recipe, loader, CPU, made(best=0.09, noise=0), steps=40)
+    trials = run_trials(BEGIN, recipe, loader, made(best=0.09, noise=0), steps=40)
     first, last = first_to_last
     expected = [losses[power] for power in range(first, last + 1)]
     assert [trial.max_lr for trial in trials] == [2.0**power for power in range(first, last + 1)]
@@ -121,7 +123,7 @@ def test_a_trial_is_a_short_run_of_the_recipe(batches, sizes):
     recipe, loader = small(batches=batches, base_momentum=0.8, ema_decay=0.9, sam_share=1.0, sam_radius=1.0)  # a trial goes without the last three
     history, done = made(noise=0)._replace(lr=made().lr / 100), []
     before = torch.random.get_rng_state()
-    trials = run_trials(recipe, loader, CPU, history, steps=20, progress=lambda *numbers: done.append(numbers))
+    trials = run_trials(BEGIN, recipe, loader, history, steps=20, progress=lambda *numbers: done.append(numbers))
     assert torch.equal(before, torch.random.get_rng_state())
     assert done[-1] == (20 * len(trials), 20 * max(4, len(trials)))
 
@@ -228,7 +230,7 @@ def test_a_test_with_too_few_points_says_what_gives_more(monkeypatch, settings, 
     monkeypatch.setattr(lr_finder, "train_step", given)
     recipe, loader = small()
     with pytest.raises(CifarResnetError, match="only .* points") as raised:
-        range_test(recipe, loader, CPU, **settings)
+        range_test(BEGIN, recipe, loader, **settings)
     advice = str(raised.value).split("needs 20: ")[1]
     given_numbers = re.findall(r"--(end-lr|num-iter) ([\d.e+-]+)(?=,|$)", advice)
     changes = [{name.replace("-", "_"): float(number) if name == "end-lr" else int(number)} for name, number in given_numbers]
@@ -239,7 +241,7 @@ def test_a_test_with_too_few_points_says_what_gives_more(monkeypatch, settings, 
     assert changes
     for change in changes:
         worst = 0.0
-        assert len(range_test(recipe, loader, CPU, **{**settings, **change}).lr) >= 20, advice
+        assert len(range_test(BEGIN, recipe, loader, **{**settings, **change}).lr) >= 20, advice
 
 
 def test_a_rule_names_its_learning_rate():
@@ -281,9 +283,9 @@ def test_the_rates_rise_as_asked_and_the_random_state_stays(mode):
     recipe, loader = small()
     before, steps = torch.random.get_rng_state(), []
     history = range_test(
+        BEGIN,
         recipe,
         loader,
-        CPU,
         start_lr=1e-3,
         end_lr=0.1,
         num_iter=24,
@@ -301,7 +303,7 @@ def test_the_rates_rise_as_asked_and_the_random_state_stays(mode):
 def test_the_range_test_trains_as_the_recipe_says():
     """Its losses against a hand loop: the recipe's optimizer, augmentation, label smoothing, in bfloat16."""
     recipe, loader = small(precision="bfloat16", optimizer="adam", train_limit=64)
-    history = range_test(recipe, loader, CPU, start_lr=1e-4, end_lr=1e-2, num_iter=20)
+    history = range_test(BEGIN, recipe, loader, start_lr=1e-4, end_lr=1e-2, num_iter=20)
     model = build_model(recipe).train()
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.999), weight_decay=recipe.weight_decay)
     for lr, loss, (images, labels, _) in zip(history.lr[:4], history.loss, loader.epoch(0), strict=False):
@@ -318,7 +320,7 @@ def test_the_range_test_trains_as_the_recipe_says():
 def test_every_step_of_the_range_test_is_one_of_the_training_loop():
     """To the bit, over more than one epoch, with batches of both sizes; of the default recipe, in plain steps and without averaging."""
     recipe, loader = small("default", sam_share=1.0, ema_decay=0.9, max_lr=0.3)
-    history = range_test(recipe, loader, CPU, start_lr=1e-3, end_lr=0.1, num_iter=20)
+    history = range_test(BEGIN, recipe, loader, start_lr=1e-3, end_lr=0.1, num_iter=20)
     state = engine.start(recipe, CPU)
     every = [batch for epoch in range(4) for batch in loader.epoch(epoch)]
     assert {len(batch.labels) for batch in every} == {15, 14}
@@ -332,4 +334,4 @@ def test_a_test_that_diverges_at_once_is_a_clear_error(end_lr):
     with pytest.raises(
         CifarResnetError, match=r"only \d+ points .* give a lower --start-lr than 1000"
     ):
-        range_test(recipe, loader, CPU, start_lr=1e3, end_lr=end_lr, num_iter=25)
+        range_test(BEGIN, recipe, loader, start_lr=1e3, end_lr=end_lr, num_iter=25)

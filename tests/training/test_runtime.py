@@ -29,7 +29,6 @@ from cifar_resnet.training.runtime import (
     environment,
     resolve_device,
     resolve_precision,
-    set_tf32,
     without_emulation,
 )
 
@@ -64,13 +63,13 @@ def pretended_gpu(monkeypatch):
 def test_tf32_is_one_switch_for_products_and_convolutions(on, tf32):
     for switch in TF32:
         switch.allow_tf32 = not on
-    set_tf32(on)
+    resolve_device("cpu", on)
     assert tf32() == [on, on]
 
 
 def test_the_environment_of_a_gpu_holds_its_libraries_and_arithmetic(pretended_gpu, tf32):
     for on in (True, False):
-        set_tf32(on)
+        resolve_device("cuda:1", on)
         found = environment(torch.device("cuda", 1))
         assert found["tf32"] is on
         assert (found["cuda"], found["cudnn"], found["device_name"]) == ("13.1", 91000, "a GPU, cuda:1")
