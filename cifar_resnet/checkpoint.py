@@ -30,7 +30,7 @@ ROW = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accurac
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A checkpoint file, read and verified; tensors on the CPU."""
 

@@ -20,7 +20,7 @@ from .recipe import DATASETS, Recipe, option_words
 from .runs import CHECKPOINT, RECIPE, REPEAT
 from .training.engine import State
 
-LOCK, HOLDER = ".lock", ".lock-holder"
+LOCK, HOLDER, METRICS = ".lock", ".lock-holder", "metrics.json"
 PICTURES = (".png", ".svg", ".pdf")
 DRAWN = ("class_accuracy", "confusion_matrix", "reliability", "gradcam", "misclassified")
 # Files that commands make of a checkpoint, and write beside it. labels.csv is not among them: a user may have corrected it.
@@ -89,6 +89,8 @@ class RunDir:
         elif (self.path / RECIPE).exists():
             checkpoint, recipe = None, Recipe.load(read_json(self.path / RECIPE, "recipe file"))
         else:
+            if (self.path / REPEAT).exists():
+                raise UsageError(f"{self.path} is a repetition of several runs; in Python repeat(resume=...) goes on with it")
             holds = f"holds neither {CHECKPOINT} nor recipe.json" if self.path.exists() else "there is no such folder"
             raise UsageError(f"--resume {self.path}: {holds}, so no run to go on with")
         must_match = dict(must_match or {})
@@ -172,12 +174,19 @@ class RunDir:
         return ""
 
     def write_metrics(self, state: State, data: Data, environment: dict[str, Any]) -> None:
-        """`metrics.json`, after every epoch; `final` is null until the last one."""
+        """`metrics.json`, at the start and after every epoch; `final` is null until the last one."""
         history, final = state.history, None
         if len(history) == state.recipe.epochs:
             final = {**history[-1], "seconds": sum(epoch["seconds"] for epoch in history)}
         content = {"evaluated_on": data.evaluated_on, "epochs": history, "final": final}
-        write_json(self.path / "metrics.json", {"schema": SCHEMA, "environment": environment, **content})
+        write_json(self.path / METRICS, {"schema": SCHEMA, "environment": environment, **content})
+
+    def environment(self) -> dict[str, Any]:
+        """What `metrics.json` keeps as `environment`; nothing where it cannot be read."""
+        with suppress(UsageError):
+            kept = read_json(self.path / METRICS, "metrics").get("environment")
+            return kept if isinstance(kept, dict) else {}
+        return {}
 
     def write_table(self, history: Sequence[dict[str, Any]]) -> None:
         """The epochs of `metrics.json` as `metrics.csv`."""

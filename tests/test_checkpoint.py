@@ -37,6 +37,7 @@ def test_a_run_directory_of_the_version_before_goes_on_loading():
     assert {name: value for name, value in recipe.to_dict().items() if name in written} == written
     assert (recipe.width, checkpoint.content["epoch"], checkpoint.content["step"]) == (64, 1, 1)
     assert checkpoint.history == json.loads((FIXTURES / "run-0.1" / "metrics.json").read_text("utf-8"))["epochs"]
+    assert len({checkpoint, checkpoint, load_checkpoint(checkpoint.path)}) == 2  # which compares no tensors
 
 
 def test_the_optimizers_tensors_are_its_own_and_laid_out_as_the_weights():

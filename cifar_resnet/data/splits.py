@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """images: uint8 (N, 32, 32, 3); labels: int64 (N,); indices: int64 (N,), each image's place in the published split.
 
@@ -37,7 +37,7 @@ class Split:
         return len(self.labels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Data:
     """What a run trains on and what it is judged by; `evaluated_on` is "test" or "holdout"."""
 

@@ -40,6 +40,7 @@ from ..training.engine import State, rates_at, train_step
 from ..training.model import build_model
 from ..training.optim import make_optimizer, set_rates
 from ..training.runtime import compiled, environment, resolve_device, resolve_precision, wait_for
+from .common import with_gradients
 from .convolutions import Choice, choose, chosen_here, measure_anew
 
 MIN_ROUNDS, TRAIN_IMAGES, TEST_IMAGES, CPU_SIDE = 6, 50_000, 10_000, 4096
@@ -56,6 +57,7 @@ RATIOS = (
 
 
 @checked
+@with_gradients
 def bench(
     recipe: Recipe | None = None,
     *,

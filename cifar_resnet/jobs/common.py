@@ -33,6 +33,9 @@ if TYPE_CHECKING:  # Matplotlib comes with the first picture
     from matplotlib.figure import Figure
 
 
+with_gradients = torch.inference_mode(False)  # decorates what needs them, whatever a notebook has switched off
+
+
 class Prediction(NamedTuple):
     """A checkpoint's logits, float32 (N, classes), on the images that it is judged by."""
 
@@ -169,6 +172,7 @@ def dataset_of(given: Path | str) -> str:
     return os.path.abspath(given) if isinstance(given, Path) else given
 
 
+@with_gradients
 def logits_of(
     checkpoint: Checkpoint | Path | str,
     data_dir: Path | str | None,
@@ -252,6 +256,7 @@ def by_label(found: Prediction, logits: Tensor | None = None) -> tuple[list[anal
     return wrong, analysis.ranked_labels(*judged)
 
 
+@with_gradients
 def grad_cams(found: Prediction, shown: Sequence[analysis.Mistake], layer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The images of these mistakes, uint8 (N, 32, 32, 3), and the Grad-CAM maps of the class predicted and of its rival.
 

@@ -14,7 +14,7 @@ import torch
 from ..arguments import Convolution, Format, LoaderKind, StepMode, checked
 from ..checkpoint import SCHEMA
 from ..data.datasets import load
-from ..data.loaders import Loader, TensorLoader, check_batches, make_loader
+from ..data.loaders import Loader, TensorLoader, batch_sizes, check_batches, make_loader
 from ..data.splits import Data
 from ..errors import CifarResnetError, NonFiniteLossError, UsageError
 from ..files import check_writable, writable, write_json
@@ -26,7 +26,7 @@ from ..training.engine import Epoch, State
 from ..training.lr_finder import MIN_POINTS, FoundLR, Suggestions, range_test, run_trials, suggest, usual_steps
 from ..training.model import build_model
 from ..training.runtime import environment
-from .common import prepare, save_figure
+from .common import prepare, save_figure, with_gradients
 from .convolutions import Choice, choose
 
 SWEPT = 9  # short trainings of a sweep at most
@@ -35,6 +35,7 @@ Progress = Callable[[int, int], None]
 
 
 @checked
+@with_gradients
 def find_lr(
     recipe: Recipe | None = None,
     run_dir: Path | str | None = None,
@@ -77,13 +78,14 @@ def find_lr(
         told = held.enter_context(telling(progress, "learning rate", "steps"))
         notify = cache(notify)  # what is said of the images is said once, though they may be loaded twice
         recipe, place, data = prepare(recipe, device, data_dir, notify)
+        run_steps = recipe.epochs * len(batch_sizes(recipe, len(data.train)))
         if sweep and not recipe.holdout:
             recipe = recipe.replace(holdout=max(len(data.train) // 10, len(data.classes)), test_limit=None)
             data = load(recipe, data_dir, notify)
         check_batches(recipe, len(data.train))
         batches = held.enter_context(closing(make_loader(data.train, recipe, place, loader, workers)))
         ways = choose(convolution, build_model(recipe), recipe, place)
-        search = _Search(recipe, data, batches, place, sweep or 0, told, ways)
+        search = _Search(recipe, data, batches, place, run_steps, sweep or 0, told, ways)
         found = search.run(usual_steps(recipe, batches) if trial_steps is None else trial_steps, settings)
     if run_dir is not None:
         folder = writable(Path(run_dir))
@@ -109,6 +111,7 @@ class _Search(NamedTuple):
     data: Data
     loader: Loader
     device: torch.device
+    run_steps: int  # of the whole training, which has the images too that a sweep holds out
     sweep: int  # epochs; 0 for none
     progress: Progress
     convolutions: Choice | None
@@ -137,7 +140,7 @@ class _Search(NamedTuple):
         self.progress(before, before + planned)
         if self.sweep:
             swept = self._sweep(suggest_for(self.sweep * loader.steps), before)
-        return FoundLR(tested, suggest_for(recipe.epochs * loader.steps), trials, swept, trial_steps)
+        return FoundLR(tested, suggest_for(self.run_steps), trials, swept, trial_steps)
 
     def _sweep(self, found: Suggestions, before: int) -> list[dict[str, Any]]:
         """Short trainings at several learning rates, each with its last accuracy and loss; None for both where it diverged."""
@@ -169,7 +172,7 @@ class _Search(NamedTuple):
             "recipe": self.recipe.to_dict(),
             **settings,
             "trial_steps": found.trial_steps,
-            "run_steps": self.recipe.epochs * self.loader.steps,
+            "run_steps": self.run_steps,
             "suggestions": found.suggestions._asdict(),
             "history": {"lr": found.history.lr.tolist(), "loss": found.history.loss.tolist()},
             "trials": trials,

@@ -28,6 +28,10 @@ class Interrupted(CifarResnetError):
         self.number, self.run_dir, self.options = number, run_dir, options
         self.exit_code = 128 + number
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it goes to another process."""
+        return Interrupted, (self.number, self.run_dir, self.options)
+
 
 class _Received(list):
     """Signals received, and their handler: after the first one, an impatient one acts as it did before, and the others do nothing."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import check, checked
-from ..checkpoint import SCHEMA
+from ..checkpoint import SCHEMA, Checkpoint
 from ..data.datasets import load
 from ..errors import UsageError
 from ..files import read_json, writable, write_json, write_whole
@@ -66,7 +66,7 @@ def repeat(
     else:
         where = device, options.get("data_dir"), said.append
         begun = nullcontext(_read_repetition(find_run(resume, repetition=True), must_match or {}, *where))
-    done, captured = [], dict[Any, CapturedEpoch | None]()
+    done, captured = list[Checkpoint](), dict[Any, CapturedEpoch | None]()
     with begun as (folder, recipe, count), signals() as received:
         for seed in range(recipe.seed, recipe.seed + count):
             one = folder / f"s{seed}"
@@ -75,7 +75,8 @@ def repeat(
             with suppress(Interrupted), watch() as watcher:
                 while said:
                     Watchers(watcher).warn(said.pop(0))
-                done.append(train(**how, watcher=watcher, captured=captured, **options))  # type: ignore[arg-type]
+                alike = _as_begun(done[0], options) if done else options
+                done.append(train(**how, watcher=watcher, captured=captured, **alike))  # type: ignore[arg-type]
             if received and len(done) < count:
                 raise Interrupted(received[0], folder, to_go_on(options))
     accuracies = [checkpoint.history[-1]["test_accuracy"] for checkpoint in done]
@@ -83,6 +84,12 @@ def repeat(
     content["evaluated_on"] = done[0].evaluated_on
     write_json(folder / REPEAT, content)
     return content
+
+
+def _as_begun(first: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with the loader, and TF32, of the first run: a repetition that goes on is not told them again."""
+    kept, names = first.environment, ("loader", "workers") if options.get("loader", "auto") == "auto" else ()
+    return {**options, **{name: kept[name] for name in names if name in kept}, "tf32": kept.get("tf32") is True}
 
 
 @contextmanager

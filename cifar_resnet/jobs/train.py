@@ -20,16 +20,17 @@ from ..data.datasets import load, with_statistics
 from ..data.loaders import Loader, Share, TensorLoader, batch_sizes, check_batches, check_loader, make_loader
 from ..data.splits import Data, same_images
 from ..errors import CifarResnetError, RunDirectoryError, UsageError, first_line
+from ..files import remove
 from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe, option_words
-from ..run_dir import RunDir, check_free, save_due
+from ..run_dir import PICTURES, RunDir, check_free, save_due
 from ..runs import default_directory, find_run
 from ..training import calibration, convolution, distributed, engine
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step
 from ..training.runtime import compiled, environment, resolve_device, resolve_precision
-from .common import check_images, prepare, save_figure
+from .common import check_images, prepare, save_figure, with_gradients
 from .convolutions import choose
 from .interrupt import Interrupted, signals
 
@@ -93,6 +94,7 @@ class Watchers:
 
 
 @checked
+@with_gradients
 def train(
     recipe: Recipe | None = None,
     run_dir: Path | str | None = None,
@@ -128,7 +130,7 @@ def train(
         save_every_minutes: how long inside an epoch until a checkpoint is saved.
         compile: "auto", "on" or "off"; see `runtime.compiled`. Several processes train without.
         convolution: "auto" or "torch"; see `convolutions.choose`. A resumed run goes on as it began, but for "torch".
-        tf32: whether an NVIDIA GPU may round the factors of float32 products to TF32.
+        tf32: whether an NVIDIA GPU may round the factors of float32 products to TF32, as it goes on to in a run that was begun so.
         target: accuracy in percent, drawn as a line into the accuracy curve.
         format: of the pictures: "png", "svg" or "pdf".
         progress: whether a table of the epochs is shown; by default in a terminal and in a notebook.
@@ -195,6 +197,7 @@ class _Run:
     state: State
     folder: RunDir
     environment: dict[str, Any]
+    kept: dict[str, Any]  # the environment that a run that goes on had before
     run_epoch: RunEpoch
     temperature: float | None = None  # of the trained model
 
@@ -213,12 +216,12 @@ class _Run:
 
     def read(self) -> Checkpoint | None:
         """Reads what is to be trained; gives the checkpoint of a run that has ended."""
-        self.recipe, self.checkpoint, finished = distributed.on_first(self._read)
+        self.recipe, self.checkpoint, self.kept, finished = distributed.on_first(self._read)
         return self.checkpoint if finished else None
 
-    def _read(self) -> tuple[Recipe, Checkpoint | None, bool]:
+    def _read(self) -> tuple[Recipe, Checkpoint | None, dict[str, Any], bool]:
         """On rank 0, which says what is wrong with the options of all."""
-        planned, checkpoint = self.asked_recipe, None
+        planned, checkpoint, kept = self.asked_recipe, None, dict[str, Any]()
         check_loader(self.asked["loader"], self.asked["workers"])
         if distributed.ranks() > 1 and self.asked["compile"] == "on":
             raise UsageError("--compile on: several processes train without compiling; leave it out")
@@ -226,10 +229,11 @@ class _Run:
             check_free(Path(self.run_dir))
         if self.resume is not None:
             planned, checkpoint = self.resume.open(self.must_match)
+            kept = checkpoint.environment if checkpoint else self.resume.environment()
             if checkpoint and checkpoint.finished and self.resume.has_last_file():
                 with suppress(RunDirectoryError), self.resume.lock():  # it may have been killed right after its last file
                     self.resume.remove_parts()
-                return planned, checkpoint, True
+                return planned, checkpoint, kept, True
         where = self.asked["device"], self.asked["data_dir"]
         planned, _, self.read_data = prepare(planned, *where, self.watcher.warn, self.watcher.reading)
         least = 2 if self.resume is None else 1  # a run that was begun with steps of one image goes on
@@ -239,12 +243,12 @@ class _Run:
             raise UsageError(
                 f"--ema-every {planned.ema_every} is more than the {steps} steps of the run: the average would never be updated"
             )
-        return planned, checkpoint, False
+        return planned, checkpoint, kept, False
 
     def load_images(self, held: ExitStack) -> None:
         share = Share(distributed.rank(), distributed.ranks())
         self.data = self.read_data or load(self.recipe, self.asked["data_dir"], self.watcher.warn)
-        self.device = resolve_device(self.asked["device"], self.asked["tf32"])
+        self.device = resolve_device(self.asked["device"], self.asked["tf32"] or self.kept.get("tf32") is True)
         self.loader = make_loader(self.data.train, self.recipe, self.device, *self._loader_options(), share)
         held.callback(self.loader.close)
         mine = self.data.evaluation.take(share.of(len(self.data.evaluation)))
@@ -254,10 +258,9 @@ class _Run:
     def _loader_options(self) -> tuple[str, int | None]:
         """Loader and workers. A run goes on with the loader that it began with, as the other one augments differently."""
         asked, workers = self.asked["loader"], self.asked["workers"]
-        kept = self.checkpoint.environment if self.checkpoint else {}
-        before = kept.get("loader", asked)
+        before = self.kept.get("loader", asked)
         if asked == "auto":
-            return before, kept.get("workers")
+            return before, self.kept.get("workers") if before == "albumentations" else None
         if before != asked:
             self.watcher.warn(f"--loader {asked}: the run had {before}, and its images are augmented differently from here on")
         return asked, workers
@@ -359,10 +362,11 @@ class _Run:
         }
         if self.resume is None:
             self._warn_of_idle_options()
-        self.watcher.begin(self.recipe, self.folder.path, self.environment, self.data, self.state)
-        if self.checkpoint:  # the truth: metrics.json may be an epoch ahead of it
-            distributed.on_first(partial(self.folder.write_metrics, self.state, self.data, self.environment))
+        # By which a run goes on that is killed before its first checkpoint. After a checkpoint metrics.json may be an epoch ahead of it.
+        distributed.on_first(partial(self.folder.write_metrics, self.state, self.data, self.environment))
+        if self.checkpoint:
             distributed.on_first(partial(self._unless_refused, self._write_table))
+        self.watcher.begin(self.recipe, self.folder.path, self.environment, self.data, self.state)
 
     def _warn_of_idle_options(self) -> None:
         """Says which settings, other than the preset's, change nothing."""
@@ -447,6 +451,8 @@ class _Run:
         from ..look import figures
 
         self._write_curves()
+        for suffix in set(PICTURES) - {f".{self.asked['format']}"}:  # drawn before the run was stopped
+            remove(self.folder.path / f"curves{suffix}")
         self._write_table()
         figure = figures.learning_rate(self.recipe, self.loader.steps)
         save_figure(figure, self.folder.path / f"learning_rate.{self.asked['format']}")  # see `RunDir.has_last_file`

@@ -24,13 +24,14 @@ from ..look.words import count_of
 from ..recipe import Recipe
 from ..runs import LATEST
 from ..training import calibration, engine
-from .common import Prediction, by_label, images_of, opened, save_figure
+from .common import Prediction, by_label, images_of, opened, save_figure, with_gradients
 from .misclassified import check_count, check_new_folders, title, write_images, write_labels
 
 FOLDS = "training_folds.pt"  # the logits of the folds that are done, until all are
 
 
 @checked
+@with_gradients
 def training_labels(
     run: Path | str = LATEST,
     run_dir: Path | str | None = None,

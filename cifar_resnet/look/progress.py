@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.errors import LiveError
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -55,7 +56,7 @@ class LiveLine:
         self.cell: Any = None  # of a notebook, with what it shows
         if console.console.is_terminal and not console.console.is_jupyter:
             self.live = _Live(console=console.console, get_renderable=self.render, refresh_per_second=4, transient=True)
-            with suppress(OSError):
+            with suppress(OSError, LiveError):  # before Rich 14.1 only one line at a time is shown
                 self.live.start(refresh=True)
 
     def render(self) -> Table:

@@ -7,13 +7,12 @@ than the test shows. Short trainings, each with a whole schedule, find that maxi
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -101,8 +100,12 @@ def range_test(
 
     state, batches, done = begin(recipe), endless(loader), itertools.count()
 
+    silent = {**vars(library), "tqdm": lambda steps: steps, "print": lambda message: None}
+
     class Finder(LRFinder):
         """torch-lr-finder's, which raises the rate and reads the losses; each step is that of the training loop."""
+
+        range_test = FunctionType(LRFinder.range_test.__code__, silent, argdefs=LRFinder.range_test.__defaults__)
 
         def _train_batch(self, *_: Any, **__: Any) -> float:
             step = next(done)
@@ -114,8 +117,7 @@ def range_test(
             return loss
 
     finder = Finder(state.model, state.optimizer, None, device=state.device)
-    quiet = mock.patch.object(library, "tqdm", lambda steps: steps), contextlib.redirect_stdout(io.StringIO())
-    with quiet[0], quiet[1], contextlib.suppress(NonFiniteLossError):
+    with contextlib.suppress(NonFiniteLossError):
         finder.range_test(
             TrainDataLoaderIter(batches), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, smooth_f=0
         )

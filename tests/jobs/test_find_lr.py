@@ -41,6 +41,14 @@ def test_the_files_hold_what_was_found(tmp_path):
     assert (tmp_path / "lr_finder.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_printed_meanwhile_is_seen_and_the_library_prints_nothing(capsys):
+    recipe = Recipe.build("digits", train_limit=32, batch_size=16, width=4)
+    options = dict(start_lr=1e-3, end_lr=0.1, num_iter=20, trial_steps=0)
+    find_lr(recipe, **options, progress=lambda done, total: print(done, "of", total))
+    shown = capsys.readouterr().out.splitlines()
+    assert {f"{done} of 20" for done in range(21)} == set(shown)
+
+
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.build("digits", train_limit=32, batch_size=16, width=4)
@@ -114,6 +122,15 @@ def test_a_sweep_gives_what_train_gives(cli, tmp_path, found_at_once, no_figures
         last = train(recipe, tmp_path / str(row["max_lr"]), compile="off").history[-1]
         assert (row["accuracy"], row["loss"]) == (last["test_accuracy"], pytest.approx(last["test_loss"]))
         assert f"{row['accuracy']:.2f} %" in out
+
+
+def test_a_recommendation_is_for_the_whole_run_whose_images_a_sweep_does_not_hold_out(tmp_path, found_at_once, monkeypatch, no_figures):
+    """1,437 images in batches of 16 are 90 steps."""
+    monkeypatch.setattr("cifar_resnet.jobs.find_lr.engine.train", lambda *arguments: iter(()))
+    recipe = Recipe.build("digits", batch_size=16, width=4)
+    recommended = [find_lr(recipe, tmp_path, trial_steps=20, sweep=sweep).suggestions.max_lr for sweep in (None, 1)]
+    assert recommended == [pytest.approx(0.06 * (8 * 90 / 20) ** 0.2)] * 2
+    assert json.loads((tmp_path / "lr_finder.json").read_text("utf-8"))["run_steps"] == 8 * 90
 
 
 def test_the_recipe_at_what_was_found():

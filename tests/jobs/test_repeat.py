@@ -10,7 +10,7 @@ import pytest
 from run_helpers import StopAfter, assert_same_run, content
 from scipy import stats
 
-from cifar_resnet import Recipe, Watcher, compare, load_checkpoint, repeat
+from cifar_resnet import Recipe, Watcher, compare, load_checkpoint, repeat, train
 from cifar_resnet.errors import UsageError, shell_word
 from cifar_resnet.jobs.common import spread
 from cifar_resnet.jobs.interrupt import Interrupted
@@ -103,6 +103,19 @@ def test_a_repetition_stopped_inside_a_seed_goes_on_there(recipe, tmp_path):
     assert found == whole
     for seed in ("s0", "s1"):
         assert_same_run(content(tmp_path / "many" / seed), content(tmp_path / "whole" / seed))
+
+
+def test_a_repetition_goes_on_with_the_loader_of_its_first_run(recipe, tmp_path):
+    class Fails(Watcher):
+        def begin(self, *_):
+            raise ZeroDivisionError
+
+    whole = repeat(recipe, 2, tmp_path / "whole", loader="albumentations", workers=0)
+    with pytest.raises(ZeroDivisionError):
+        repeat(recipe, 2, tmp_path / "many", loader="albumentations", workers=0, watch=in_turn(Watcher(), Fails()))
+    shutil.rmtree(tmp_path / "many" / "s1")  # as if it had not begun
+    assert repeat(resume=tmp_path / "many") == whole
+    assert_same_run(content(tmp_path / "many" / "s1"), content(tmp_path / "whole" / "s1"))
 
 
 def test_a_signal_after_the_last_step_of_a_seed_stops_the_repetition(recipe, tmp_path):
@@ -256,6 +269,8 @@ def test_what_is_no_repetition_is_refused(recipe, refused, tmp_path, tiny_run, m
         path.write_text(text)
         assert word in refused(2, "train", "--resume", path.parent)
         assert path.read_text("utf-8") == text
+    with pytest.raises(UsageError, match=r"is a repetition of several runs; in Python repeat\(resume=...\) goes on with it"):
+        train(resume=path.parent)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="does not go with torchrun"):
         repeat(recipe, 2, tmp_path / "other")

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import select
 import shlex
@@ -109,6 +110,12 @@ def test_a_second_ctrl_c_is_an_interrupt_of_python(tiny_recipe, tmp_path, no_fig
     assert not (tmp_path / "run" / ".lock").exists()
 
 
+def test_what_says_how_to_go_on_comes_back_from_another_process():
+    stopped = Interrupted(signal.SIGTERM, Path("my run"), {"tf32": True})
+    again = pickle.loads(pickle.dumps(stopped))
+    assert (str(again), again.exit_code, again.options) == (str(stopped), 143, {"tf32": True})
+
+
 def test_sigterm_is_exit_code_143_and_one_line(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(progress.TrainingTable, "step", lambda self, step, state: signal.raise_signal(signal.SIGTERM))
     folder = tmp_path / "run"
@@ -186,7 +193,7 @@ def test_a_terminal_that_is_closed_saves_the_run(tmp_path):
     )  # fmt: skip
     os.close(terminal)
     try:
-        while not (tmp_path / "run" / "metrics.json").exists() and process.poll() is None:
+        while not (tmp_path / "run" / "metrics.csv").exists() and process.poll() is None:
             if select.select([master], [], [], 0.05)[0]:
                 os.read(master, 1 << 16)
         os.close(master)
@@ -256,6 +263,36 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tiny_run, tmp_path
     assert_same_run(content(tmp_path / "run"), content(tiny_run))
 
 
+class Fails(Watcher):
+    def __init__(self, method, step=1):
+        def fail(*_):
+            self.left -= 1
+            if not self.left:
+                raise ZeroDivisionError
+
+        self.left = step
+        setattr(self, method, fail)
+
+
+@pytest.mark.parametrize(("method", "step"), [("begin", 1), ("step", 5)])
+def test_a_run_that_fails_before_its_first_checkpoint_goes_on_with_its_loader(tiny_recipe, tmp_path, no_figures, method, step):
+    options = dict(loader="albumentations", workers=0)
+    train(tiny_recipe, tmp_path / "whole", **options)
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_recipe, tmp_path / "run", watcher=Fails(method, step), **options)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert train(resume=tmp_path / "run").environment["workers"] == 0
+    assert_same_run(content(tmp_path / "run"), content(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("written", ["", "[]", '{"environment": 3}', '{"environment": {"loader": "tensor", "workers": "x"}}'])
+def test_metrics_that_say_nothing_of_a_loader_do_no_harm(tiny_run, tmp_path, no_figures, written):
+    shutil.copy(tiny_run / "recipe.json", tmp_path)
+    (tmp_path / "metrics.json").write_text(written)
+    train(resume=tmp_path)
+    assert_same_run(content(tmp_path), content(tiny_run))
+
+
 def test_what_a_run_killed_after_its_last_write_leaves_is_removed(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
     (tmp_path / "run" / ".lock").write_text("")
@@ -263,6 +300,14 @@ def test_what_a_run_killed_after_its_last_write_leaves_is_removed(tiny_run, tmp_
     (tmp_path / "run" / ".curves.png.1.part").write_text("half")
     assert train(resume=tmp_path / "run").finished
     assert sorted(os.listdir(tmp_path / "run")) == FILES
+
+
+def test_a_picture_of_the_half_of_a_run_in_another_format_goes(tiny_recipe, tmp_path):
+    with pytest.raises(Interrupted):
+        train(tiny_recipe, tmp_path, watcher=StopAfter(4), format="svg")
+    assert (tmp_path / "curves.svg").exists()
+    train(resume=tmp_path)
+    assert sorted(os.listdir(tmp_path)) == FILES
 
 
 def test_a_run_whose_pictures_are_missing_draws_them(tiny_run, tmp_path):

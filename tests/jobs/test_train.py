@@ -7,7 +7,7 @@ import pytest
 import torch
 from run_helpers import FILES, Listener, StopAfter, assert_same_run, content, equal_weights
 
-from cifar_resnet import Recipe, Watcher, Watchers, build_model, files, load_checkpoint, run_dir, train
+from cifar_resnet import Recipe, Watcher, Watchers, build_model, files, load_checkpoint, misclassified, run_dir, train
 from cifar_resnet.errors import NonFiniteLossError, RunDirectoryError, UsageError, shell_word
 from cifar_resnet.jobs.train import _Run
 from cifar_resnet.look import figures, progress
@@ -201,7 +201,7 @@ def test_weights_that_are_finite_but_give_no_finite_loss_end_the_run(tiny_recipe
 
     with pytest.raises(NonFiniteLossError, match="evaluation images is not finite after epoch 1; try a lower --max-lr"):
         train(tiny_recipe, tmp_path / "run", watcher=Poison())
-    assert os.listdir(tmp_path / "run") == ["recipe.json"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["metrics.json", "recipe.json"]
 
 
 def test_a_learning_rate_that_diverges_is_said(tmp_path, refused):
@@ -349,6 +349,16 @@ def test_curves_that_cannot_be_written_are_said_and_the_run_goes_on(tiny_recipe,
     heard = Listener()
     assert train(tiny_recipe, tmp_path, watcher=heard).finished
     assert heard.warnings == [f"{tmp_path / 'curves.png'} could not be written: No space left on device; the run goes on"]
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_notebook_that_has_switched_gradients_off_can_train(tiny_recipe, tiny_run, tmp_path, around):
+    with around():
+        train(tiny_recipe, tmp_path / "run")
+        shown = misclassified(tmp_path / "run", count=2)
+        assert not torch.is_grad_enabled()
+    assert_same_run(content(tmp_path / "run"), content(tiny_run))
+    assert shown == misclassified(tiny_run, tmp_path, count=2)
 
 
 def test_the_accuracy_curve_has_a_line_where_a_target_is_given_and_none_otherwise(cli, tmp_path):

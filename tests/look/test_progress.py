@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from rich.console import Console
+from rich.errors import LiveError
 
 from cifar_resnet import Recipe, load_checkpoint, train
 from cifar_resnet.data.datasets import load
@@ -104,6 +105,20 @@ def test_the_table_and_its_line_fit_and_the_line_is_narrower(terminal, begun):
     head = next(line for line in terminal.lines() if "test acc" in line)
     assert head.endswith("images/s" if columns >= 80 else "acc")
     assert len(head) <= columns
+
+
+def test_where_rich_shows_one_line_at_a_time_a_second_run_goes_without(monkeypatch):
+    """As Rich before 14.1."""
+
+    def refuse(self, refresh):
+        raise LiveError("Only one live display may be active at once")
+
+    monkeypatch.setattr(progress.Live, "start", refuse)
+    monkeypatch.setattr(console, "console", Console(file=io.StringIO(), force_terminal=True))
+    line = progress.LiveLine(lambda: progress.Line(0.5, [["half"]]))
+    line.update()
+    line.close()
+    assert console.console.file.getvalue() == ""
 
 
 def test_the_line_tells_of_the_epoch_under_way(begun, monkeypatch):
