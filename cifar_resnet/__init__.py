@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from .jobs.report import report
     from .jobs.samples import samples
     from .jobs.track import track
-    from .jobs.train import Watcher, Watchers, train
+    from .jobs.train import train
     from .jobs.training_labels import training_labels
+    from .jobs.watch import Watcher, Watchers
     from .presets import PRESETS
     from .recipe import Recipe
     from .training.model import ResNet, build_model
@@ -31,7 +32,7 @@ __version__ = "0.2.0"
 
 _MODULES = {  # of the names that are no job's
     "CifarResnetError": "errors", "PRESETS": "presets", "Recipe": "recipe", "Checkpoint": "checkpoint", "load_checkpoint": "checkpoint",
-    "ResNet": "training.model", "build_model": "training.model", "Watcher": "jobs.train", "Watchers": "jobs.train",
+    "ResNet": "training.model", "build_model": "training.model", "Watcher": "jobs.watch", "Watchers": "jobs.watch",
 }  # fmt: skip
 __all__ = [
     "PRESETS", "Checkpoint", "CifarResnetError", "Recipe", "ResNet", "Watcher", "Watchers", "bench", "build_model",

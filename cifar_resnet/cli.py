@@ -375,6 +375,7 @@ def train(
     from .jobs import track as tracking
     from .jobs import train as training
     from .jobs.interrupt import Interrupted
+    from .jobs.watch import Watchers
     from .runs import REPEAT, find_run
 
     if resume is not None:
@@ -383,8 +384,8 @@ def train(
 
     table = progress.TrainingTable(began)
 
-    def watch(shown: Any = None) -> training.Watchers:
-        return training.Watchers(shown or progress.TrainingTable(), *([tracking.track(track)] if track else []))
+    def watch(shown: Any = None) -> Watchers:
+        return Watchers(shown or progress.TrainingTable(), *([tracking.track(track)] if track else []))
 
     watcher = watch(table)
     where = dict(data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution)

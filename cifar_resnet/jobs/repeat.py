@@ -20,7 +20,8 @@ from ..training.capture import CapturedEpoch
 from ..training.runtime import resolve_device, resolve_precision
 from .common import check_images, spread
 from .interrupt import Interrupted, signals
-from .train import Watcher, Watchers, to_go_on, train
+from .train import to_go_on, train
+from .watch import Watcher, Watchers
 
 
 @checked

@@ -14,7 +14,7 @@ from ..data.splits import Data
 from ..errors import CifarResnetError, UsageError
 from ..recipe import Recipe
 from ..training.engine import Epoch, State, Step
-from .train import Watcher
+from .watch import Watcher
 
 FOLDER = "tensorboard"
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, ExitStack, suppress
-from functools import partial, partialmethod
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,76 +20,21 @@ from ..data.loaders import Loader, Share, TensorLoader, batch_sizes, check_batch
 from ..data.splits import Data, same_images
 from ..errors import CifarResnetError, RunDirectoryError, UsageError, first_line
 from ..files import remove
-from ..look.progress import TrainingTable, visible
 from ..presets import PRESETS
 from ..recipe import Recipe, option_words
 from ..run_dir import PICTURES, RunDir, check_free, save_due
 from ..runs import default_directory, find_run
 from ..training import calibration, convolution, distributed, engine
 from ..training.capture import CapturedEpoch, capturable
-from ..training.engine import Epoch, State, Step
+from ..training.engine import Epoch, State
 from ..training.runtime import compiled, environment, resolve_device, resolve_precision
 from .common import check_images, prepare, save_figure, with_gradients
 from .convolutions import choose
 from .interrupt import Interrupted, signals
+from .watch import Watchers, watchers
 
 DRAWN_EVERY = 100  # times as long as drawing takes: a hundredth of a run at most goes into its curves
 RunEpoch = Callable[[State, Loader], Iterator[Tensor]]
-
-
-class Watcher:
-    """What `train` tells of its course, on rank 0. This one is silent.
-
-    A watcher is any object with some of these methods; it need not be made from this class.
-
-    `reading` is called for each image that is read from a folder, with how many are read, of how many. The count begins anew for
-    the evaluation images. It is not called for images that are kept from an earlier time. `begin` is called before the first
-    step, with the recipe that is trained, the folder, what `metrics.json` keeps as `environment`, the images, and where the run
-    stands. `step` is called after every step; reading `step.loss` waits for the device. `epoch` is called after every epoch,
-    once it is evaluated, with what `metrics.json` says of it as `epoch.metrics`. `warn` is called with a line that a user should
-    see.
-    """
-
-    def reading(self, done: int, total: int) -> None: ...
-    def begin(self, recipe: Recipe, run_dir: Path, environment: dict[str, Any], data: Data, state: State) -> None: ...
-    def step(self, step: Step, state: State) -> None: ...
-    def epoch(self, epoch: Epoch) -> None: ...
-    def warn(self, message: str) -> None: ...
-
-
-TOLD = [name for name in vars(Watcher) if not name.startswith("_")]
-
-
-class Watchers:
-    """Hands everything on to several watchers, as far as each has the method for it.
-
-    As a context manager it opens and closes those that are one.
-    """
-
-    def __init__(self, *watchers: object) -> None:
-        self.watchers, self.open = watchers, ExitStack()
-
-    def __enter__(self) -> Self:
-        with ExitStack() as opened:  # which closes what is open, where the next cannot be opened
-            for watcher in self.watchers:
-                if isinstance(watcher, AbstractContextManager):
-                    opened.enter_context(watcher)
-            self.open = opened.pop_all()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.open.__exit__(*error)
-
-    def _tell(self, method: str, *what: Any) -> None:
-        for watcher in self.watchers:
-            if hasattr(watcher, method):
-                getattr(watcher, method)(*what)
-
-    reading = partialmethod(_tell, "reading")
-    begin = partialmethod(_tell, "begin")
-    step = partialmethod(_tell, "step")
-    epoch = partialmethod(_tell, "epoch")
-    warn = partialmethod(_tell, "warn")
 
 
 @checked
@@ -145,7 +89,7 @@ def train(
     asked = dict(where, save_every_minutes=save_every_minutes, compile=compile, tf32=tf32, target=target, format=format)
     check_options(save_every_minutes, target)
     with distributed.joined(), ExitStack() as held:
-        run = _Run(recipe, run_dir, resume, must_match or {}, asked, _watchers(held, progress, on_epoch, watcher))
+        run = _Run(recipe, run_dir, resume, must_match or {}, asked, watchers(held, progress, on_epoch, watcher))
         if ended := run.read():
             return ended
         run.load_images(held)
@@ -155,17 +99,6 @@ def train(
         run.begin()
         run.steps_to_the_end()
         return distributed.on_first(run.finish)
-
-
-def _watchers(
-    held: ExitStack, progress: bool | None, on_epoch: Callable[[dict[str, float]], object] | None, watcher: object | None
-) -> Watchers:
-    """All that are told of a run's course. The table of progress is closed with the stack."""
-    table = held.enter_context(TrainingTable()) if (visible() if progress is None else progress) else None
-    if watcher is not None and (isinstance(watcher, type) or not any(hasattr(watcher, name) for name in TOLD)):
-        raise UsageError(f"train: watcher {watcher!r:.60} is no object with one of the methods {', '.join(TOLD)}")
-    calling = on_epoch and SimpleNamespace(epoch=lambda epoch: on_epoch(dict(epoch.metrics)))
-    return Watchers(*(each for each in (table, calling, watcher) if each is not None))
 
 
 def _folder_of(run: Path) -> Path:

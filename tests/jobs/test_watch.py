@@ -1,0 +1,74 @@
+"""Who is told of a run's course, and of what."""
+
+from types import SimpleNamespace
+
+import pytest
+from run_helpers import Listener
+
+from cifar_resnet import Watcher, Watchers, train
+from cifar_resnet.errors import UsageError
+
+
+def test_a_watcher_hears_of_every_step_and_epoch_once(tiny_recipe, tmp_path, no_figures):
+    heard = []
+
+    class Keeping:  # no Watcher, and without warn
+        def begin(self, recipe, run_dir, environment, data, state):
+            heard.append(("begin", run_dir, len(data.train), state.epoch))
+
+        def step(self, step, state):
+            heard.append(("step", step.epoch, step.step, step.steps))
+
+        def epoch(self, epoch):
+            heard.append(("epoch", epoch.metrics["epoch"]))
+
+    checkpoint = train(tiny_recipe, tmp_path / "run", watcher=Keeping())
+    steps = [[("step", epoch, step, 3) for step in (1, 2, 3)] + [("epoch", epoch)] for epoch in (1, 2)]
+    assert heard == [("begin", tmp_path / "run", 70, 0), *steps[0], *steps[1]]
+    assert len(checkpoint.history) == 2
+
+
+def test_the_metrics_of_every_epoch_are_handed_to_a_function(tiny_recipe, tmp_path, monkeypatch, no_figures):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    checkpoints = [train(tiny_recipe, on_epoch=told.append) for _ in range(2)]  # as a cell that is run twice
+    assert [each.path.parent.as_posix() for each in checkpoints] == ["runs/digits-1", "runs/digits-2"]
+    assert told == checkpoints[0].history + checkpoints[1].history
+    assert type(told[0]) is dict
+
+
+def test_progress_is_shown_where_it_is_asked_for_or_seen(tiny_recipe, tmp_path, monkeypatch, no_figures, capsys):
+    for number, (asked, seen, lines) in enumerate([(None, False, 0), (None, True, 2), (False, True, 0), (True, False, 2)]):
+        monkeypatch.setattr("cifar_resnet.jobs.watch.visible", lambda seen=seen: seen)
+        heard = Listener()
+        train(tiny_recipe, tmp_path / str(number), progress=asked, watcher=heard)
+        assert capsys.readouterr().out.count("train loss") == lines
+
+
+@pytest.mark.parametrize("watcher", ["tensorboard", Watcher, SimpleNamespace(on_epoch=print)])
+def test_a_watcher_that_would_hear_nothing_is_refused(watcher, tiny_recipe, tmp_path):
+    with pytest.raises(UsageError, match="is no object with one of the methods reading, begin, step, epoch, warn"):
+        train(tiny_recipe, tmp_path / "run", watcher=watcher)
+    assert not (tmp_path / "run").exists()
+
+
+def test_watchers_are_closed_with_what_ended_them():
+    """Where the second cannot be opened, the first is closed."""
+    seen = []
+
+    class Opened(Watcher):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, kind, error, trace):
+            seen.append(kind)
+
+    class Broken(Opened):
+        def __enter__(self):
+            raise OSError("no")
+
+    with pytest.raises(OSError, match="no"), Watchers(Opened(), Broken()):
+        pass
+    with pytest.raises(KeyError), Watchers(Opened()):
+        raise KeyError
+    assert seen == [OSError, KeyError]
