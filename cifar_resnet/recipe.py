@@ -171,6 +171,9 @@ class Recipe(BaseModel):
                 more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
                 raise UsageError("; ".join(wrong[:10] + more)) from None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UsageError(f"a recipe does not change; recipe.replace({name}=...) gives another")
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, about: ValidationInfo) -> Any:

@@ -1,5 +1,7 @@
+import copy
 import inspect
 import json
+import pickle
 import re
 
 import pytest
@@ -50,6 +52,14 @@ def test_preset_then_file_then_options(tmp_path):
     file.write_text('{"max_lr": 0.2, "weight_decay": 0.001}')
     recipe = Recipe.build("page", file, max_lr=0.3, momentum=None)
     assert (recipe.max_lr, recipe.weight_decay, recipe.momentum, recipe.fc_bias) == (0.3, 0.001, 0.9, False)
+
+
+def test_a_recipe_does_not_change_and_its_copies_are_equal():
+    recipe = Recipe.build("page", epochs=3)
+    with pytest.raises(UsageError, match=r"a recipe does not change; recipe.replace\(seed=...\) gives another"):
+        recipe.seed = 5
+    assert recipe == copy.deepcopy(recipe) == pickle.loads(pickle.dumps(recipe))
+    assert recipe.replace(seed=5) == Recipe.build("page", epochs=3, seed=5)
 
 
 # What a file lacks
