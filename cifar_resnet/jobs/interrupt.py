@@ -76,5 +76,5 @@ def signals() -> Iterator[list[int]]:
 
 
 def _is_ours(name: str, handler: Any) -> bool:
-    """Whether we take this signal over: nothing handles it yet, or it is SIGINT or SIGTERM. A handler of None is not Python's, and stays."""
+    """Whether we take this signal over: nothing handles it yet, or it is SIGINT or SIGTERM. A handler of None is not Python's."""
     return handler == signal.SIG_DFL or (name in ("SIGINT", "SIGTERM") and handler not in (signal.SIG_IGN, None))

@@ -74,7 +74,7 @@ def train(
         save_every_minutes: how long inside an epoch until a checkpoint is saved.
         compile: "auto", "on" or "off"; see `runtime.compiled`. Several processes train without.
         convolution: "auto" or "torch"; see `convolutions.choose`. A resumed run goes on as it began, but for "torch".
-        tf32: whether an NVIDIA GPU may round the factors of float32 products to TF32, as it goes on to in a run that was begun so.
+        tf32: whether an NVIDIA GPU may round the factors of float32 products to TF32. A run that was begun so goes on so.
         target: accuracy in percent, drawn as a line into the accuracy curve.
         format: of the pictures: "png", "svg" or "pdf".
         progress: whether a table of the epochs is shown; by default in a terminal and in a notebook.
@@ -295,7 +295,7 @@ class _Run:
         }
         if self.resume is None:
             self._warn_of_idle_options()
-        # By which a run goes on that is killed before its first checkpoint. After a checkpoint metrics.json may be an epoch ahead of it.
+        # A run that is killed before its first checkpoint goes on by metrics.json. Later that may be an epoch ahead of the checkpoint.
         distributed.on_first(partial(self.folder.write_metrics, self.state, self.data, self.environment))
         if self.checkpoint:
             distributed.on_first(partial(self._unless_refused, self._write_table))

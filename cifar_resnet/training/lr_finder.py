@@ -86,7 +86,7 @@ def range_test(
     step_mode: str = "exp",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> History:
-    """Trains for `num_iter` steps, from where `begin` lets a run of the recipe begin, while the rate rises from `start_lr` to `end_lr`.
+    """Trains a run that `begin` starts for `num_iter` steps, while the learning rate rises from `start_lr` to `end_lr`.
 
     Steps are plain, with the recipe's optimizer, augmentation and precision, and without averaging. The test ends early if the loss
     passes five times its lowest or is not finite.
