@@ -176,7 +176,7 @@ Track = Annotated[Literal["tensorboard"] | None, _option(
 )]
 Target = Annotated[float | None, _option("Accuracy in percent, drawn as a line into the accuracy curve.", min=0, max=100)]
 
-Count = Annotated[int, _option("Mistakes in the two pictures, 1 to 100.", CHOICE)]
+Count = Annotated[int, _option("Mistakes in a picture, 1 to 100.", CHOICE)]
 Sort = Annotated[arguments.Sort, _option(
     "Order of the mistakes. confidence: surest first. label: least probable label first. class: by class. random.", CHOICE, metavar=NAME,
 )]
@@ -219,7 +219,7 @@ Open = Annotated[bool, _option("Show the page in your browser.", WHERE, "--open"
 
 Views = Annotated[int, _option("Augmented views of each image.", DRAWING)]
 Policy = Annotated[Literal["one-cycle", "triangular"], _option(
-    "Schedule to draw: one-cycle, the recipe's own; or triangular, the cyclical zigzag.", DRAWING, metavar=NAME
+    "Schedule to draw: one-cycle, the recipe's own; or triangular: the cyclical LR.", DRAWING, metavar=NAME
 )]
 MinLR = Annotated[float, _option("Lower bound of the triangular policy.", DRAWING)]
 StepSize = Annotated[int, _option("Steps of the triangular policy from one bound to the other.", DRAWING)]
@@ -325,7 +325,7 @@ def find_lr(
 ) -> None:  # fmt: skip
     """Recommend a learning rate: by a range test, then by short trainings.
 
-    The range test trains a new model while the learning rate rises. Three to six short trainings then try peaks around the rate of its lowest loss.
+    The range test trains a new model while the learning rate rises. Three to six short trainings then try peaks around the LR of the lowest loss.
     """
     from .jobs.common import command_line
     from .jobs.find_lr import find_lr, with_found_lr
@@ -533,7 +533,7 @@ def misclassified(
     copy_to: CopyTo = None, save_images: SaveImages = None, run_dir: RunDir = None, dataset: Moved = None,
     data_dir: DataDir = None, device: Device = "auto", format: Format = "png",
 ) -> None:  # fmt: skip
-    """Show what a checkpoint gets wrong, and where it looked: Grad-CAM of the class predicted and of the true one."""
+    """Show the mistakes of a checkpoint, with Grad-CAM of the predicted and of the true class."""
     if folds is not None and sort != "label":
         raise UsageError(f"--folds {folds} goes with --sort label")
     if epochs is not None and folds is None:

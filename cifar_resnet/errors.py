@@ -26,13 +26,13 @@ def shell_word(word: object) -> str:
 
 
 class CifarResnetError(Exception):
-    """Went wrong while running: exit code 1."""
+    """An error while running: exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(CifarResnetError, ValueError):
-    """Asked for something that cannot be: exit code 2."""
+    """A wrong argument or option: exit code 2."""
 
     exit_code = 2
 

@@ -88,12 +88,12 @@ class Recipe(BaseModel):
     init: Literal["default", "dirac", "whiten"] = _field(
         "dirac",
         "Model",
-        "Initial weights. default: torch's own. dirac: every convolution but the first passes its inputs on, as far as it has outputs "
-        "for them. whiten: as dirac, and the first convolution starts with filters that whiten the training images.",
+        "Initial weights. default: torch's own. dirac: every convolution but the first starts as the identity, as far as it has "
+        "outputs. whiten: as dirac, and the first convolution starts with filters that whiten the training images.",
     )
 
     optimizer: Literal["sgd", "muon", "adam", "adamw"] = _field(
-        "muon", "Optimizer", "Optimizer. muon trains all kernels but the first, and SGD the rest."
+        "muon", "Optimizer", "Optimizer. muon: Muon for all convolutions but the first, and SGD for the rest."
     )
     max_lr: float = _field(0.4, "Optimizer", "Learning rate at the peak of the schedule.", gt=0)
     momentum: float = _field(0.9, "Optimizer", "Momentum of SGD, or beta1 of Adam, at the lowest learning rate.", ge=0, lt=1)
@@ -135,7 +135,7 @@ class Recipe(BaseModel):
     peak_epoch: float = _field(
         5.0,
         "Schedule",
-        "Epoch at which the learning rate peaks. Epochs that are given without a peak move it in proportion.",
+        "Epoch at which the learning rate peaks. Epochs given without a peak move the peak in proportion.",
         gt=0,
     )
     div_factor: float = _field(25.0, "Schedule", "Peak learning rate, divided by the first one.", ge=1)

@@ -136,7 +136,8 @@ def present(folder: Path, moved_to: Path | str | None) -> Path:
             return place
     near = difflib.get_close_matches(folder.name, DATASETS, n=1)
     advice = (
-        "if it was moved, give the folder that holds it with --data-dir; or, but to demo and export, its new place with --dataset"
+        "if it was moved, give the folder that holds it with --data-dir; or, to other commands than demo and export, its new place "
+        "with --dataset"
     )
     if near:
         advice = f"did you mean {near[0]}?"

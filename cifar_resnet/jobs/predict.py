@@ -47,7 +47,7 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """For each image its most probable classes: {"image": path, "classes": [{"class", "probability"}, ...]}.
 
-    An image that came from memory has, in place of the path, the number of its place among all images, from 0; those in folders count.
+    For a PIL image or an array, "image" is its index among all images, from 0; images in folders count.
 
     Args:
         images: a file, a folder, a PIL image or an array, or several of them. Of a folder all image files are taken, see

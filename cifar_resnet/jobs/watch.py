@@ -17,7 +17,7 @@ from ..training.engine import Epoch, State, Step
 
 
 class Watcher:
-    """What `train` tells of its course, on rank 0. This one is silent.
+    """What `train` calls in its course, on rank 0. The methods of this class do nothing.
 
     A watcher is any object with some of these methods; it need not be made from this class.
 
@@ -40,9 +40,9 @@ TOLD = [name for name in vars(Watcher) if not name.startswith("_")]
 
 
 class Watchers:
-    """Hands everything on to several watchers, as far as each has the method for it.
+    """Passes each call on to every watcher that has the method.
 
-    As a context manager it opens and closes those that are one.
+    As a context manager it enters and exits the watchers that are one.
     """
 
     def __init__(self, *watchers: object) -> None:
