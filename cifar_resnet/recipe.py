@@ -367,6 +367,8 @@ SHORT.maxstring = SHORT.maxother = 200
 
 def _one_line(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing" and len(problem["loc"]) > 1:
+        message = "it takes a value for each of three channels"
     if problem["type"] == "string_unicode":
         message = "its name is not UTF-8 here; set PYTHONUTF8=1, or rename it"
     if not problem["loc"]:

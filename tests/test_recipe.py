@@ -54,6 +54,12 @@ def test_preset_then_file_then_options(tmp_path):
     assert (recipe.max_lr, recipe.weight_decay, recipe.momentum, recipe.fc_bias) == (0.3, 0.001, 0.9, False)
 
 
+def test_a_mean_has_three_values():
+    for mean in ([0.1, 0.2], [0.1, 0.2, 0.3, 0.4]):
+        with pytest.raises(UsageError, match=r"--mean \[0.1, 0.2.*\]: (it takes a value for each of three|tuple should have at most 3)"):
+            Recipe(mean=mean)
+
+
 def test_a_recipe_does_not_change_and_its_copies_are_equal():
     recipe = Recipe.build("page", epochs=3)
     with pytest.raises(UsageError, match=r"a recipe does not change; recipe.replace\(seed=...\) gives another"):

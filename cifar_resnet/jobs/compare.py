@@ -136,7 +136,8 @@ def _groups(together: dict[tuple[Recipe, str], list[Checkpoint]]) -> list[dict[s
             differs["images"] = images or recipe.dataset
         label = recipe.recipe
         if names.count(label) > 1:
-            label += ": " + ", ".join(f"{name} {value}" for name, value in differs.items())
+            short = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in differs.items()}
+            label += ": " + ", ".join(f"{name} {value}" for name, value in short.items())
         last = [run.history[-1]["test_accuracy"] for run in members]
         means = {name: statistics.fmean(run.history[-1][name] for run in members) for name in ("test_loss", "train_loss")}
         means["seconds"] = statistics.fmean(sum(row["seconds"] for row in run.history) for run in members)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,19 +61,25 @@ def demo(
         CifarResnetError: the port is in use, Gradio is not installed, or the checkpoint cannot be read.
     """
     _check_free(host, port)
-    with tempfile.TemporaryDirectory(prefix="cifar-resnet-demo-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # where uploads lie until they are read
-        try:
-            from ..look import page
-        except ImportError as error:
-            raise CifarResnetError(f'demo needs the package {error.name}: pip install "cifar-resnet[demo]"') from None
-        shown = page.build(content_of_page(run, data_dir, device))
-        if host not in ("127.0.0.1", "::1", "localhost"):
-            notify(f"--host {host}: there is no password; everyone who can reach port {port} of this machine can open the page")
-        address = page.launch(shown, server_name=f"[{host}]" if ":" in host else host, server_port=port, inbrowser=open)
-        notify(f"the page is at {address}, until Ctrl-C")
-        _wait_for_the_end()
-        shown.close(verbose=False)
+    _make_folder_for_uploads()
+    try:
+        from ..look import page
+    except ImportError as error:
+        raise CifarResnetError(f'demo needs the package {error.name}: pip install "cifar-resnet[demo]"') from None
+    shown = page.build(content_of_page(run, data_dir, device))
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        notify(f"--host {host}: there is no password; everyone who can reach port {port} of this machine can open the page")
+    address = page.launch(shown, server_name=f"[{host}]" if ":" in host else host, server_port=port, inbrowser=open)
+    notify(f"the page is at {address}, until Ctrl-C")
+    _wait_for_the_end()
+    shown.close(verbose=False)
+
+
+@cache
+def _make_folder_for_uploads() -> None:
+    """Where they lie until they are read: one folder a process, as Gradio asks for it when it is imported. It goes with the process."""
+    os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="cifar-resnet-demo-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _check_free(host: str, port: int) -> None:

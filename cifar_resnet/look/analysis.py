@@ -125,7 +125,7 @@ def report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str
         "calibration_error": calibration_error(bins),
         "reliability": bins,
         "classes": {
-            name: {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1, "count": count}
+            name: {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1, "count": int(count)}
             for name, precision, recall, f1, count in zip(classes, *(each.tolist() for each in by_class), strict=True)
         },
         "confusion_matrix": matrix.tolist(),

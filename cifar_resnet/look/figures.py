@@ -385,13 +385,14 @@ def reliability(content: dict[str, Any], title: str, size: Size = (6.4, 6.2)) ->
 
 def comparison(groups: Sequence[dict[str, Any]], evaluated_on: str) -> Figure:
     """Accuracy by epoch of several groups of runs: the mean of each, and the range of its seeds; `groups` as `compare` has them."""
-    figure, (axis,) = _figure((8, 4.8 + 0.2 * len(groups)))
+    labels = [textwrap.fill(lettering.title(group["label"]), 90) for group in groups]
+    figure, (axis,) = _figure((8, 4.8 + 0.2 * sum(1 + label.count("\n") for label in labels)))
     styles = [(colour, line) for line in ("-", "--", ":") for colour in (BLUE, RED, GREEN, ORANGE, PURPLE, GREY)]
-    for group, (colour, line) in zip(groups, itertools.cycle(styles)):
+    for group, name, (colour, line) in zip(groups, labels, itertools.cycle(styles)):
         by_run = np.array([run["test_accuracy"] for run in group["runs"]])
         epochs = np.arange(by_run.shape[1]) + 1
         spread = f" ± {group['std']:.2f}" if group["std"] is not None else ""
-        label = f"{lettering.name(group['label'], 60)}: {group['mean']:.2f}{spread} %, n = {group['n']}"
+        label = f"{name}: {group['mean']:.2f}{spread} %, n = {group['n']}"
         axis.plot(epochs, by_run.mean(0), color=colour, linestyle=line, label=label, marker=".")
         axis.fill_between(epochs, by_run.min(0), by_run.max(0), color=colour, alpha=0.15, linewidth=0)
     axis.set(xlabel="epoch", ylabel="percent", title=f"{evaluated_on.capitalize()} accuracy by epoch")

@@ -28,7 +28,7 @@ from gradio.utils import is_in_or_equal  # noqa: E402
 MEGAPIXELS, MEGABYTES = 50, 50  # more of an upload is refused: one such image takes 600 MB of memory
 LAYERS = ("prep", "layer1", "layer2", "layer3")
 INFERNO = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # Matplotlib's, in five steps
-MOST_PROBABLE, ANY = "the most probable", "any"
+MOST_PROBABLE, ANY = ("the most probable", ""), ("any", "")  # what a list shows, and its value, which no class can have
 
 
 class Mistake(NamedTuple):
@@ -143,7 +143,8 @@ def receive(content: Content, recent: dict[str, Received], source: str | None) -
         return recent[source]
     try:
         picture = _preview(io.BytesIO(base64.b64decode(source.partition(",")[2])) if inside else source)
-        pixels = np.asarray(picture)[5::10, 5::10] if inside else content.read(source)
+        pixels = content.read(source) if picture is None or not inside else np.asarray(picture)[5::10, 5::10]
+        picture = picture or Image.fromarray(pixels).resize((320, 320), Image.Resampling.NEAREST)
         received: Received = data_url(picture), pixels.tobytes(), ""
     except Problem as error:
         received = None, None, problem(error)
@@ -158,8 +159,8 @@ def receive(content: Content, recent: dict[str, Received], source: str | None) -
     return received
 
 
-def _preview(file: str | io.BytesIO) -> Image.Image:
-    """The centred square of an image, RGB, 320 pixels wide."""
+def _preview(file: str | io.BytesIO) -> Image.Image | None:
+    """The centred square of an image, RGB, 320 pixels wide; None for one of more than 8 bits, whose white is not known here."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -167,6 +168,8 @@ def _preview(file: str | io.BytesIO) -> Image.Image:
         with image:
             if image.width * image.height > MEGAPIXELS * 1e6:
                 raise Image.DecompressionBombError
+            if image.mode[0] in "IF":
+                return None
             image.draft("RGB", (640, 640))
             upright = ImageOps.exif_transpose(image).convert("RGBA")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -270,7 +273,7 @@ def _predict(content: Content) -> list[Any]:
             )
         with gr.Column(min_width=300, scale=4):
             cam = gr.HTML(label="Grad-CAM", show_label=True, container=True, elem_classes="big", min_height=120)
-            explained = gr.Dropdown([MOST_PROBABLE, *content.classes], value=MOST_PROBABLE, label="Class to explain")
+            explained = gr.Dropdown([MOST_PROBABLE, *content.classes], value="", label="Class to explain")
             layer = gr.Radio(LAYERS, value="layer2", label="Layer", info="32x32, 16x16, 8x8 and 4x4 places")
             opacity = gr.Slider(0, 100, 60, step=1, label="Opacity, percent")
 
@@ -280,7 +283,7 @@ def _predict(content: Content) -> list[Any]:
         image = np.frombuffer(pixels, np.uint8).reshape(1, 32, 32, 3).copy()
         found = content.probabilities(image, views)[0]
         best = [(content.classes[i], float(found[i])) for i in np.argsort(-found, kind="stable")]
-        name = best[0][0] if explained == MOST_PROBABLE else explained
+        name = explained or best[0][0]
         over = tile(image[0], overlay(content.grad_cam(image, [name], layer)[0]))
         return dict(best[: int(top)]), f'{over}<span class="caption">bright: where it saw <b>{escape(name)}</b></span>'
 
@@ -308,14 +311,14 @@ def _mistakes(content: Content, tab: gr.Tab, tabs: gr.Tabs, predict: list[Any]) 
     with gr.Row():
         count = gr.Slider(5, 100, 20, step=5, label="How many", min_width=200)
         order = gr.Dropdown(list(content.orders), value=content.orders[0], label="Order", min_width=160)
-        true = gr.Dropdown([ANY, *content.classes], value=ANY, label="True class", min_width=160)
-        predicted = gr.Dropdown([ANY, *content.classes], value=ANY, label="Taken for", min_width=160)
+        true = gr.Dropdown([ANY, *content.classes], value="", label="True class", min_width=160)
+        predicted = gr.Dropdown([ANY, *content.classes], value="", label="Taken for", min_width=160)
         with_cam = gr.Checkbox(value=True, label="Grad-CAM", info="of the class predicted and of the true one", min_width=160)
     cards = gr.HTML(_waiting(content), js_on_load=CLICK, min_height=200)
 
     @_said
     def show(count: int, order: str, true: str, predicted: str, with_cam: bool) -> str:
-        found = content.mistakes(order, *(None if name == ANY else name for name in (true, predicted)))
+        found = content.mistakes(order, true or None, predicted or None)
         shown = found[: int(count)]
         if not shown:
             return "<p>There is no such mistake.</p>"

@@ -148,5 +148,5 @@ CONTENT = page.Content(
 if __name__ == "__main__":
     grad_cam(np.zeros((1, 32, 32, 3), np.uint8), SETTINGS["classes"][:1], "layer2")  # so that the first answer is quick
     app = page.build(CONTENT)
-    page.launch(app)
+    print(f"the page is at {page.launch(app)}, until Ctrl-C", flush=True)
     app.block_thread()

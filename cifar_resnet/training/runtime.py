@@ -33,7 +33,7 @@ def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
     """
     several = ranks() > 1
     if started() > 1 and not several:
-        raise UsageError("only training is shared by processes; start this command without torchrun")
+        raise UsageError("torchrun is for training alone; search for a learning rate, and evaluate, without torchrun")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and not several, "cpu": True}
     if name == "auto":
         name = next(kind for kind, available in there.items() if available)

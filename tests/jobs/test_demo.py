@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -228,6 +229,30 @@ def test_a_picture_is_handed_on_as_it_is_and_an_upload_is_removed(shown, photo):
     assert (len(pixels), message) == (3072, "")
     assert not photo.exists()
     assert page.receive(shown, {}, None) == (None, None, "")
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_a_picture_of_more_than_8_bits_is_shown_as_the_network_sees_it(shown, tmp_path, dtype):
+    """Pillow alone would show one of 16 bits white, and one of floating-point numbers black."""
+    top = 65535 if dtype == np.uint16 else 1
+    Image.fromarray((np.linspace(0, top, 1600).reshape(40, 40)).astype(dtype)).save(tmp_path / "deep.tif")
+    expected = shown.read(str(tmp_path / "deep.tif"))
+    picture, pixels, message = page.receive(shown, {}, str(tmp_path / "deep.tif"))
+    assert (pixels, message) == (expected.tobytes(), "")
+    assert page.receive(shown, {}, picture)[1] == expected.tobytes()  # a click on it
+    assert expected.max() - expected.min() > 200
+
+
+def test_a_class_can_have_the_name_of_a_choice(shown):
+    asked = []
+    classes = ["any", "the most probable"]
+    built = page.build(replace(shown, classes=classes, examples=[], mistakes=lambda *what: asked.append(what) or []))
+    lists = {block.label: block.choices for block in built.blocks.values() if isinstance(block, page.gr.Dropdown)}
+    for label, usual in (("True class", "any"), ("Taken for", "any"), ("Class to explain", "the most probable")):
+        assert lists[label] == [(usual, ""), *((name, name) for name in classes)]
+    show = next(each.fn for each in built.fns.values() if each.name == "run" and len(each.inputs) == 5)
+    show(20, "surest first", "any", "", False)
+    assert asked == [("surest first", "any", None)]
 
 
 def test_what_a_checkpoint_holds_is_text_on_the_page():

@@ -165,7 +165,7 @@ def test_it_runs_in_chromium_without_the_package(space, tmp_path):
         address = f"http://127.0.0.1:{free.getsockname()[1]}/"
     code = "import runpy, sys; sys.modules['cifar_resnet'] = None; sys.path.insert(0, '.'); runpy.run_path('app.py', run_name='__main__')"
     environment = {**os.environ, "GRADIO_SERVER_PORT": address.split(":")[2].rstrip("/"), "TMPDIR": str(tmp_path)}
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=space, env=environment, **quiet)
     Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(tmp_path / "photo.jpg")
     try:
@@ -183,8 +183,8 @@ def test_it_runs_in_chromium_without_the_package(space, tmp_path):
             assert [url for url in browser.requests if not url.startswith((address, "data:", "blob:"))] == []
     finally:
         process.kill()
-        _, err = process.communicate()
-    assert err == b""
+        out, err = process.communicate()
+    assert (out.decode(), err) == (f"the page is at {address}, until Ctrl-C{os.linesep}", b"")
 
 
 @pytest.fixture

@@ -214,6 +214,12 @@ def test_of_many_classes_a_mistake_has_the_most_probable_and_the_true_one():
         assert found.probabilities[found.predicted] == found.confidence
 
 
+def test_images_are_counted_in_whole_numbers_where_none_is_right():
+    """scikit-learn then counts in floating-point numbers."""
+    found = analysis.report(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 1]), ("a", "b"))
+    assert [repr(row["count"]) for row in found["classes"].values()] == ["1", "1"]
+
+
 def test_the_report_of_a_thousand_classes():
     """Five thousand images, a class without any, against counting them one by one."""
     rng = np.random.default_rng(0)

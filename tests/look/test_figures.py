@@ -196,6 +196,15 @@ def test_the_triangular_policy_goes_up_and_down_as_often_as_asked():
     assert len(line.get_xdata()) == 41
 
 
+def test_groups_can_be_told_apart_in_the_legend():
+    """They differ where a shortened name would lose its middle."""
+    fields = ", ".join(f"a_field_of_the_recipe_{number} 0.5" for number in range(8))
+    labels = [f"default: batch_size {size}, {fields}" for size in (50, 200)]
+    groups = [dict(label=label, mean=1.0, std=None, n=1, runs=[{"test_accuracy": [1.0]}]) for label in labels]
+    texts = [" ".join(text.get_text().split()) for text in figures.comparison(groups, "test").axes[0].get_legend().get_texts()]
+    assert texts == [f"{label}: 1.00 %, n = 1" for label in labels]
+
+
 NASTY = ["$\\frac$_$5_", "x" * 80]
 
 
