@@ -58,12 +58,8 @@ class Rates(NamedTuple):
 
 def rates_at(recipe: Recipe, step: int, total_steps: int) -> Rates:
     """The rates of a step of a run, from 0."""
-    return Rates(
-        step,
-        *learning_rate(recipe, step, total_steps),
-        step >= recipe.first_sharp_step(total_steps),
-        average_weight(recipe, step),
-    )
+    sharp = step >= recipe.first_sharp_step(total_steps)
+    return Rates(step, *learning_rate(recipe, step, total_steps), sharp, average_weight(recipe, step))
 
 
 @dataclass
