@@ -113,6 +113,7 @@ def test_the_page_on_architecture_names_files_that_are_there():
     assert [name for name in named if not (ROOT / "cifar_resnet" / name).exists() and not (ROOT / name).exists()] == []
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_its_pictures(tmp_path):
     """On a tiny network."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient", reason="nbclient is not installed")

@@ -84,7 +84,7 @@ def choose(browser, label, value):
     browser.js(f"{option}.dispatchEvent(new MouseEvent('mousedown', {{bubbles: true}}))")
 
 
-@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+@pytest.mark.parametrize(("width", "dark"), [(390, True), pytest.param(1280, False, marks=pytest.mark.slow)])
 def test_the_page_works_in_chromium(served, photo, width, dark):
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
