@@ -6,7 +6,7 @@ import base64
 import math
 import os
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checkpoint import SCHEMA, Checkpoint, load_checkpoint
 from ..data import datasets, label_errors
-from ..data.loaders import TensorLoader
+from ..data.loaders import Batch, TensorLoader
 from ..data.splits import Data, Split, fingerprint, same_images
 from ..errors import CifarResnetError, UsageError, shell_word
 from ..files import writable, write_whole
@@ -180,11 +180,13 @@ def logits_of(
     notify: Callable[[str], None],
     dataset: Path | str | None = None,
     data: Data | None = None,
+    batches: Callable[[TensorLoader], Iterable[Batch]] = TensorLoader.plain,
 ) -> Prediction:
     """The logits of a checkpoint on its evaluation images, by its own recipe and precision: the figures are those of `train`.
 
     `dataset` is the folder of the images, if they have moved. `data` is the images, if they are already read. `notify` is called
-    if the images are not those of the run.
+    if the images are not those of the run. `batches` gives every image
+    once, in order.
     """
     loaded, resolved = opened(checkpoint, device, notify)
     loaded, data = images_of(loaded, data_dir, notify, dataset) if data is None else (loaded, data)
@@ -193,7 +195,7 @@ def logits_of(
     if changed:
         notify(f"the evaluation images are not those of the run: {changed}")
     model, images = loaded.model(resolved), TensorLoader(data.evaluation, loaded.recipe, resolved)
-    logits, labels = predict_logits(loaded.recipe, model, images.plain(), resolved)
+    logits, labels = predict_logits(loaded.recipe, model, batches(images), resolved)
     return Prediction(loaded, model, data, images, logits, labels, resolved, changed)
 
 

@@ -9,7 +9,8 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..arguments import checked
 from ..checkpoint import Checkpoint
 from ..data.cifar import check_at_hand
 from ..data.images import read_image
-from ..data.loaders import TensorLoader
+from ..data.loaders import EVALUATION_BATCH, Batch, TensorLoader
 from ..data.splits import Data, Split
 from ..errors import CifarResnetError, UsageError
 from ..look import analysis, figures
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ..look.page import Content, Mistake
 
 LAYER = "layer2"  # of the mistakes' Grad-CAM
+SHORT_BATCH = 125  # images that a CPU looks at before it can end
 ORDERS = {"surest first": "confidence", "by class": "class", "random": "random", "label may be wrong": "label"}
 
 
@@ -66,13 +68,14 @@ def demo(
         from ..look import page
     except ImportError as error:
         raise CifarResnetError(f'demo needs the package {error.name}: pip install "cifar-resnet[demo]"') from None
-    shown = page.build(content_of_page(run, data_dir, device))
+    shown = _Shown(*opened(run, device), data_dir)
+    built = page.build(shown.content())
     if host not in ("127.0.0.1", "::1", "localhost"):
         notify(f"--host {host}: there is no password; everyone who can reach port {port} of this machine can open the page")
-    address = page.launch(shown, server_name=f"[{host}]" if ":" in host else host, server_port=port, inbrowser=open)
+    address = page.launch(built, server_name=f"[{host}]" if ":" in host else host, server_port=port, inbrowser=open)
     notify(f"the page is at {address}, until Ctrl-C")
-    _wait_for_the_end()
-    shown.close(verbose=False)
+    _wait_for_the_end(shown)
+    built.close(verbose=False)
 
 
 @cache
@@ -95,9 +98,13 @@ def _check_free(host: str, port: int) -> None:
         raise UsageError(f"--host {host} is no name of a host") from None
 
 
-def _wait_for_the_end() -> None:
-    """Until Ctrl-C, or another signal that would end the process; in a thread beside the main one, for good."""
+def _wait_for_the_end(shown: _Shown) -> None:
+    """Until Ctrl-C, or another signal that would end the process; in a thread beside the main one, for good.
+
+    The evaluation images are looked at meanwhile, so that the tabs that need them are soon filled.
+    """
     with signals() as received:
+        shown.look_ahead(received)
         while not received:
             time.sleep(0.5)
 
@@ -112,49 +119,53 @@ def content_of_page(
         download: told of images that are fetched. Without it nothing is fetched, and what needs images that are missing is left out.
         recipe: shown in place of the run's own.
     """
-    from ..look.page import Content
-
-    shown = _Shown(*opened(run, device), data_dir, download, recipe)
-    loaded = shown.checkpoint
-    recipe = loaded.recipe
-    try:
-        examples, missing = shown.examples(), ""
-    except CifarResnetError as error:
-        if download:
-            raise
-        examples, missing = [], f"There are no examples to show: {error}"
-    unfinished = "" if loaded.finished else f"The run stands at {loaded.stands_at}: this is not its end. "
-    content = Content(
-        title=f"{recipe.title}, seed {recipe.seed}",
-        notice=unfinished + missing,
-        classes=loaded.classes,
-        examples=examples,
-        augmented=recipe.flip_probability > 0,
-        orders=list(ORDERS),
-        read=lambda file: read_image(Path(file), loaded.whites),
-        probabilities=shown.probabilities,
-        grad_cam=shown.grad_cam,
-        mistakes=shown.mistakes,
-        overlays=shown.overlays,
-        run=lambda: shown.run,
-        wait="The network now looks at all evaluation images, once. On a CPU this can take two minutes.",
-    )
-    content.grad_cam(np.zeros((1, 32, 32, 3), np.uint8), [loaded.classes[0]], LAYER)  # so that the first answer is quick
-    return content
+    return _Shown(*opened(run, device), data_dir, download, recipe).content()
 
 
 class _Shown:
     """A checkpoint, and what of its images has been read and looked at so far."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, data_dir: Path | str | None, download: Callable[[str], None] | None,
-        recipe: Recipe | None,
+        self, checkpoint: Checkpoint, device: torch.device, data_dir: Path | str | None,
+        download: Callable[[str], None] | None = None, recipe: Recipe | None = None,
     ) -> None:  # fmt: skip
         self.checkpoint, self.device, self.data_dir, self.download = checkpoint, device, data_dir, download
         self.notify = download or (lambda message: None)
         self.recipe = recipe or Recipe.load(checkpoint.content["recipe"])  # the run's, which the checkpoint opened may not have
         self.model = checkpoint.model(device)
         self.lock = threading.Lock()  # captum hangs its hooks on the model
+        self.judging = threading.Lock()  # who comes second waits for what the first one finds
+        self.ended: Sequence[int] = ()  # has an element when the demo ends
+
+    def content(self) -> Content:
+        from ..look.page import Content
+
+        loaded = self.checkpoint
+        recipe = loaded.recipe
+        try:
+            examples, missing = self.examples(), ""
+        except CifarResnetError as error:
+            if self.download:
+                raise
+            examples, missing = [], f"There are no examples to show: {error}"
+        unfinished = "" if loaded.finished else f"The run stands at {loaded.stands_at}: this is not its end. "
+        content = Content(
+            title=f"{recipe.title}, seed {recipe.seed}",
+            notice=unfinished + missing,
+            classes=loaded.classes,
+            examples=examples,
+            augmented=recipe.flip_probability > 0,
+            orders=list(ORDERS),
+            read=lambda file: read_image(Path(file), loaded.whites),
+            probabilities=self.probabilities,
+            grad_cam=self.grad_cam,
+            mistakes=self.mistakes,
+            overlays=self.overlays,
+            run=lambda: self.run,
+            wait="The network looks at all evaluation images, once. On a CPU this can take two minutes.",
+        )
+        content.grad_cam(np.zeros((1, 32, 32, 3), np.uint8), [loaded.classes[0]], LAYER)  # so that the first answer is quick
+        return content
 
     def examples(self) -> list[tuple[np.ndarray, str]]:
         """The first evaluation image of each of the first ten classes."""
@@ -177,7 +188,7 @@ class _Shown:
         from ..look.page import Mistake, Problem
 
         try:
-            found, wrong = self.judged
+            found, wrong = self.judged()
             doubted = ORDERS[order] == "label"
             wrong = self.doubted if doubted else wrong
         except CifarResnetError as error:
@@ -201,7 +212,7 @@ class _Shown:
         loaded, missing, content = self.checkpoint, "", None
         pictures = figures.captioned_curves(loaded.history, loaded.recipe, loaded.evaluated_on, (6, 3.8))
         try:
-            content = content_of(self.judged[0])
+            content = content_of(self.judged()[0])
             pictures["Confusion matrix"] = figures.evaluation(content)["confusion_matrix"]
         except CifarResnetError as error:
             missing = f"What the run gets right by class cannot be shown: {error}"
@@ -214,16 +225,32 @@ class _Shown:
             pictures={title: data_url(figures.render(figure, "svg"), "svg") for title, figure in pictures.items()},
         )
 
-    @cached_property
+    def look_ahead(self, ended: Sequence[int]) -> None:
+        """Finds what is `judged`, unless the demo ends: `ended` then gets an element. What fails is said by the tabs."""
+        self.ended = ended
+        with suppress(Exception):
+            self.judged()
+
     def judged(self) -> tuple[Prediction, list[analysis.Mistake]]:
-        """The logits of all evaluation images, and the mistakes; this takes a while."""
-        found = logits_of(self.checkpoint, None, str(self.device), self.notify, data=self.data)
+        """The logits of all evaluation images, and the mistakes; this takes a while, once."""
+        with self.judging:
+            return self._judged
+
+    @cached_property
+    def _judged(self) -> tuple[Prediction, list[analysis.Mistake]]:
+        found = logits_of(self.checkpoint, None, str(self.device), self.notify, data=self.data, batches=self._batches)
         return found, analysis.mistakes(*found.judged)
+
+    def _batches(self, images: TensorLoader) -> Iterator[Batch]:
+        for batch in images.plain(SHORT_BATCH if self.device.type == "cpu" else EVALUATION_BATCH):
+            if self.ended:
+                raise CifarResnetError("the demo ends")
+            yield batch
 
     @cached_property
     def doubted(self) -> list[analysis.Mistake]:
         """The images whose label is less probable than another class, the least probable first."""
-        return by_label(self.judged[0])[0]
+        return by_label(self.judged()[0])[0]
 
     @cached_property
     def data(self) -> Data:

@@ -25,6 +25,8 @@ from cifar_resnet.errors import CifarResnetError, DataError
 from cifar_resnet.look import analysis
 
 pytest.importorskip("gradio", reason="the extra demo is not installed")
+from cifar_resnet.jobs import demo as demo_module  # noqa: E402
+from cifar_resnet.jobs.common import opened  # noqa: E402
 from cifar_resnet.jobs.demo import content_of_page  # noqa: E402
 from cifar_resnet.look import page  # noqa: E402
 
@@ -301,9 +303,29 @@ def test_a_page_reads_its_images_once(tiny_run, monkeypatch):
     assert len(calls) == 1
 
 
+def test_mistakes_are_found_once_and_before_somebody_asks_unless_the_demo_ends(tiny_run, tmp_path, monkeypatch):
+    calls, original = [], demo_module.logits_of
+    monkeypatch.setattr(demo_module, "logits_of", lambda *given, **named: calls.append(given) or original(*given, **named))
+    shown = demo_module._Shown(*opened(tiny_run, "cpu"), None)
+    shown.look_ahead([signal.SIGINT])
+    assert "_judged" not in vars(shown)
+    shown.look_ahead([])
+    assert len(calls) == 2
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda order: shown.mistakes(order, None, None), ["surest first", "by class"]))
+    assert len(calls) == 2
+    named = {mistake.index for mistake in misclassified(tiny_run, tmp_path)}
+    assert [len(each) for each in found] == [len(named)] * 2
+
+    two_at_once = demo_module._Shown(*opened(tiny_run, "cpu"), None)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: two_at_once.mistakes("random", None, None), range(2)))
+    assert len(calls) == 3
+
+
 def test_a_page_for_other_machines_says_that_it_has_no_password(tiny_run, monkeypatch):
     monkeypatch.setattr(page, "launch", lambda shown, **where: f"http://{where['server_name']}:{where['server_port']}/")
-    monkeypatch.setattr("cifar_resnet.jobs.demo._wait_for_the_end", lambda: None)
+    monkeypatch.setattr("cifar_resnet.jobs.demo._wait_for_the_end", lambda shown: None)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     said = {"0.0.0.0": [], "127.0.0.1": []}
@@ -329,7 +351,7 @@ def test_an_address_of_ipv6_is_served(tiny_run, refused, monkeypatch):
         port = taken.getsockname()[1]
         assert in_use(taken) in refused(1, "demo", tiny_run, "--host", "::1", "--port", port)
     told = []
-    monkeypatch.setattr("cifar_resnet.jobs.demo._wait_for_the_end", lambda: told.append(urlopen(f"http://[::1]:{port}").status))
+    monkeypatch.setattr("cifar_resnet.jobs.demo._wait_for_the_end", lambda shown: told.append(urlopen(f"http://[::1]:{port}").status))
     demo(tiny_run, host="::1", port=port, notify=told.append)
     assert told == [f"the page is at http://[::1]:{port}/, until Ctrl-C", 200]
 
