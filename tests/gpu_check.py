@@ -1,7 +1,7 @@
 """Measures what a GPU gives, and checks that the captured step trains as the plain one: at most eight minutes on one NVIDIA GPU.
 
     python tests/gpu_check.py gpu.json                   # everything; the runs need the real CIFAR-10 in CIFAR_RESNET_DATA_DIR
-    python tests/gpu_check.py gpu.json --only steps      # some of: runs steps equal tests bench
+    python tests/gpu_check.py gpu.json --only steps      # some of: tests equal steps runs bench
     python tests/gpu_check.py gpu.json --device cpu --tiny --only runs steps equal    # that the script itself works
 
 Every row is written to the JSON file at once. A row that fails is kept with its traceback, and the next one follows. Parts that
@@ -34,11 +34,11 @@ from cifar_resnet.data import cifar
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.data.splits import Split
-from cifar_resnet.training import engine
+from cifar_resnet.training import engine, fused
 from cifar_resnet.training.capture import CapturedEpoch, capturable
 from cifar_resnet.training.runtime import environment, resolve_device, wait_for
 
-PARTS = ("runs", "steps", "equal", "tests", "bench")
+PARTS = ("tests", "equal", "steps", "runs", "bench")
 ENDS = [float("inf")]  # when all must be done, by time.monotonic()
 LONGEST = 150  # seconds of one command
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +65,8 @@ def begun(recipe, device, steps, form):
     captured = CapturedEpoch(state, loader)
     if capturable(state):
         captured.capture()
+        if fused._left_out or not fused.triton_works(device, getattr(torch, recipe.precision)):
+            raise RuntimeError("the captured steps are without our kernels")
     return state, loader, captured
 
 
@@ -89,17 +91,18 @@ def first_steps(recipe, device, form, from_step=0):
 
 
 def apart(one, other):
-    """Two such results: the largest relative difference of a loss, and that of all other numbers, by their norms. NaN if any is."""
+    """Two such results: the largest relative difference of the first four losses, of all, and of all other numbers, by their norms."""
     (losses, tensors), (other_losses, other_tensors) = one, other
-    of_losses = np.abs(np.array(losses) / np.array(other_losses) - 1).max()
+    of_losses = np.abs(np.array(losses) / np.array(other_losses) - 1)
     norms = [((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(tensors, other_tensors, strict=True)]
-    return float(of_losses), float(np.max(norms))
+    return float(of_losses[:4].max()), float(of_losses.max()), float(np.max(norms))
 
 
 def equal(device, tiny):
     """Captured against plain: differences of ten losses and of what the run then holds; and those of two plain ones, as a measure.
 
-    Captured steps have our kernels, and plain ones torch's: a difference is of the graph or of these.
+    Captured steps have our kernels, and plain ones torch's: a difference is of the graph or of these. The first four losses judge:
+    after ten steps two ways of rounding are as far apart as two seeds, so that the weights need only be finite then.
     """
     for precision in ("float32", "bfloat16"):
         for name, changes, from_step in (
@@ -119,7 +122,8 @@ def equal(device, tiny):
 def _compared(recipe, device, from_step):
     plain, again, captured = (first_steps(recipe, device, form, from_step) for form in ("eager", "eager", "captured"))
     measure, found = apart(again, plain), apart(captured, plain)
-    alike = all(mine <= max(0.05, 5 * its) for mine, its in zip(found, measure, strict=True))  # also false for NaN
+    limits = 1e-3 if recipe.precision == "float32" else 0.02, 0.05, 10.0
+    alike = all(mine <= max(limit, 5 * its) for limit, mine, its in zip(limits, found, measure, strict=True))  # also false for NaN
     return dict(plain=plain[0], again=measure, captured=found, code=0 if alike else 1)
 
 
@@ -197,6 +201,8 @@ def command(arguments, environment=None):
         code, output = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as late:
         code, output = None, b"".join(each or b"" for each in (late.stdout, late.stderr)).decode(errors="replace")
+    if "Triton kernel fails" in output or "Triton does not work" in output:
+        code = code or 1  # it went on without our kernels
     return dict(seconds=time.perf_counter() - began, code=code, output=output[-1500:])
 
 
@@ -241,7 +247,7 @@ def tests(device, tiny):
 
 def _tested(device):
     row = command(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", "-n", "0", ROOT / "tests"])
-    if device.type == "cuda" and row["code"] == 0 and re.search(r"\d skipped", row["output"]):
+    if device.type == "cuda" and row["code"] == 0 and "there is no CUDA device here" in row["output"]:
         row["code"] = 1  # the tests saw no GPU
     return row
 

@@ -49,11 +49,13 @@ def graph_of(
     groups = [group for group in optimizer.param_groups if "capturable" in group]
     stream, graph, around = stream or torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     stream.wait_stream(around)
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            before()
-            try_kernels(call)
-    around.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                before()
+                try_kernels(call)
+    finally:
+        around.wait_stream(stream)  # what follows a failure, too, comes after what it had begun
     try:
         for group in groups:
             group["capturable"] = True  # Adam asks for it inside a capture alone, and a checkpoint would keep it

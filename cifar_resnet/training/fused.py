@@ -382,6 +382,8 @@ def triton_works(device: torch.device, dtype: torch.dtype) -> bool:
         with torch.enable_grad():
             for pool in (False, True):
                 norm_relu(x, nn.BatchNorm2d(16, device=device), pool).sum().backward()
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # of many kinds
         warnings.warn(f"Triton does not work here, so training takes longer: {first_line(error)}", stacklevel=2)
         return False

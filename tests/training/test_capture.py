@@ -184,7 +184,8 @@ def test_a_captured_step_trains_as_the_plain_one(optimizer, precision):
 
 @pytest.mark.cuda
 def test_a_second_seed_in_the_graphs_of_the_first_trains_as_it_would_alone():
-    recipe, device = made(sam_share=0.5, width=16, ema_decay=0.9, ema_every=2), torch.device("cuda")
+    recipe = made(sam_share=0.5, width=16, ema_decay=0.9, ema_every=2, max_lr=0.01)  # at a higher rate rounding grows a hundredfold
+    device = torch.device("cuda")
     first, loader, evaluation = begun(recipe, device)
     captured = CapturedEpoch(first, loader)
     captured.capture()
