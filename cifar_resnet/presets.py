@@ -111,8 +111,8 @@ class Measured(NamedTuple):
 
 
 MEASURED = {
-    "default": Measured(95.13, 0.09, 5, 10.1, "NVIDIA H200"),
-    "sprint": Measured(94.08, 0.10, 10, None, "NVIDIA H200"),
+    "default": Measured(94.95, 0.10, 5, 9.3, "NVIDIA H200"),
+    "sprint": Measured(94.00, 0.10, 5, 2.5, "NVIDIA H200"),
     "digits": Measured(99.78, 0.23, 5, 163, "2 cores, Zen 3"),
     "page": Measured(93.98, 0.04, 5, 16.5, "NVIDIA H200"),
     "eva6-s9": Measured(89.88, 0.44, 3, None, "NVIDIA H200"),
