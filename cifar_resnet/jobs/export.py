@@ -70,7 +70,7 @@ def export(
         raise UsageError(f"{option} goes with --format space: {format} holds no images, and is written on the CPU")
     loaded = load_checkpoint(checkpoint)
     recipe = loaded.recipe
-    if format == "space" and recipe.dataset not in DATASETS:  # what is published says no path of this machine
+    if recipe.dataset not in DATASETS:  # what is published says no path of this machine
         recipe = recipe.model_copy(update={"dataset": f"./{recipe.dataset_name}"})
     path = Path(path) if path else loaded.path.parent / ("space" if format == "space" else f"model.{format}")
     if format == "space":

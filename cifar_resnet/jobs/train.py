@@ -94,10 +94,11 @@ def train(
             return ended
         run.load_images(held)
         run.claim_folder(held)
-        run.make_state()
-        run.make_steps({} if captured is None else captured)
-        run.begin()
-        run.steps_to_the_end()
+        with signals():  # from here on there is a run that can go on
+            run.make_state()
+            run.make_steps({} if captured is None else captured)
+            run.begin()
+            run.steps_to_the_end()
         return distributed.on_first(run.finish)
 
 

@@ -186,7 +186,7 @@ CLICK = """element.addEventListener('click', event => {
 OPACITY = "value => { document.documentElement.style.setProperty('--heat', value / 100); }"
 
 CSS = """
-.gradio-container { max-width: 76rem !important; margin: auto; }
+.gradio-container { width: 100%; max-width: 76rem !important; margin: auto; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: 0.7rem; }
 .cards.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
 .cards.small { grid-template-columns: repeat(5, 1fr); gap: 0.25rem; }

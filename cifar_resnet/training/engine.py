@@ -139,9 +139,10 @@ class State:
         bad = min((each for each in distributed.gather(bad) if each >= 0), default=-1)
         if bad >= 0:
             lr, _ = learning_rate(self.recipe, bad, self.recipe.epochs * steps)
+            coarse = ", or --precision float32" if self.recipe.precision == "bfloat16" else ""
             raise NonFiniteLossError(
                 f"the loss is not finite since step {bad % steps + 1} of epoch {bad // steps + 1} (LR {lr:.4g}); "
-                f"try a lower --max-lr than {self.recipe.max_lr:g}, or --precision float32"
+                f"try a lower --max-lr than {self.recipe.max_lr:g}{coarse}"
             )
 
 

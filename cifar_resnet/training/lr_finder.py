@@ -24,6 +24,7 @@ from .engine import Rates, State, rates_at, train_step
 
 MIN_POINTS = 20
 SHARE = 0.05  # of the whole drop of the range test's loss: what counts as still being at the bottom
+CLEAR = 3  # times the noise: what counts as a fall
 MOST_TRIALS = 6
 TRIAL_IMAGES = 25_600
 DIVERGED = 5  # times its lowest: where torch-lr-finder stops
@@ -217,8 +218,8 @@ def _trial(
 def suggest(history: History, trials: Sequence[Trial] = (), longer: float = 1.0) -> Suggestions:
     """The suggestions of a range test, and of its trials if there are any; the maximum of each trial is twice the last one's.
 
-    The bottom ends where the smoothed loss first stands above its lowest value so far by a quarter of its fall so far, and by more
-    than noise. `min_lr` is the lowest learning rate at which half of the whole fall is done. With trials, `max_lr` is the lowest
+    The bottom ends where the smoothed loss first stands above its lowest value so far by a quarter of its fall to that value, and by
+    more than noise. The fall must be clear. `min_lr` is the lowest learning rate at which half of the whole fall is done. With trials, `max_lr` is the lowest
     point of a parabola through the best trial and its two neighbours, in the logarithm of the rate, times the fifth root of
     `longer`: the steps of the run over those of a trial. Without trials, `max_lr` is the highest rate at which the loss is within
     5 % of the whole fall from its lowest. Both are None if the loss never falls, or falls to the end, if no trial gets below the
@@ -228,16 +229,17 @@ def suggest(history: History, trials: Sequence[Trial] = (), longer: float = 1.0)
     lagging = exponential(history.loss)
     inner = slice(10, -5)  # as LRFinder.plot skips them
     steepest = lr[inner][np.gradient(lagging[inner]).argmin()]
-    lowest_yet, highest_yet = np.minimum.accumulate(level), np.maximum.accumulate(level)
-    rise, fall = level - lowest_yet, highest_yet - lowest_yet
+    lowest_yet = np.minimum.accumulate(level)
+    at_lowest = np.maximum.accumulate(np.where(level == lowest_yet, np.arange(len(level)), 0))
+    rise, fall = level - lowest_yet, np.maximum.accumulate(level)[at_lowest] - lowest_yet
     noise = np.maximum(2 * np.median(np.abs(history.loss - level)), 0.005 * np.abs(lowest_yet))
-    left = np.flatnonzero((rise > noise) & (rise > 0.25 * fall))
+    left = np.flatnonzero((rise > noise) & (rise > 0.25 * fall) & (fall > CLEAR * noise))
     end = int(left[0]) if len(left) else len(lr)
     lowest = int(level[:end].argmin())
     top = int(level[: lowest + 1].argmax())
     drop = level[top] - level[lowest]
     max_lr = min_lr = why_not = None
-    if drop <= 3 * noise[lowest]:
+    if drop <= CLEAR * noise[lowest]:
         why_not = f"the loss never fell clearly; {_advice_for_a_fall(lr, level, float(noise[-1]))}"
     elif lowest == len(lr) - 1:
         why_not = "the loss fell to the end of the range; try a higher --end-lr"

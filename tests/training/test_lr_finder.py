@@ -335,3 +335,13 @@ def test_a_test_that_diverges_at_once_is_a_clear_error(end_lr):
         CifarResnetError, match=r"only \d+ points .* give a lower --start-lr than 1000"
     ):
         range_test(BEGIN, recipe, loader, start_lr=1e3, end_lr=end_lr, num_iter=25)
+
+
+def test_a_bump_on_the_flat_start_is_no_bottom():
+    """The loss first rises a little, before it has ever fallen."""
+    lr = np.geomspace(1e-4, 10, 80)
+    start = 1.1 + 0.05 * np.exp(-((np.arange(80) - 10) ** 2) / 20)
+    loss = start - 0.8 / (1 + np.exp(-(np.arange(80) - 48) / 3)) + 0.02 * np.maximum(0, np.arange(80) - 68) ** 2
+    found = suggest(History(lr, loss))
+    assert found.why_not is None
+    assert lr[50] < found.max_lr < lr[72]
