@@ -239,3 +239,10 @@ def test_reading_cifar10_that_is_there_imports_no_torchvision():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "cifar_resnet.data.cifar" in done.stdout.split()
     assert {"torchvision", "torch._dynamo", "sympy"} & set(done.stdout.split()) == set()
+
+
+def test_a_notebook_can_complete_the_names():
+    import cifar_resnet
+
+    assert {"train", "evaluate", "Recipe"} <= set(dir(cifar_resnet))
+    assert all(hasattr(cifar_resnet, name) for name in dir(cifar_resnet))

@@ -24,6 +24,7 @@ from cifar_resnet.errors import UsageError, shell_word
 from cifar_resnet.jobs.interrupt import Interrupted, signals
 from cifar_resnet.look import progress
 from cifar_resnet.signals import ENDING
+from cifar_resnet.training import engine
 
 DIGITS = ("--dataset", "digits", "--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--width", 4)
 
@@ -56,6 +57,17 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny_recipe, tiny_ru
         train(resume=folder)  # with the loader that it began with
         assert_same_run(content(folder), whole)
         assert sorted(os.listdir(folder)) == FILES
+
+
+def test_a_signal_before_the_first_step_saves_the_run(tiny_recipe, tiny_run, tmp_path, no_figures, monkeypatch):
+    start = engine.start
+    monkeypatch.setattr(engine, "start", lambda *given, **named: (signal.raise_signal(signal.SIGINT), start(*given, **named))[1])
+    with pytest.raises(Interrupted):
+        train(tiny_recipe, tmp_path / "run")
+    assert content(tmp_path / "run")["step"] == 1
+    monkeypatch.undo()
+    train(resume=tmp_path / "run")
+    assert_same_run(content(tmp_path / "run"), content(tiny_run))
 
 
 @pytest.mark.parametrize(
