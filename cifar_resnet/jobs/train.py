@@ -62,8 +62,7 @@ def train(
 ) -> Checkpoint:
     """Trains a recipe to its end, or a run on from its checkpoint, and keeps it in a run directory.
 
-    Gives the final checkpoint, whose history holds the metrics of every epoch. The processes that `torchrun` started share every batch; rank 0
-    alone reads and writes the run directory.
+    Gives the final checkpoint, with the metrics of every epoch. Processes of `torchrun` share every batch; rank 0 alone writes.
 
     Args:
         recipe: what to train; `Recipe()` if not given. Left out where `resume` is given.

@@ -81,8 +81,6 @@ def training_labels(
         folds_file = writable(folder) / FOLDS
         logits = _held_out_logits(recipe, data, parts, place, loaded.convolutions, folds_file, notify, told)
     found = _as_prediction(loaded, recipe, data, logits, place)
-    right = 100 * float((logits.argmax(1) == found.labels).double().mean())
-    notify(f"the networks of the folds are right about {right:.2f} % of the images that they were not trained on")
     doubted, ranked = by_label(found, logits)
     chosen = analysis.choose(doubted, data.classes, "label", true, predicted)
     write_labels(found, ranked, folder, "training_labels", {"folds": folds}, written)
@@ -149,6 +147,8 @@ def _held_out_logits(
     logits = torch.empty(len(data.train), len(data.classes))
     for (_, mine), found in zip(parts, done, strict=True):
         logits[mine] = found
+    right = 100 * float((logits.argmax(1).numpy() == data.train.labels).mean())
+    notify(f"the networks of the folds are right about {right:.2f} % of the images that they were not trained on")
     return logits
 
 
