@@ -185,8 +185,7 @@ def logits_of(
     """The logits of a checkpoint on its evaluation images, by its own recipe and precision: the figures are those of `train`.
 
     `dataset` is the folder of the images, if they have moved. `data` is the images, if they are already read. `notify` is called
-    if the images are not those of the run. `batches` gives every image
-    once, in order.
+    if the images are not those of the run. `batches` gives every image once, in order.
     """
     loaded, resolved = opened(checkpoint, device, notify)
     loaded, data = images_of(loaded, data_dir, notify, dataset) if data is None else (loaded, data)

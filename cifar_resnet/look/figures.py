@@ -368,7 +368,7 @@ def reliability(content: dict[str, Any], title: str, size: Size = (6.4, 6.2)) ->
     axis.set(ylabel="accuracy, percent", ylim=(0, 103), xlim=(0, 100))
     axis.set_title(f"{textwrap.fill(lettering.title(title), 66)}\n{numbers}" if title else "")
     counts = below.bar(centres, [row["count"] for row in bins], 0.92 * width, color=GREY)
-    below.set(xlabel="confidence: probability of the predicted class, without the temperature, percent", ylabel="images")
+    below.set(xlabel="confidence: probability of the predicted class, percent\n(without the temperature)", ylabel="images")
     handles = [Patch(color=BLUE, label="accuracy of the bin"), *axis.get_legend_handles_labels()[0]]
     for row, *pair in zip(bins, bars, counts, strict=True):
         if row["count"]:
