@@ -65,7 +65,7 @@ def begun(recipe, device, steps, form):
     captured = CapturedEpoch(state, loader)
     if capturable(state):
         captured.capture()
-        if fused._left_out or not fused.triton_works(device, getattr(torch, recipe.precision)):
+        if fused._left_out or not fused.triton_works(device):
             raise RuntimeError("the captured steps are without our kernels")
     return state, loader, captured
 
@@ -133,7 +133,7 @@ def busy_share(profiler):
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("ProfilerStep"):
             spans.append((event.time_range.start, event.time_range.end))
-            short = re.sub(r"<.*", "", event.name.removeprefix("void "))[:60]
+            short = re.sub(r"<.*", "", event.name.removeprefix("void "))[:160]
             calls, total = by_kernel.get(short, (0, 0.0))
             by_kernel[short] = calls + 1, total + event.time_range.end - event.time_range.start
     if not spans:

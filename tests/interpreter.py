@@ -6,9 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-
-from cifar_resnet.training import fused
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
 BROKEN = "Triton's interpreter does not work here: that of Triton 3.6 needs a NumPy before 2.4"
@@ -25,8 +22,10 @@ def check_in_the_interpreter(path):
 
 def run_checks(*checks):
     """Calls each with the device, or prints why not."""
-    if fused.triton_works(torch.device("cpu"), torch.float32):
+    try:
         for check in checks:
             check("cpu")
-    else:
+    except Exception as error:
+        if "only 0-dimensional arrays can be converted" not in str(error):
+            raise
         print(BROKEN)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..data.loaders import Loader, TensorLoader
 from . import step_kernels
 from .engine import Rates, State, rates_at, train_step
-from .fused import for_a_graph, try_kernels
+from .fused import build, for_a_graph, try_kernels
 from .optim import set_rates
 
 WARM_UP = 3  # calls before a capture: libraries choose their algorithms, and the optimizer makes its buffers
@@ -124,6 +124,16 @@ class CapturedEpoch:
         self.losses.index_copy_(0, self.done.view(1), loss.view(1))
         self.done += 1
 
+    @for_a_graph()
+    def _build(self, kind: Kind) -> None:
+        """Builds our kernels, of a step of two images: they are the same for any number."""
+        step = partial(self._step, kind._replace(size=2), self.state.recipe.momentum)
+        torch.backends.cudnn.benchmark, before = False, torch.backends.cudnn.benchmark  # nothing is to be fast here
+        try:
+            try_kernels(partial(build, step))
+        finally:
+            torch.backends.cudnn.benchmark = before
+
     def capture(self) -> None:
         """Captures every kind of step that is left of the run, and leaves weights, optimizer and totals as they were."""
         first = self.state.epoch * self.loader.steps + self.state.step
@@ -131,6 +141,8 @@ class CapturedEpoch:
         self.state.model.train()
         restore = snapshot(self.state)
         try:
+            if kinds and not self.graphs:
+                self._build(next(iter(kinds)))
             for kind in (each for each in kinds if each not in self.graphs):
                 step = partial(self._step, kind, self.state.recipe.momentum)
                 self.graphs[kind] = graph_of(step, self.state.optimizer, self.done.zero_, self.pool, self.stream)

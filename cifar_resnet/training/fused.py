@@ -13,10 +13,13 @@ starts with what the one before it left in the L2 cache.
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +41,18 @@ FINISH = 8  # columns of which a program adds up the parts
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """A Triton kernel, or a part of one, built once for all sizes of batch and image; where there is no Triton, nothing to call."""
+    """Part of a Triton kernel, built once for all sizes of batch and image; where there is no Triton, nothing to call."""
     return function if triton is None else triton.jit(function, do_not_specialize=["rows", "width", "parts"])
+
+
+class Kernel:
+    """A Triton kernel, which `kernel[programs,](...)` launches, or builds where `build` calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = jit(function)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return self.function[grid] if _builder is None else partial(_builder, self.function, grid)
 
 
 @jit
@@ -114,7 +127,7 @@ def _relu(x: tl.tensor, centre: tl.tensor, scale: tl.tensor, shift: tl.tensor) -
     return tl.where(y <= 0, 0.0, y).to(x.dtype).to(tl.float32)
 
 
-@jit
+@Kernel
 def _sum_activations(
     x: tl.tensor, pooled: tl.tensor, codes: tl.tensor, mean: tl.tensor, sums: tl.tensor, rows: int, width: int, channels: int,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
@@ -146,7 +159,7 @@ def _sum_activations(
     _store_part(sums, first, second, part, parts, columns, there, channels)
 
 
-@jit
+@Kernel
 def _finish_statistics(
     sums: tl.tensor, mean: tl.tensor, invstd: tl.tensor, running_mean: tl.tensor, running_var: tl.tensor, batches: tl.tensor,
     rows: int, parts: int, channels: int, momentum: float, eps: float, PARTS: tl.constexpr, FINISH: tl.constexpr,
@@ -166,7 +179,7 @@ def _finish_statistics(
         tl.store(batches, tl.load(batches) + 1)
 
 
-@jit
+@Kernel
 def _normalise(
     x: tl.tensor, residual: tl.tensor, out: tl.tensor, mean: tl.tensor, invstd: tl.tensor, weight: tl.tensor, bias: tl.tensor,
     rows: int, channels: int, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -181,7 +194,7 @@ def _normalise(
     tl.store(out + at, y, mask=inside)
 
 
-@jit
+@Kernel
 def _sum_gradients(
     x: tl.tensor, gradient: tl.tensor, sums: tl.tensor, mean: tl.tensor, invstd: tl.tensor, weight: tl.tensor, bias: tl.tensor,
     rows: int, channels: int, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
@@ -201,7 +214,7 @@ def _sum_gradients(
     _store_part(sums, first, second, part, parts, columns, there, channels)
 
 
-@jit
+@Kernel
 def _finish_gradients(
     sums: tl.tensor, invstd: tl.tensor, dweight: tl.tensor, dbias: tl.tensor, parts: int, channels: int,
     PARTS: tl.constexpr, FINISH: tl.constexpr,
@@ -213,7 +226,7 @@ def _finish_gradients(
     tl.store(dweight + columns, second * tl.load(invstd + columns, mask=columns < channels), mask=columns < channels)
 
 
-@jit
+@Kernel
 def _input_gradient(
     x: tl.tensor, gradient: tl.tensor, codes: tl.tensor, dx: tl.tensor, mean: tl.tensor, invstd: tl.tensor, weight: tl.tensor,
     bias: tl.tensor, dweight: tl.tensor, dbias: tl.tensor, rows: int, width: int, channels: int,
@@ -314,16 +327,19 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d, pool: bool = False, residual: Ten
 
 _in_a_graph = ContextVar("_in_a_graph", default=False)
 _left_out = False  # as one of the kernels has failed
+_builder: Callable[..., Any] | None = None  # what is called in place of a launch; autograd's threads must see it too
+_one_at_a_time = threading.RLock()  # of the threads that launch our kernels, or build them
 
 
 @contextmanager
 def for_a_graph() -> Iterator[None]:
     """Here `usable` may say yes: around steps that are captured, and around those before that warm up for it."""
-    token = _in_a_graph.set(True)
-    try:
-        yield
-    finally:
-        _in_a_graph.reset(token)
+    with _one_at_a_time:
+        token = _in_a_graph.set(True)
+        try:
+            yield
+        finally:
+            _in_a_graph.reset(token)
 
 
 def in_a_graph() -> bool:
@@ -355,6 +371,47 @@ def try_kernels(call: Callable[[], object]) -> None:
         warnings.warn(f"a Triton kernel fails here, so training takes longer: {first_line(error)}", stacklevel=2)
 
 
+def build(call: Callable[[], object]) -> None:
+    """Calls it, and builds our kernels in place of launching them: side by side, as each takes about a second from an empty cache.
+
+    What the kernels would write stays unwritten, so what is computed from that is nonsense. A kernel that cannot be built fails
+    when it is launched.
+    """
+    global _builder
+    device, kinds = torch.cuda.current_device() if torch.cuda.is_available() else -1, set()
+
+    def one(kernel: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        with torch.cuda.device(device):  # which each thread has its own of
+            kernel.warmup(*given, grid=(1,), **named).run  # noqa: B018 what launches is made when first asked for
+
+    with ThreadPoolExecutor() as pool:
+
+        def builder(kernel: Any, _grid: tuple[int, ...], *given: Any, **named: Any) -> None:
+            given, named = _without_memory(given), {name: _without_memory(each) for name, each in named.items()}
+            kind = (kernel.__name__, *(each for each in given if not isinstance(each, int)), *named.values())
+            if kind not in kinds:  # Triton builds one for all whole numbers that it meets here
+                kinds.add(kind)
+                pool.submit(one, kernel, given, named)
+
+        _builder = builder
+        try:
+            call()
+        finally:
+            _builder = None
+
+
+def _without_memory(value: Any) -> Any:
+    """The argument of a kernel, with something of the same dtype in place of each tensor."""
+    if isinstance(value, tuple):
+        return tuple(_without_memory(each) for each in value)
+    return _any_tensor(value.dtype) if isinstance(value, Tensor) else value
+
+
+@functools.cache
+def _any_tensor(dtype: torch.dtype) -> Any:
+    return triton.runtime.jit.MockTensor(dtype)
+
+
 def usable(x: Tensor, norm: nn.BatchNorm2d) -> bool:
     """Whether `norm_relu` can stand for torch's own operations on x: in training, for a graph, executed rather than traced."""
     return (
@@ -366,22 +423,22 @@ def usable(x: Tensor, norm: nn.BatchNorm2d) -> bool:
         and min(x.shape[0], x.shape[2], x.shape[3]) > 1
         and x.numel() < 2**31
         and x.is_contiguous(memory_format=torch.channels_last)
-        and triton_works(x.device, x.dtype)
+        and triton_works(x.device)
     )
 
 
 @functools.cache
-def triton_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton builds and runs kernels here: beside the GPU it needs a C compiler and Python's headers."""
-    interpreted = not isinstance(_normalise, triton.runtime.JITFunction)
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton builds and runs a kernel here: beside the GPU it needs a C compiler and Python's headers."""
+    kernel = _finish_gradients.function  # the smallest; launched in `build` too
+    interpreted = not isinstance(kernel, triton.runtime.JITFunction)
     cuda = device.type == "cuda" and torch.version.cuda is not None
     if not interpreted and not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
         return False
-    x = torch.zeros(2, 16, 4, 4, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
     try:
-        with torch.enable_grad():
-            for pool in (False, True):
-                norm_relu(x, nn.BatchNorm2d(16, device=device), pool).sum().backward()
+        sums, (invstd, *gradients) = torch.ones(2, 1, 16, device=device), torch.ones(3, 16, device=device)
+        with torch.cuda.device_of(sums):
+            kernel[triton.cdiv(16, FINISH),](sums, invstd, *gradients, 1, 16, PARTS=PARTS, FINISH=FINISH)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # of many kinds

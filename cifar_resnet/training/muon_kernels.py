@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import jit, tl, triton, triton_works, worth_launching
+from .fused import Kernel, jit, tl, triton, triton_works, worth_launching
 
 BLOCK = 4096
 
@@ -46,7 +46,7 @@ def _norm(squares: tl.tensor, starts: tl.tuple, counts: tl.tuple, BLOCK: tl.cons
     return tl.sqrt(total)
 
 
-@jit
+@Kernel
 def _momentum_kernel(
     gradients: tl.tuple, buffers: tl.tuple, kernels: tl.tuple, moves: tl.tuple, starts: tl.tuple, counts: tl.tuple,
     of_moves: tl.tensor, of_kernels: tl.tensor, momentum: float, BLOCK: tl.constexpr,
@@ -64,7 +64,7 @@ def _momentum_kernel(
     tl.store(of_kernels + tl.program_id(0), tl.sum(w * w, 0))
 
 
-@jit
+@Kernel
 def _scale_kernel(
     moves: tl.tuple, starts: tl.tuple, counts: tl.tuple, of_moves: tl.tensor, BLOCK: tl.constexpr
 ) -> None:  # fmt: skip
@@ -75,7 +75,7 @@ def _scale_kernel(
     tl.store(move + at, tl.load(move + at, mask=inside).to(tl.float32) / (norm + 1e-7), mask=inside)
 
 
-@jit
+@Kernel
 def _move_kernel(
     kernels: tl.tuple, directions: tl.tuple, outputs: tl.tuple, starts: tl.tuple, counts: tl.tuple, of_kernels: tl.tensor,
     lr: tl.tensor, factor: float, BLOCK: tl.constexpr,
@@ -89,8 +89,8 @@ def _move_kernel(
     tl.store(kernel + at, w, mask=inside)
 
 
-def usable(dtype: torch.dtype, *groups: list[Tensor]) -> bool:
-    """Whether these are kernels in float32, in channels-last memory, on a GPU for which Triton builds in this dtype; for a graph."""
+def usable(*groups: list[Tensor]) -> bool:
+    """Whether these are kernels in float32, in channels-last memory, on a GPU for which Triton builds; for a graph."""
     return (
         worth_launching()
         and all(
@@ -98,7 +98,7 @@ def usable(dtype: torch.dtype, *groups: list[Tensor]) -> bool:
             for group in groups
             for each in group
         )
-        and triton_works(groups[0][0].device, dtype)
+        and triton_works(groups[0][0].device)
     )
 
 
@@ -120,7 +120,7 @@ def add_momentum(
         What `move_kernels` needs to know of the kernels.
     """
     programs, blocks = _blocks(kernels)
-    of_moves, of_kernels = torch.empty(2, programs, device=kernels[0].device)
+    of_moves, of_kernels = (torch.empty(programs, device=kernels[0].device) for _ in range(2))
     lists = (tuple(each) for each in (gradients, buffers, kernels, moves))
     _momentum_kernel[programs,](*lists, of_moves=of_moves, of_kernels=of_kernels, momentum=momentum, **blocks)
     _scale_kernel[programs,](tuple(moves), of_moves=of_moves, **blocks)

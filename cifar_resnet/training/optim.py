@@ -70,7 +70,7 @@ class Muon(torch.optim.Optimizer):
         device = kernels[0].device
         stacks = [torch.empty(count, *shape, dtype=self.dtype, device=device) for shape, count in Counter(shapes).items()]
         moves = _unstack(stacks, shapes)
-        if muon_kernels.usable(self.dtype, kernels, gradients, buffers):
+        if muon_kernels.usable(kernels, gradients, buffers):
             squares = muon_kernels.add_momentum(gradients, buffers, kernels, moves, momentum)
             directions = _unstack(newton_schulz(stacks), shapes)
             muon_kernels.move_kernels(kernels, directions, squares, group["lr"], factor)

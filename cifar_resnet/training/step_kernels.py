@@ -13,14 +13,13 @@ from torch import Tensor
 
 from ..data.loaders import Batch, TensorLoader
 from ..recipe import Recipe
-from .fused import jit, tl, triton, triton_works, worth_launching
-from .runtime import dtype
+from .fused import Kernel, jit, tl, triton, triton_works, worth_launching
 
 MOST_CLASSES = 128  # one program takes the loss of all images
 TILE = 4096  # logits at a time
 
 
-@jit
+@Kernel
 def _augment(
     images: tl.tensor, labels: tl.tensor, table: tl.tensor, starts: tl.tensor, step: tl.tensor, source: tl.tensor,
     hole: tl.tensor, fill: tl.tensor, mean: tl.tensor, scale: tl.tensor, out: tl.tensor, out_labels: tl.tensor,
@@ -56,7 +55,7 @@ def _logits(output: tl.tensor, row: tl.tensor, column: tl.tensor, there: tl.tens
     return tl.where(column < classes, x, float("-inf"))
 
 
-@jit
+@Kernel
 def _cross_entropy(
     output: tl.tensor, labels: tl.tensor, loss: tl.tensor, gradient: tl.tensor, rows: int, classes: int,
     weight: float, smoothing: float, ROWS: tl.constexpr, CLASSES: tl.constexpr,
@@ -76,7 +75,7 @@ def _cross_entropy(
     tl.store(loss, total / rows)
 
 
-@jit
+@Kernel
 def _count(
     output: tl.tensor, labels: tl.tensor, loss: tl.tensor, totals: tl.tensor, bad_step: tl.tensor, step: tl.tensor,
     rows: int, classes: int, ROWS: tl.constexpr, CLASSES: tl.constexpr,
@@ -97,14 +96,14 @@ def _count(
 
 def usable_loader(loader: TensorLoader) -> bool:
     """Whether `batch` can stand for the loader's own."""
-    return worth_launching() and triton_works(loader.images.device, dtype(loader.recipe))
+    return worth_launching() and triton_works(loader.images.device)
 
 
 def batch(loader: TensorLoader, table: Tensor, step: Tensor, size: int) -> Batch:
     """`loader.batch`, of a step that is a tensor on the device."""
     recipe, augment, mine = loader.recipe, loader.augment, loader.share.of(size)
     images = torch.empty(mine.stop - mine.start, 32, 32, 3, device=loader.device)
-    labels = torch.empty(len(images), dtype=torch.int64, device=loader.device)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=loader.device)  # labels too while kernels are only built
     split = loader.images, loader.labels, table, loader.starts_on_device, step
     fill = None if recipe.pad_mode == "reflect" else augment.fill
     pixels = augment.source, augment.hole, fill, augment.mean, augment.scale
@@ -116,7 +115,7 @@ def batch(loader: TensorLoader, table: Tensor, step: Tensor, size: int) -> Batch
 def usable(recipe: Recipe, output: Tensor) -> bool:
     """Whether `cross_entropy` and `count` can stand for torch's own operations on this output, (B, classes)."""
     fits = output.shape[1] <= MOST_CLASSES and output.is_contiguous()
-    return worth_launching() and fits and triton_works(output.device, dtype(recipe))
+    return worth_launching() and fits and triton_works(output.device)
 
 
 def _tile(output: Tensor) -> dict[str, Any]:

@@ -44,7 +44,9 @@ def test_the_kernels_of_sharpness_aware_steps_can_be_built(monkeypatch, tmp_path
     def build(kernel, *given, grid, warmup, **named):
         if kernel.__name__ not in built:  # a GPU that is there keeps its own
             monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-        built.setdefault(kernel.__name__, []).append(launch(kernel, *given, grid=grid, warmup=True, **named).asm)
+        found = launch(kernel, *given, grid=grid, warmup=True, **named)
+        built.setdefault(kernel.__name__, []).append(found.asm)
+        return found
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     driver = triton.runtime.driver
@@ -57,9 +59,23 @@ def test_the_kernels_of_sharpness_aware_steps_can_be_built(monkeypatch, tmp_path
         fields = dict(width=16, batch_size=4, sam_share=1.0, epochs=2, peak_epoch=1.0, precision="bfloat16")
         recipe = with_statistics(Recipe(pad_mode=pad_mode, **fields))
         state, loader = engine.start(recipe, device), TensorLoader(split, recipe, device)
+        epoch = CapturedEpoch(state, loader)
+        epoch._build(epoch.kind(0))
+        side_by_side = set(tmp_path.rglob("*.cubin"))
         with fused.for_a_graph():
-            assert len(list(CapturedEpoch(state, loader)(state, loader))) == 1
+            assert len(list(epoch(state, loader))) == 1
+        assert set(tmp_path.rglob("*.cubin")) == side_by_side  # nothing is built, one after another, when it is launched
     assert set(built) == set(" ".join(LAUNCHED.values()).split())
     assert all(each["cubin"].startswith(b"\x7fELF") for kinds in built.values() for each in kinds)
     for name in ("_momentum_kernel", "_scale_kernel", "_move_kernel", "_normalise"):  # which go through memory in its order
         assert all(re.search(r"ld\.global[\w.:]*\.v4", each["ptx"]) for each in built[name])  # four numbers at once
+
+
+def test_after_a_failure_kernels_are_launched_again():
+    def fails():
+        assert fused._builder
+        raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        fused.build(fails)
+    assert fused._builder is None
