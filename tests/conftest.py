@@ -13,7 +13,7 @@ import torch
 from cifar_resnet import Recipe, train
 from cifar_resnet.data import cache, cifar, datasets
 from cifar_resnet.jobs import convolutions
-from cifar_resnet.training import fused
+from cifar_resnet.training import kernels
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -44,7 +44,7 @@ def kept_for_the_tests_alone(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_kernel_fails_unseen(request):
     yield
-    left_out, fused._left_out = fused._left_out, False
+    left_out, kernels._left_out = kernels._left_out, False
     assert "cuda" not in request.keywords or not left_out, "a kernel failed, and the test went on without our kernels"
 
 

@@ -34,7 +34,7 @@ from cifar_resnet.data import cifar
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.data.splits import Split
-from cifar_resnet.training import engine, fused
+from cifar_resnet.training import engine, kernels
 from cifar_resnet.training.capture import CapturedEpoch, capturable
 from cifar_resnet.training.runtime import environment, resolve_device, wait_for
 
@@ -65,7 +65,7 @@ def begun(recipe, device, steps, form):
     captured = CapturedEpoch(state, loader)
     if capturable(state):
         captured.capture()
-        if fused._left_out or not fused.triton_works(device):
+        if kernels._left_out or not kernels.triton_works(device):
             raise RuntimeError("the captured steps are without our kernels")
     return state, loader, captured
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..data.loaders import Loader, TensorLoader
 from . import step_kernels
 from .engine import Rates, State, rates_at, train_step
-from .fused import build, for_a_graph, try_kernels
+from .kernels import build, for_a_graph, try_kernels
 from .optim import set_rates
 
 WARM_UP = 3  # calls before a capture: libraries choose their algorithms, and the optimizer makes its buffers

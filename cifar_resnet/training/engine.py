@@ -24,7 +24,7 @@ from ..data.loaders import Batch, Loader
 from ..errors import NonFiniteLossError
 from ..recipe import Recipe
 from . import convolution, distributed, step_kernels
-from .fused import in_a_graph
+from .kernels import in_a_graph
 from .model import ResNet, build_model, whiten
 from .optim import average_weight, learning_rate, make_optimizer, sam, set_rates, update_average
 from .runtime import autocast, cast_at_once, dtype, wait_for

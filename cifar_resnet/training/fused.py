@@ -2,7 +2,7 @@
 
 They replace torch's own `relu(norm(max_pool2d(x, 2))) + residual`, whose many kernels, forward and backward, take longer on a fast
 GPU than the convolutions between them. What torch.compile makes of it is about as fast, but takes half a minute to make. They are for
-steps in a CUDA graph: launched one by one from Python they take longer than torch's own (docs/log/gpu.md, entry 32).
+steps in a CUDA graph.
 
 An activation is a matrix here: a row for each pixel of each image, as channels-last memory has it, and a column for each channel.
 A sum over rows takes two kernels, so that its order is always the same: each program of the first sums some rows, and the second
@@ -12,47 +12,18 @@ starts with what the one before it left in the L2 cache.
 
 from __future__ import annotations
 
-import functools
-import threading
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import first_line
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch brings it where it can run; else `usable` says no
-    triton = tl = None
+from .kernels import Kernel, jit, tl, triton, triton_works, worth_launching
 
 CHANNELS, ROWS = 64, 64  # of a tile
 SUM_ROWS, POOL_ROWS = 64, 32  # of a tile of what is summed; when pooling each row is made of four; multiples of 16
 STAGES = 3  # of loading what is summed: so many tiles are under way at once
 PARTS = 512  # of a sum, at most: near the number of programs that an H100 runs at once; a power of two
 FINISH = 8  # columns of which a program adds up the parts
-
-
-def jit(function: Callable[..., Any]) -> Any:
-    """Part of a Triton kernel, built once for all sizes of batch and image; where there is no Triton, nothing to call."""
-    return function if triton is None else triton.jit(function, do_not_specialize=["rows", "width", "parts"])
-
-
-class Kernel:
-    """A Triton kernel, which `kernel[programs,](...)` launches, or builds where `build` calls."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = jit(function)
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return self.function[grid] if _builder is None else partial(_builder, self.function, grid)
 
 
 @jit
@@ -325,93 +296,6 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d, pool: bool = False, residual: Ten
     return y
 
 
-_in_a_graph = ContextVar("_in_a_graph", default=False)
-_left_out = False  # as one of the kernels has failed
-_builder: Callable[..., Any] | None = None  # what is called in place of a launch; autograd's threads must see it too
-_one_at_a_time = threading.RLock()  # of the threads that launch our kernels, or build them
-
-
-@contextmanager
-def for_a_graph() -> Iterator[None]:
-    """Here `usable` may say yes: around steps that are captured, and around those before that warm up for it."""
-    with _one_at_a_time:
-        token = _in_a_graph.set(True)
-        try:
-            yield
-        finally:
-            _in_a_graph.reset(token)
-
-
-def in_a_graph() -> bool:
-    """Whether what runs now is for a CUDA graph."""
-    return _in_a_graph.get()
-
-
-def worth_launching() -> bool:
-    """Whether there is Triton, and what runs now is for a CUDA graph."""
-    return triton is not None and in_a_graph() and not _left_out
-
-
-def try_kernels(call: Callable[[], object]) -> None:
-    """Calls it; where it fails with our kernels and not without, it warns, and leaves them out from then on."""
-    global _left_out
-    try:
-        call()
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # of many kinds: another Triton may not build what ours does
-        if not worth_launching():
-            raise
-        _left_out = True
-        try:
-            call()
-        except Exception:  # then it is not a kernel that fails
-            _left_out = False
-            raise
-        warnings.warn(f"a Triton kernel fails here, so training takes longer: {first_line(error)}", stacklevel=2)
-
-
-def build(call: Callable[[], object]) -> None:
-    """Calls it, and builds our kernels in place of launching them: side by side, as each takes about a second from an empty cache.
-
-    What the kernels would write stays unwritten, so what is computed from that is nonsense. A kernel that cannot be built fails
-    when it is launched.
-    """
-    global _builder
-    device, kinds = torch.cuda.current_device() if torch.cuda.is_available() else -1, set()
-
-    def one(kernel: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        with torch.cuda.device(device):  # which each thread has its own of
-            kernel.warmup(*given, grid=(1,), **named).run  # noqa: B018 what launches is made when first asked for
-
-    with ThreadPoolExecutor() as pool:
-
-        def builder(kernel: Any, _grid: tuple[int, ...], *given: Any, **named: Any) -> None:
-            given, named = _without_memory(given), {name: _without_memory(each) for name, each in named.items()}
-            kind = (kernel.__name__, *(each for each in given if not isinstance(each, int)), *named.values())
-            if kind not in kinds:  # Triton builds one for all whole numbers that it meets here
-                kinds.add(kind)
-                pool.submit(one, kernel, given, named)
-
-        _builder = builder
-        try:
-            call()
-        finally:
-            _builder = None
-
-
-def _without_memory(value: Any) -> Any:
-    """The argument of a kernel, with something of the same dtype in place of each tensor."""
-    if isinstance(value, tuple):
-        return tuple(_without_memory(each) for each in value)
-    return _any_tensor(value.dtype) if isinstance(value, Tensor) else value
-
-
-@functools.cache
-def _any_tensor(dtype: torch.dtype) -> Any:
-    return triton.runtime.jit.MockTensor(dtype)
-
-
 def usable(x: Tensor, norm: nn.BatchNorm2d) -> bool:
     """Whether `norm_relu` can stand for torch's own operations on x: in training, for a graph, executed rather than traced."""
     return (
@@ -425,23 +309,3 @@ def usable(x: Tensor, norm: nn.BatchNorm2d) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and triton_works(x.device)
     )
-
-
-@functools.cache
-def triton_works(device: torch.device) -> bool:
-    """Whether Triton builds and runs a kernel here: beside the GPU it needs a C compiler and Python's headers."""
-    kernel = _finish_gradients.function  # the smallest; launched in `build` too
-    interpreted = not isinstance(kernel, triton.runtime.JITFunction)
-    cuda = device.type == "cuda" and torch.version.cuda is not None
-    if not interpreted and not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
-        return False
-    try:
-        sums, (invstd, *gradients) = torch.ones(2, 1, 16, device=device), torch.ones(3, 16, device=device)
-        with torch.cuda.device_of(sums):
-            kernel[triton.cdiv(16, FINISH),](sums, invstd, *gradients, 1, 16, PARTS=PARTS, FINISH=FINISH)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # of many kinds
-        warnings.warn(f"Triton does not work here, so training takes longer: {first_line(error)}", stacklevel=2)
-        return False
-    return True

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import Kernel, jit, tl, triton, triton_works, worth_launching
+from .kernels import Kernel, jit, tl, triton, triton_works, worth_launching
 
 BLOCK = 4096
 

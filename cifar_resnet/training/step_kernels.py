@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.loaders import Batch, TensorLoader
 from ..recipe import Recipe
-from .fused import Kernel, jit, tl, triton, triton_works, worth_launching
+from .kernels import Kernel, jit, tl, triton, triton_works, worth_launching
 
 MOST_CLASSES = 128  # one program takes the loss of all images
 TILE = 4096  # logits at a time

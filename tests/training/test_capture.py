@@ -14,7 +14,7 @@ import torch
 from cifar_resnet import Recipe
 from cifar_resnet.data.datasets import load, with_statistics
 from cifar_resnet.data.loaders import TensorLoader
-from cifar_resnet.training import engine, fused
+from cifar_resnet.training import engine, kernels
 from cifar_resnet.training.capture import WARM_UP, CapturedEpoch, capturable, graph_of, snapshot
 
 CPU = torch.device("cpu")
@@ -126,35 +126,35 @@ def test_our_kernels_are_for_what_is_captured_and_what_warms_up_for_it(monkeypat
         monkeypatch.setattr(torch.cuda, name, lambda: stream)
     for name in ("stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
-    monkeypatch.setattr(fused, "triton", object())
+    monkeypatch.setattr(kernels, "triton", object())
     weight = torch.nn.Parameter(torch.zeros(1))
-    graph_of(lambda: seen.append(fused.worth_launching()), torch.optim.SGD([weight], lr=0.1))
+    graph_of(lambda: seen.append(kernels.worth_launching()), torch.optim.SGD([weight], lr=0.1))
     assert seen == [True] * (WARM_UP + 1)
-    assert not fused.worth_launching()
+    assert not kernels.worth_launching()
 
 
 def test_a_kernel_that_fails_is_left_out_and_what_fails_without_kernels_too_is_not_their_fault(monkeypatch):
-    monkeypatch.setattr(fused, "triton", object())
-    monkeypatch.setattr(fused, "_left_out", False)
+    monkeypatch.setattr(kernels, "triton", object())
+    monkeypatch.setattr(kernels, "_left_out", False)
     done = []
 
     def fails(always: bool = False, error: type[Exception] = ValueError) -> None:
-        if always or fused.worth_launching():
+        if always or kernels.worth_launching():
             raise error("of Triton\nin many lines")
         done.append(True)
 
     with pytest.raises(ValueError, match="of Triton"):
-        fused.try_kernels(partial(fails, always=True))  # outside of a graph there are no kernels
-    with fused.for_a_graph():
+        kernels.try_kernels(partial(fails, always=True))  # outside of a graph there are no kernels
+    with kernels.for_a_graph():
         with pytest.raises(torch.cuda.OutOfMemoryError):
-            fused.try_kernels(partial(fails, error=torch.cuda.OutOfMemoryError))
+            kernels.try_kernels(partial(fails, error=torch.cuda.OutOfMemoryError))
         with pytest.raises(ValueError, match="of Triton"):
-            fused.try_kernels(partial(fails, always=True))
-        assert fused.worth_launching()
+            kernels.try_kernels(partial(fails, always=True))
+        assert kernels.worth_launching()
         with pytest.warns(UserWarning, match="a Triton kernel fails here, so training takes longer: of Triton$"):
-            fused.try_kernels(fails)
-        fused.try_kernels(fails)
-        assert not fused.worth_launching()
+            kernels.try_kernels(fails)
+        kernels.try_kernels(fails)
+        assert not kernels.worth_launching()
     assert done == [True, True]
 
 

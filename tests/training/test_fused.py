@@ -8,7 +8,7 @@ from interpreter import check_in_the_interpreter, needs_triton, run_checks
 from torch import nn
 from torch.nn import functional
 
-from cifar_resnet.training import fused
+from cifar_resnet.training import fused, kernels
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -114,7 +114,7 @@ def step(function, case, norm, x, residual, gradient):
     return results | {name: buffer.clone() for name, buffer in norm.named_buffers()}
 
 
-@fused.for_a_graph()
+@kernels.for_a_graph()
 def errors(case, device):
     """Of the results that are wrong, against float64."""
     x, residual, gradient = inputs(case, device)
@@ -166,7 +166,7 @@ def refusals():
         "20 channels": (last(torch.randn(2, 20, 4, 4)), nn.BatchNorm2d(20)),
         "one image": (x[:1], nn.BatchNorm2d(16)),
     }
-    with fused.for_a_graph():
+    with kernels.for_a_graph():
         return ["outside of a graph"] * outside + [name for name, (x, norm) in refused.items() if fused.usable(x, norm)]
 
 
@@ -185,7 +185,7 @@ def test_in_the_interpreter_results_and_gradients_are_torchs():
 
 
 def test_it_is_not_used_on_a_cpu():
-    with fused.for_a_graph():
+    with kernels.for_a_graph():
         assert not fused.usable(last(torch.randn(2, 16, 4, 4)), nn.BatchNorm2d(16))
 
 

@@ -11,7 +11,7 @@ from cifar_resnet import Recipe
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.data.splits import Split
-from cifar_resnet.training import engine, fused, muon_kernels, step_kernels
+from cifar_resnet.training import engine, fused, kernels, muon_kernels, step_kernels
 from cifar_resnet.training.capture import CapturedEpoch
 
 triton = pytest.importorskip("triton", reason="there is no Triton here")
@@ -62,7 +62,7 @@ def test_the_kernels_of_sharpness_aware_steps_can_be_built(monkeypatch, tmp_path
         epoch = CapturedEpoch(state, loader)
         epoch._build(epoch.kind(0))
         side_by_side = set(tmp_path.rglob("*.cubin"))
-        with fused.for_a_graph():
+        with kernels.for_a_graph():
             assert len(list(epoch(state, loader))) == 1
         assert set(tmp_path.rglob("*.cubin")) == side_by_side  # nothing is built, one after another, when it is launched
     assert set(built) == set(" ".join(LAUNCHED.values()).split())
@@ -73,9 +73,9 @@ def test_the_kernels_of_sharpness_aware_steps_can_be_built(monkeypatch, tmp_path
 
 def test_after_a_failure_kernels_are_launched_again():
     def fails():
-        assert fused._builder
+        assert kernels._builder
         raise ValueError("on purpose")
 
     with pytest.raises(ValueError, match="on purpose"):
-        fused.build(fails)
-    assert fused._builder is None
+        kernels.build(fails)
+    assert kernels._builder is None

@@ -7,7 +7,7 @@ from interpreter import check_in_the_interpreter, needs_triton, run_checks
 from cifar_resnet import Recipe
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.training import engine, muon_kernels
-from cifar_resnet.training.fused import for_a_graph
+from cifar_resnet.training.kernels import for_a_graph
 from cifar_resnet.training.optim import set_rates
 
 SHAPES = [(16, 8, 3, 3), (64, 32, 3, 3), (7, 5, 3, 3)]  # the second has five blocks, none is full to the end

@@ -14,6 +14,7 @@ from cifar_resnet.data.loaders import Share, TensorLoader
 from cifar_resnet.data.splits import Split
 from cifar_resnet.training import engine, fused, muon_kernels, step_kernels
 from cifar_resnet.training.capture import CapturedEpoch
+from cifar_resnet.training.kernels import for_a_graph
 
 
 def random_split(count):
@@ -89,7 +90,7 @@ def trained(device, kernels):
     state, loader = engine.start(recipe, torch.device(device)), TensorLoader(random_split(7), recipe, torch.device(device))
     captured = CapturedEpoch(state, loader)
 
-    @fused.for_a_graph()
+    @for_a_graph()
     def with_kernels(state, loader):
         return list(captured(state, loader))
 
