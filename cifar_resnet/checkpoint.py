@@ -171,7 +171,7 @@ def _instead(missing: Path) -> str:
     if runs := seeds_of(folder):
         return f": {folder} is a repetition of several runs; give one of them, {runs[0]} for example"
     if (folder / RECIPE).exists():
-        return f": the run has not come to its first one; go on with: {shell_command('train', '--resume', folder)}"
+        return f": the run has written none yet; wait while it trains, or go on with it: {shell_command('train', '--resume', folder)}"
     return ": the folder holds a search for the learning rate, no run" if (folder / "lr_finder.json").exists() else ""
 
 

@@ -314,11 +314,14 @@ def summary(content: dict[str, Any]) -> None:
     rows.append([Text(cell, "bold") for cell in last])
     numbers = (">k", ">parameters", ">M madds", ">field", ">jump", ">start")
     columns = ["layer", "type", ">input", ">output", *numbers]
-    print_table(columns, rows, spare=[9, 8, 4, 2, 7, 1, 3], title=f"recipe {content['recipe']}", padding=(0, 1, 0, 0))
-    say(
-        "k: kernel; M madds: millions of multiply-adds for an image; field: receptive field of a unit, in pixels of the image; "
-        "jump: from one unit's field to the next one's; start: centre of the first one's"
+    shown = print_table(columns, rows, spare=[9, 8, 4, 2, 7, 1, 3], title=f"recipe {content['recipe']}", padding=(0, 1, 0, 0))
+    legend = (
+        "M madds: millions of multiply-adds for an image; field: receptive field of a unit, in pixels of the image",
+        "k: kernel",
+        "jump: from one unit's field to the next one's",
+        "start: centre of the first one's",
     )
+    say("; ".join(legend[: max(1, len(legend) - len(columns) + shown)]))
 
 
 def bench(content: dict[str, Any]) -> None:

@@ -33,6 +33,9 @@ def test_the_summary_has_a_total_row_and_folds_no_name(shown, width):
         assert len([line for line in lines if line.split()[:1] == [row["layer"]]]) == 1
     (total,) = [line for line in lines if line.startswith("total")]
     assert total.split() == ["total", "6,573,130", "379.27"]  # millions, of one image
+    (names,), legend = ([line.split() for line in lines if line.startswith("layer ")], " ".join(lines[-5:]))
+    for name in ("k", "jump", "start"):
+        assert (f"{name}: " in legend) == (name in names)
 
 
 RULES = Suggestions(steepest=3.1, valley=0.2, minimum_tenth=0.05, max_lr=0.356, min_lr=0.0142)
