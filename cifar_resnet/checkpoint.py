@@ -75,10 +75,8 @@ class Checkpoint:
         if before["images"] != now["images"]:
             return f"there were {before['images']:,}, and there are {now['images']:,}"
         if same_images(before, now):
-            return (
-                f"of the {now['images']:,}, pixels have changed in files of the same names; another version of Pillow does this, "
-                "or a file that was replaced"
-            )
+            cause = "another version of Pillow does this, or a file that was replaced"
+            return f"of the {now['images']:,}, pixels have changed in files of the same names; {cause}"
         return f"of the {now['images']:,}, pixels or labels have changed"
 
     def model(self, device: torch.device | str = "cpu") -> ResNet:
@@ -157,9 +155,8 @@ def load_checkpoint(path: Path | str = LATEST) -> Checkpoint:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(
-            f"{path} is not a checkpoint that this version of cifar-resnet can use: {first_line(error)}"
-        ) from None
+        reason = first_line(error)
+        raise CheckpointError(f"{path} is not a checkpoint that this version of cifar-resnet can use: {reason}") from None
     return checkpoint
 
 

@@ -331,14 +331,12 @@ def find_lr(
     from .jobs.find_lr import find_lr, with_found_lr
     from .runs import folder_for
 
-    swept: dict[str, Any] = dict(
-        start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, trial_steps=trial_steps, sweep=sweep
-    )
-    where: dict[str, Any] = dict(
-        data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution, format=format
-    )
     with folder_for(run_dir, recipe, "find-lr-") as folder:
-        found = find_lr(recipe, folder, **swept, **where, notify=console.say)
+        found = find_lr(
+            recipe, folder, start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, step_mode=step_mode, trial_steps=trial_steps,
+            sweep=sweep, data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution,
+            format=format, notify=console.say,
+        )  # fmt: skip
     then = ""
     if found.suggestions.by(suggest):
         chosen = with_found_lr(recipe, found.suggestions, suggest)
@@ -497,9 +495,8 @@ def evaluate(
     if run_dir and len(runs) > 1:
         raise UsageError(f"--run-dir takes the files of one run, not of {len(runs)}; without it they go beside each checkpoint")
     if twice := {folder for folder in folders if folders.count(folder) > 1}:
-        raise UsageError(
-            f"two of these checkpoints would write the same files, in {twice.pop()}; evaluate one at a time, with --run-dir"
-        )
+        advice = "evaluate one at a time, with --run-dir"
+        raise UsageError(f"two of these checkpoints would write the same files, in {twice.pop()}; {advice}")
     how: dict[str, Any] = dict(tta=tta, dataset=dataset, data_dir=data_dir, device=device, format=format)
     if not json_output:
         how["found"] = console.evaluation
@@ -698,9 +695,8 @@ def schedule(
     """Draw the learning rate of a run before it starts, for the 50,000 images of CIFAR-10."""
     idle = [name.replace("_", "-") for name, value in options.items() if value is not None and name not in ("recipe", "max_lr")]
     if policy == "triangular" and idle:
-        raise UsageError(
-            f"--{idle[0]} does not go with --policy triangular, which takes --max-lr, --min-lr, --step-size and --cycles"
-        )
+        takes = "--max-lr, --min-lr, --step-size and --cycles"
+        raise UsageError(f"--{idle[0]} does not go with --policy triangular, which takes {takes}")
     recipe = Recipe.build(options.pop("recipe"), recipe_file, **options)
     if policy != "triangular" and (min_lr, step_size, cycles) != TRIANGULAR:
         raise UsageError("--min-lr, --step-size and --cycles go with --policy triangular")
@@ -769,9 +765,8 @@ def main() -> None:
     try:
         if "" in sys.argv[1:]:
             before = sys.argv[sys.argv.index("", 1) - 1]
-            raise UsageError(
-                f"{before if before.startswith('-') else 'a word'} is empty; perhaps a variable of the shell is not set"
-            )
+            what = before if before.startswith("-") else "a word"
+            raise UsageError(f"{what} is empty; perhaps a variable of the shell is not set")
         code = app(standalone_mode=False)
     except CifarResnetError as error:
         _fail(str(error), error.exit_code)

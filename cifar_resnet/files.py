@@ -85,10 +85,9 @@ def same_place(one: Path | str, other: Path | str) -> bool:
     """Whether two paths are of one file or folder: by links, and where the file system takes several spellings of a name for one."""
     if os.path.realpath(one) == os.path.realpath(other):
         return True
-    try:
+    with suppress(OSError):  # one is not there
         return os.path.samefile(one, other)
-    except OSError:  # one is not there
-        return False
+    return False
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

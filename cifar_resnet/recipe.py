@@ -225,7 +225,8 @@ class Recipe(BaseModel):
         from_file = _filled(read_json(file, "recipe file"), SCHEMA, f"{file}: ") if file else {}
         if not isinstance(from_file.get("recipe", ""), str):
             raise UsageError(f"{file}: its recipe is no name; give the recipe.json of a run, or a part of one")
-        if _other_images(from_file.get("dataset"), options.get("dataset")):
+        before, now = from_file.get("dataset"), options.get("dataset")
+        if isinstance(before, str) and isinstance(now, str) and os.path.abspath(before) != os.path.abspath(now):
             from_file = {name: value for name, value in from_file.items() if name not in ("mean", "std")}
         if recipe is not None and from_file.get("recipe", recipe) != recipe:
             raise UsageError(f"--recipe {recipe} contradicts {file}, which is of recipe {from_file['recipe']}; leave it out")
@@ -336,11 +337,6 @@ def _filled(fields: dict[str, Any], unnumbered: int, source: str) -> dict[str, A
         raise UsageError(f"{source}a recipe of schema {number!r}; this version of cifar-resnet reads 1 to {SCHEMA}")
     missing = {1: MISSING_IN_1, 2: MISSING_IN_2, 3: {}}[number]
     return {**missing, **{name: value for name, value in fields.items() if name != "schema"}}
-
-
-def _other_images(before: Any, now: Any) -> bool:
-    """Whether two values of `dataset` are given, and differ."""
-    return isinstance(before, str) and isinstance(now, str) and os.path.abspath(before) != os.path.abspath(now)
 
 
 def folder_name(path: Path | str) -> str:

@@ -133,10 +133,9 @@ class RunDir:
 
     def _holder(self) -> str:
         """What `.lock-holder` says: which process holds the lock, or died with it; "" if there is no such file."""
-        try:
+        with suppress(OSError):
             return (self.path / HOLDER).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
+        return ""
 
     def begin(self, recipe: Recipe) -> None:
         """Writes `recipe.json`, and removes what a killed writer left; with the lock held."""

@@ -102,7 +102,7 @@ def test_the_newest_run_is_the_one_written_last(runs):
 def test_a_folder_without_a_checkpoint_says_what_it_holds_instead(runs):
     runs("runs/many/repeat.json", "runs/many/s0/recipe.json")
     for folder, words in (
-        ("runs/digits-2", f"go on with: {shell_command('train', '--resume', Path('runs/digits-2'))}"),
+        ("runs/digits-2", f"go on with it: {shell_command('train', '--resume', Path('runs/digits-2'))}"),
         ("runs/many", f"a repetition of several runs; give one of them, {Path('runs/many/s0')} for example"),
         ("runs/find-lr-digits-1", "a search for the learning rate, no run"),
     ):

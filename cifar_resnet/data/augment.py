@@ -74,7 +74,8 @@ class TensorAugmentation:
         self.range = torch.arange(32, device=device)
         # Which pixel of the image each place of the padded one shows, and whether the place is one of the image's own.
         places = torch.arange(-recipe.pad, 32 + recipe.pad, device=device)
-        self.source = _reflect(places) if recipe.pad_mode == "reflect" else places.clamp(0, 31)
+        mirrored = 31 - (places.abs() - 31).abs()  # at the edge pixels, which are not repeated
+        self.source = mirrored if recipe.pad_mode == "reflect" else places.clamp(0, 31)
         self.inside = places == self.source
         # Which places a hole covers that starts at 0 to 31 or, as a negative index, at -32 to -1: (64, 32).
         starts = torch.cat([self.range, self.range - 32])[:, None]
@@ -99,12 +100,6 @@ class TensorAugmentation:
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, 32, 32, 3) to float32 (B, 3, 32, 32), channels last in memory as they were."""
         return ((images.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
-
-
-def _reflect(position: Tensor) -> Tensor:
-    """Positions outside 0 to 31 mirrored at the edge pixels, which are not repeated."""
-    position = position.abs()
-    return torch.where(position > 31, 62 - position, position)
 
 
 def train_transform(recipe: Recipe) -> Any:

@@ -165,10 +165,8 @@ def _from_archive(published: Published, folder: Path, notify: Callable[[str], No
     archive, target = folder / published.archive, folder / published.folder
     try:
         if (found := calculate_md5(archive)) != published.md5:
-            raise DataError(
-                f"{archive} is damaged or another: expected MD5 {published.md5}, found {found}. Remove it to have it "
-                f"downloaded, {_ADVICE}"
-            )
+            advice = f"Remove it to have it downloaded, {_ADVICE}"
+            raise DataError(f"{archive} is damaged or another: expected MD5 {published.md5}, found {found}. {advice}")
         notify(f"unpacking {archive}")
         writable = os.access(folder, os.W_OK)
         with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder if writable else None) as part:

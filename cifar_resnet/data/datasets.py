@@ -52,9 +52,8 @@ def load(
         _check_size("--holdout", recipe.holdout, len(train) - len(classes), len(classes))
         single = [classes[label] for label, count in enumerate(np.bincount(train.labels)) if count == 1]
         if single:
-            notify(
-                f"a single training image in {some(single)}: training keeps it, and --holdout {recipe.holdout} has none of these"
-            )
+            kept = f"training keeps it, and --holdout {recipe.holdout} has none of these"
+            notify(f"a single training image in {some(single)}: {kept}")
         held = stratified(train.labels, recipe.holdout, HOLDOUT_SEED, keep_one=True)
         evaluation, train = train.take(held), train.take(np.setdiff1d(np.arange(len(train)), held))
     if recipe.train_limit:
@@ -69,12 +68,10 @@ def load(
 
 def with_statistics(recipe: Recipe, train: Split | None = None) -> Recipe:
     """The recipe with the mean and standard deviation that it leaves to the dataset written in: of `train`, where it is a folder."""
-    mean: Any
-    std: Any
-    if recipe.dataset in DATASETS or train is None:
-        mean, std = STATISTICS.get(recipe.dataset, STATISTICS["cifar10"])
-    else:
-        mean, std = (tuple(round(float(value), 4) for value in each) for each in _moments(train.images))
+    statistics: Any = STATISTICS.get(recipe.dataset, STATISTICS["cifar10"])
+    if recipe.dataset not in DATASETS and train is not None:
+        statistics = (tuple(round(float(value), 4) for value in each) for each in _moments(train.images))
+    mean, std = statistics
     return recipe.replace(mean=recipe.mean or mean, std=recipe.std or std)
 
 
@@ -93,9 +90,8 @@ def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_size(option: str, size: int, most: int, classes: int) -> None:
     if not classes <= size <= most:
-        fits = (
-            f"it takes {classes} to {most} images here" if classes <= most else f"of {classes} classes there are too few images"
-        )
+        none = f"of {classes} classes there are too few images"
+        fits = f"it takes {classes} to {most} images here" if classes <= most else none
         raise UsageError(f"{option} {size} does not fit: {fits}")
 
 

@@ -6,6 +6,7 @@ import difflib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,11 +116,9 @@ def _is_image(path: Path) -> bool:
         return False  # a pipe, which would never end
     if path.suffix.lower() in SUFFIXES:
         return True
-    try:
-        with Image.open(path) as image:
-            return not isinstance(image, ImageFile.StubImageFile)  # of a kind that Pillow knows, and cannot read
-    except Exception:  # of whatever kind: it is no image
-        return False
+    with suppress(Exception), Image.open(path) as image:  # of whatever kind: it is no image
+        return not isinstance(image, ImageFile.StubImageFile)  # of a kind that Pillow knows, and cannot read
+    return False
 
 
 def present(folder: Path, moved_to: Path | str | None) -> Path:
@@ -166,9 +165,8 @@ def _parts(folder: Path, split: float | None, notify: Callable[[str], None]) -> 
             notify(f"the classes are the folders of {found['train']}; not used: {some(others)}")
         return [found["train"]]
     missing = [*(["train"] if "train" not in found else []), *(["test"] if not evaluation else [])]
-    advice = (
-        "" if evaluation else "; train --split 0.2 sets a fifth of the images of train/CLASS/* or CLASS/* apart for evaluation"
-    )
+    apart = "; train --split 0.2 sets a fifth of the images of train/CLASS/* or CLASS/* apart for evaluation"
+    advice = "" if evaluation else apart
     raise DataError(f"{folder} must hold train/CLASS/* and test/CLASS/*: there is no {' and no '.join(missing)}{advice}")
 
 
@@ -192,9 +190,8 @@ def _check_classes(folder: Path, listings: Sequence[Listing]) -> None:
     for part in listings:
         filled = set(part.labels.tolist())
         if empty := [name for label, name in enumerate(part.classes) if label not in filled]:
-            raise DataError(
-                f"{part.folder}: no image in {some(empty)}; each class needs at least one, so remove the folder or fill it"
-            )
+            advice = "each class needs at least one, so remove the folder or fill it"
+            raise DataError(f"{part.folder}: no image in {some(empty)}; {advice}")
     problems = [
         f"{there.folder.name} has {some(more)}, which {other.folder.name} has not"
         for there, other in ((listings[0], listings[-1]), (listings[-1], listings[0]))
@@ -227,10 +224,8 @@ def _say_loose(folders: Sequence[Path], notify: Callable[[str], None]) -> None:
     for folder in folders:
         loose = [path.name for path in sorted(folder.iterdir()) if _is_data(path.name) and path.is_file() and _is_image(path)]
         if loose:
-            which = "1 image lies" if len(loose) == 1 else f"{len(loose):,} images lie"
-            notify(
-                f"{which} in {folder}, in no folder of a class, and {'is' if len(loose) == 1 else 'are'} not used: {some(loose)}"
-            )
+            which, are = ("1 image lies", "is") if len(loose) == 1 else (f"{len(loose):,} images lie", "are")
+            notify(f"{which} in {folder}, in no folder of a class, and {are} not used: {some(loose)}")
 
 
 def _telling(progress: Progress, notify: Callable[[str], None], listing: Listing) -> Callable[[int], None]:

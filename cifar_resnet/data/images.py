@@ -84,16 +84,14 @@ def decode(path: Path, picture: Image.Image | None = None) -> Decoded:
         DataError: as from `read_image`, with the reason.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with ExitStack() as held:
-                # Of a path, Pillow maps some TIFFs into memory, and then turns those that are not square wrongly.
-                file = picture or held.enter_context(Image.open(held.enter_context(open(path, "rb"))))
-                if picture is None:
-                    file.draft(None, (DRAFT, DRAFT))
-                else:
-                    file.load()
-                found = _deep(file, path) or Decoded(ImageOps.exif_transpose(file))
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), ExitStack() as held:
+            # Of a path, Pillow maps some TIFFs into memory, and then turns those that are not square wrongly.
+            file = picture or held.enter_context(Image.open(held.enter_context(open(path, "rb"))))
+            if picture is None:
+                file.draft(None, (DRAFT, DRAFT))
+            else:
+                file.load()
+            found = _deep(file, path) or Decoded(ImageOps.exif_transpose(file))
     except Exception as error:  # whatever a damaged file makes its decoder raise
         raise DataError(f"{path}: {_reason(path, error)}") from None
     if found.values is not None:

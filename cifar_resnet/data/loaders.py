@@ -85,10 +85,9 @@ def check_batches(recipe: Recipe, count: int, ranks: int = 1, least: int = 2) ->
     if (found := fewest(recipe.batch_size)) < least:
         size = next((size for size in range(recipe.batch_size + 1, count + 1) if fewest(size) >= least), None)
         process = f" for each of {ranks} processes" if ranks > 1 else ""
-        raise UsageError(
-            f"--batch-size {recipe.batch_size}: of {count} training images a step would have only {found}{process}, and "
-            f"each step needs at least {least}; {f'--batch-size {size} would do' if size else 'train on more images'}"
-        )
+        step = f"of {count} training images a step would have only {found}{process}, and each step needs at least {least}"
+        advice = f"--batch-size {size} would do" if size else "train on more images"
+        raise UsageError(f"--batch-size {recipe.batch_size}: {step}; {advice}")
 
 
 def epoch_order(recipe: Recipe, epoch: int, count: int) -> np.ndarray:

@@ -73,7 +73,6 @@ def _ended(run: Path | str) -> list[Checkpoint]:
 
 
 def _finished(path: Path | str) -> Checkpoint:
-    """The last checkpoint of a run."""
     checkpoint = load_checkpoint(path)
     if not checkpoint.finished:
         again = shell_command("train", "--resume", checkpoint.path.parent)
@@ -106,10 +105,8 @@ def _check_runs(runs: list[Checkpoint]) -> None:
     first = runs[0]
     for run in runs[1:]:
         if run.evaluated_on != first.evaluated_on:
-            raise UsageError(
-                f"{run.path} was evaluated on the {run.evaluated_on} images, {first.path} on the {first.evaluated_on} "
-                "images; they cannot be compared"
-            )
+            other = f"{first.path} on the {first.evaluated_on} images; they cannot be compared"
+            raise UsageError(f"{run.path} was evaluated on the {run.evaluated_on} images, {other}")
 
 
 def _check_seeds(members: list[Checkpoint]) -> None:

@@ -254,7 +254,6 @@ class _Shown:
 
     @cached_property
     def data(self) -> Data:
-        """The images of the run."""
         if self.checkpoint.recipe.dataset in ("cifar10", "cifar100") and not self.download:
             check_at_hand(self.checkpoint.recipe.dataset, self.data_dir)
         return images_of(self.checkpoint, self.data_dir, self.notify)[1]

@@ -231,9 +231,7 @@ def _content(found: Prediction, wrong: list[analysis.Mistake], unsure: list[anal
     return {**_origin(found), "mistakes": plain(wrong), "least_sure": plain(unsure)}
 
 
-def title(
-    found: Prediction, count: int, chosen: int, sort: str, true: str | None, predicted: str | None, unsure: int
-) -> str:  # fmt: skip
+def title(found: Prediction, count: int, chosen: int, sort: str, true: str | None, predicted: str | None, unsure: int) -> str:
     """Which of the mistakes are shown: `count` at most of the `chosen`, in the order `sort`, of these classes; or those `unsure`."""
     order = {
         "confidence": "surest of",
@@ -244,11 +242,8 @@ def title(
     what = "labels that may be wrong" if sort == "label" else "mistakes"
     which = f"{count} {order[sort]} {chosen} {what}" if count < chosen else f"All {chosen} {what}"
     which = f"The one {what.replace('mistakes', 'mistake').replace('labels', 'label')}" if chosen == 1 else which
-    of_classes = "".join(
-        f", {kind} {name}"
-        for kind, name in (("label" if sort == "label" else "true class", true), ("predicted", predicted))
-        if name
-    )
+    given = ("label" if sort == "label" else "true class", true), ("predicted", predicted)
+    of_classes = "".join(f", {kind} {name}" for kind, name in given if name)
     images = f"{len(found.labels):,} {found.data.evaluated_on} images{of_classes}{figures.unfinished(standing(found.checkpoint))}"
     if not chosen:
         return f"No mistake in {images}. The {unsure} least sure, all right"

@@ -101,11 +101,6 @@ def train(
         return distributed.on_first(run.finish)
 
 
-def _folder_of(run: Path) -> Path:
-    """Of a run that is named by its folder, or by its checkpoint file."""
-    return run.parent if run.is_file() else run
-
-
 def check_options(save_every_minutes: float, target: float | None) -> None:
     if not save_every_minutes > 0:
         raise UsageError(f"--save-every-minutes {save_every_minutes:g} must be above 0")
@@ -141,7 +136,10 @@ class _Run:
         if resume is not None and (recipe is not None or run_dir is not None):
             raise UsageError("a resumed run takes recipe and folder from itself; give neither")
         self.asked_recipe, self.run_dir, self.must_match, self.asked = recipe, run_dir, must_match, asked
-        self.resume = RunDir(_folder_of(find_run(resume))) if resume is not None else None
+        self.resume: RunDir | None = None
+        if resume is not None:
+            run = find_run(resume)
+            self.resume = RunDir(run.parent if run.is_file() else run)  # a run may be named by its checkpoint file
         self.watcher = watcher if distributed.rank() == 0 else Watchers()
         self.began, self.seconds = time.perf_counter(), dict[str, float]()
         self.drawn, self.drawing = time.monotonic(), 0.5  # when the curves were drawn last, and the seconds that it took
@@ -173,9 +171,8 @@ class _Run:
         check_batches(planned, len(self.read_data.train), distributed.ranks(), least)
         steps = planned.epochs * len(batch_sizes(planned, len(self.read_data.train)))
         if self.resume is None and planned.ema_decay and planned.ema_every > steps:
-            raise UsageError(
-                f"--ema-every {planned.ema_every} is more than the {steps} steps of the run: the average would never be updated"
-            )
+            never = f"the {steps} steps of the run: the average would never be updated"
+            raise UsageError(f"--ema-every {planned.ema_every} is more than {never}")
         return planned, checkpoint, kept, False
 
     def load_images(self, held: ExitStack) -> None:

@@ -215,9 +215,8 @@ def _class(option: str, name: str | None, classes: Sequence[str]) -> str | None:
         if unicodedata.normalize("NFC", each) == unicodedata.normalize("NFC", name):
             return each
     near = difflib.get_close_matches(name, classes, n=1)
-    raise UsageError(
-        f"{option} {name}: no such class; {f'did you mean {near[0]}? There' if near else 'there'} are {some(classes)}"
-    )
+    meant = f"did you mean {near[0]}? There" if near else "there"
+    raise UsageError(f"{option} {name}: no such class; {meant} are {some(classes)}")
 
 
 def choose(
@@ -310,10 +309,8 @@ def layers(recipe: Recipe, classes: int = 10) -> list[dict[str, Any]]:
         module = modules[names[layer.layer_id]]
         kernel = None
         if isinstance(module, nn.Conv2d | nn.MaxPool2d):
-            kernel, stride, padding = (
-                int(each[0]) if isinstance(each, tuple) else int(each)
-                for each in (module.kernel_size, module.stride, module.padding)
-            )
+            sides = module.kernel_size, module.stride, module.padding
+            kernel, stride, padding = (int(each[0]) if isinstance(each, tuple) else int(each) for each in sides)
             field, start, jump = field + (kernel - 1) * jump, start + ((kernel - 1) / 2 - padding) * jump, jump * stride
         rows.append(
             {

@@ -361,9 +361,8 @@ def _convolutions(content: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]
     for each in content["convolutions"]:
         seconds, chosen = each["seconds"], each["chosen"]
         times = [f"{1000 * seconds[way]:.1f}" for way in (chosen, "torch")]
-        rows.append(
-            [each["layer"], each["direction"].replace("_", " "), chosen, *times, f"{each['flop'] / seconds[chosen] / peak:.2f}"]
-        )
+        share = f"{each['flop'] / seconds[chosen] / peak:.2f}"
+        rows.append([each["layer"], each["direction"].replace("_", " "), chosen, *times, share])
     return ["layer", "direction", "way", ">ms", ">ms, torch", ">of the peak"], rows
 
 

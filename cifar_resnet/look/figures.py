@@ -306,9 +306,8 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], ti
     axis.set_yticks(range(0, len(classes), every), names)
     axis.set(xlabel="predicted class", ylabel="true class", title=lettering.title(title))
     if size is None:
-        figure.colorbar(
-            wrong, ax=axis, label="mistakes, percent of the true class", shrink=0.8, ticks=MaxNLocator(steps=(1, 2, 5, 10))
-        )
+        ticks = MaxNLocator(steps=(1, 2, 5, 10))
+        figure.colorbar(wrong, ax=axis, label="mistakes, percent of the true class", shrink=0.8, ticks=ticks)
     return figure
 
 

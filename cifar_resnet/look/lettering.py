@@ -34,9 +34,8 @@ def choose_fonts(figure: Figure) -> None:
     for axis in figure.axes:
         axis.get_xticklabels(), axis.get_yticklabels()  # which makes them
     texts = cast(list[Text], figure.findobj(Text))
-    missing = {letter for text in texts for letter in text.get_text() if not letter.isspace()} - _letters(
-        font_manager.findfont(DEFAULT)
-    )
+    letters = {letter for text in texts for letter in text.get_text() if not letter.isspace()}
+    missing = letters - _letters(font_manager.findfont(DEFAULT))
     if missing:
         families, without = _fonts_with(frozenset(missing))
         for text in texts:
@@ -75,6 +74,5 @@ def _warn(without: frozenset[str]) -> None:
     if new := sorted(without - _warned):
         _warned.update(new)
         letters = "".join(new[:20]) + ("…" if len(new) > 20 else "")
-        warnings.warn(
-            f"no font on this machine has {letters}: pictures show boxes instead; install a font that does", stacklevel=4
-        )
+        advice = "pictures show boxes instead; install a font that does"
+        warnings.warn(f"no font on this machine has {letters}: {advice}", stacklevel=4)

@@ -162,8 +162,7 @@ def receive(content: Content, recent: dict[str, Received], source: str | None) -
 def _preview(file: str | io.BytesIO) -> Image.Image | None:
     """The centred square of an image, RGB, 320 pixels wide; None for one of more than 8 bits, whose white is not known here."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             image = Image.open(file)
         with image:
             if image.width * image.height > MEGAPIXELS * 1e6:

@@ -140,10 +140,9 @@ class State:
         if bad >= 0:
             lr, _ = learning_rate(self.recipe, bad, self.recipe.epochs * steps)
             coarse = ", or --precision float32" if self.recipe.precision == "bfloat16" else ""
-            raise NonFiniteLossError(
-                f"the loss is not finite since step {bad % steps + 1} of epoch {bad // steps + 1} (LR {lr:.4g}); "
-                f"try a lower --max-lr than {self.recipe.max_lr:g}{coarse}"
-            )
+            since = f"step {bad % steps + 1} of epoch {bad // steps + 1} (LR {lr:.4g})"
+            advice = f"try a lower --max-lr than {self.recipe.max_lr:g}{coarse}"
+            raise NonFiniteLossError(f"the loss is not finite since {since}; {advice}")
 
 
 def finite(tensors: list[Tensor]) -> bool:
@@ -302,10 +301,8 @@ def _finish_epoch(state: State, loader: Loader, evaluation: Callable[[], Iterabl
         "images_per_second": loader.count / state.clock.seconds,
     }
     if not math.isfinite(metrics["test_loss"]):
-        raise NonFiniteLossError(
-            f"the loss on the evaluation images is not finite after epoch {state.epoch + 1}; "
-            f"try a lower --max-lr than {state.recipe.max_lr:g}"
-        )
+        advice = f"try a lower --max-lr than {state.recipe.max_lr:g}"
+        raise NonFiniteLossError(f"the loss on the evaluation images is not finite after epoch {state.epoch + 1}; {advice}")
     state.history.append(metrics)
     state.epoch, state.step, state.clock.seconds = state.epoch + 1, 0, 0.0
     state.totals.zero_()

@@ -126,9 +126,8 @@ def range_test(
     lr, loss = (np.array(finder.history[key]) for key in ("lr", "loss"))
     if len(loss) < MIN_POINTS:
         advice = _advice_for_more_points(lr, loss, end_lr, num_iter)
-        raise CifarResnetError(
-            f"the range test has only {len(loss)} points before the loss diverged, and needs {MIN_POINTS}: {advice}"
-        )
+        points = f"{len(loss)} points before the loss diverged, and needs {MIN_POINTS}"
+        raise CifarResnetError(f"the range test has only {points}: {advice}")
     return History(lr, loss)
 
 
@@ -178,19 +177,15 @@ def run_trials(
     lowest_lr, losses = found.min_lr, dict[int, float]()
 
     def run(power: int) -> None:
-        def taken(done: int) -> None:
-            progress(len(losses) * steps + done, max(4, len(losses) + 1) * steps)
-
-        losses[power] = _trial(begin, recipe, loader, 2.0**power, lowest_lr, steps, taken)
+        before, total = len(losses) * steps, max(4, len(losses) + 1) * steps
+        losses[power] = _trial(begin, recipe, loader, 2.0**power, lowest_lr, steps, lambda done: progress(before + done, total))
 
     run(round(math.log2(found.max_lr)))
     while len(losses) < MOST_TRIALS:
         best, highest, lowest = min(losses, key=losses.__getitem__), max(losses), min(losses)
-        if math.isinf(losses[best]):
-            run(lowest - 1)
-        elif best == highest:
+        if best == highest and math.isfinite(losses[best]):
             run(highest + 1)
-        elif best == lowest:
+        elif best == lowest or math.isinf(losses[best]):
             run(lowest - 1)
         else:
             break
@@ -251,11 +246,8 @@ def suggest(history: History, trials: Sequence[Trial] = (), longer: float = 1.0)
         max_lr = _best(history, trials, longer) if trials else float(lr[lowest + past[0] - 1 if len(past) else -1])
         min_lr = min(float(lr[half]), max_lr or math.inf)
     if trials and why_not is None and max_lr is None:
-        min_lr = None
-        why_not = (
-            f"the best of the short trainings, from LR {trials[0].max_lr:g} to {trials[-1].max_lr:g}, is not between worse ones; "
-            f"{OTHER_TRIALS}"
-        )
+        min_lr, tried = None, f"from LR {trials[0].max_lr:g} to {trials[-1].max_lr:g}"
+        why_not = f"the best of the short trainings, {tried}, is not between worse ones; {OTHER_TRIALS}"
     return Suggestions(float(steepest), float(lr[valley(lagging)]), float(lr[lagging.argmin()] / 10), max_lr, min_lr, why_not)
 
 

@@ -6,7 +6,7 @@ kernels: a program has a block of one of them.
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -65,9 +65,7 @@ def _momentum_kernel(
 
 
 @Kernel
-def _scale_kernel(
-    moves: tl.tuple, starts: tl.tuple, counts: tl.tuple, of_moves: tl.tensor, BLOCK: tl.constexpr
-) -> None:  # fmt: skip
+def _scale_kernel(moves: tl.tuple, starts: tl.tuple, counts: tl.tuple, of_moves: tl.tensor, BLOCK: tl.constexpr) -> None:
     """Scales the moves to the norm 1."""
     move = _mine(moves, starts, BLOCK)
     at, inside = _block(starts, counts, BLOCK)
@@ -91,15 +89,10 @@ def _move_kernel(
 
 def usable(*groups: list[Tensor]) -> bool:
     """Whether these are kernels in float32, in channels-last memory, on a GPU for which Triton builds; for a graph."""
-    return (
-        worth_launching()
-        and all(
-            each.dtype == torch.float32 and each.is_contiguous(memory_format=torch.channels_last)
-            for group in groups
-            for each in group
-        )
-        and triton_works(groups[0][0].device)
-    )
+    if not worth_launching():
+        return False
+    fits = (each.dtype == torch.float32 and each.is_contiguous(memory_format=torch.channels_last) for each in chain(*groups))
+    return all(fits) and triton_works(groups[0][0].device)
 
 
 def _blocks(kernels: list[Tensor]) -> tuple[int, dict[str, Any]]:
