@@ -46,10 +46,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     recipe: str = _field(
-        "default",
-        "Recipe",
-        "Preset: the defaults of the other options. `cifar-resnet recipes` lists all.",
-        min_length=1,
+        "default", "Recipe", "Preset: the defaults of the other options. `cifar-resnet recipes` lists all.", min_length=1
     )
 
     dataset: str = _field(
@@ -133,10 +130,7 @@ class Recipe(BaseModel):
         "fixed: the last batch has the images that are left.",
     )
     peak_epoch: float = _field(
-        5.0,
-        "Schedule",
-        "Epoch at which the learning rate peaks. Epochs given without a peak move the peak in proportion.",
-        gt=0,
+        5.0, "Schedule", "Epoch at which the learning rate peaks. Epochs given without a peak move the peak in proportion.", gt=0
     )
     div_factor: float = _field(25.0, "Schedule", "Peak learning rate, divided by the first one.", ge=1)
     final_div_factor: float = _field(100.0, "Schedule", "First learning rate, divided by the last one.", gt=0)

@@ -241,12 +241,7 @@ class _Augmented(torch.utils.data.Dataset):
 
 
 def make_loader(
-    split: Split,
-    recipe: Recipe,
-    device: torch.device,
-    loader: str = "auto",
-    workers: int | None = None,
-    share: Share = WHOLE,
+    split: Split, recipe: Recipe, device: torch.device, loader: str = "auto", workers: int | None = None, share: Share = WHOLE
 ) -> Loader:
     """`loader`: "tensor", "albumentations", or "auto" (tensor). `workers`: None for one on a CPU, four beside a GPU.
 
