@@ -78,7 +78,9 @@ def _fits(value: Any, type_of: TypeAdapter[Any]) -> bool:
 
 
 def _check_path(function: Callable[..., Any], name: str, value: Any) -> None:
-    """Refuses what cannot be the name of a file here: it is too long, or holds a character that no name has, such as NUL."""
+    """Refuses what cannot be the name of a file here: it is empty, too long, or holds a character that no name has, such as NUL."""
+    if isinstance(value, str) and not value:
+        raise UsageError(f"{function.__name__}: {name} is empty")
     reason = None
     try:
         if isinstance(value, str | PathLike):

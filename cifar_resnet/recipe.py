@@ -180,6 +180,11 @@ class Recipe(BaseModel):
     def _printable(cls, value: str) -> str:
         return printable(value)
 
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
     @field_validator("dataset")
     @classmethod
     def _absolute(cls, value: str) -> str:

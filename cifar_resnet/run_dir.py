@@ -212,6 +212,7 @@ def check_match(recipe: Recipe, must_match: dict[str, Any], folder: Path) -> Non
         if name not in Recipe.model_fields:
             raise UsageError(f"{name} is no field of a recipe")
         planned = getattr(recipe, name)
+        value = value.tolist() if hasattr(value, "tolist") else value  # an array of NumPy's
         same = (tuple(value) if isinstance(value, list) else value) == planned or (name, value) == ("precision", "auto")
         if name == "dataset":
             same = isinstance(value, str | Path) and same_place(value, planned)

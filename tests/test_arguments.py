@@ -140,6 +140,9 @@ WRONG_VALUES = [
     (lambda: train(Recipe.build(dataset=LONG)), "lll; if it was moved"),
     (lambda: train(Recipe.build(dataset="a\0b")), "b; if it was moved"),
     (lambda: train(SMALL, "a\0b"), "train: run_dir 'a"),
+    (lambda: train(SMALL, ""), "train: run_dir is empty"),
+    (lambda: find_lr(SMALL, ""), "find_lr: run_dir is empty"),
+    (lambda: compare(["a", ""]), "compare: runs is empty"),
     (lambda: compare(["a"], "a\0.png"), "compare: path 'a"),
     (lambda: evaluate(np.add), "checkpoint <ufunc 'add'>"),
 ]

@@ -333,3 +333,7 @@ def test_what_is_wrong_among_the_options_is_not_said_of_the_file(tmp_path):
     (tmp_path / "part.json").write_text('{"epochs": 3}', encoding="utf-8")
     with pytest.raises(UsageError, match="^--max-lr -1.0"):
         Recipe.build("digits", tmp_path / "part.json", max_lr=-1.0)
+
+
+def test_a_dataset_may_be_a_path(tmp_path):
+    assert Recipe.build(dataset=tmp_path) == Recipe(dataset=tmp_path) == Recipe().replace(dataset=str(tmp_path))

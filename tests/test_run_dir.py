@@ -21,7 +21,7 @@ from cifar_resnet.data.loaders import Batch
 from cifar_resnet.data.splits import Data, Split
 from cifar_resnet.errors import CheckpointError, RunDirectoryError, UsageError, shell_command
 from cifar_resnet.files import new_folder
-from cifar_resnet.run_dir import RunDir, check_free, save_due
+from cifar_resnet.run_dir import RunDir, check_free, check_match, save_due
 from cifar_resnet.training.engine import rates_at, start, train_step
 
 CPU = torch.device("cpu")
@@ -351,6 +351,13 @@ def test_metrics_have_a_final_row_after_the_last_epoch_alone(tmp_path, stepped):
     written = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert written["epochs"] == state.history
     assert written["final"] == {**row, "epoch": 2, "seconds": 7.0}
+
+
+def test_what_a_run_must_have_may_be_arrays(tmp_path):
+    recipe = Recipe.build("eva6-s9")
+    check_match(recipe, {"mean": np.array(recipe.mean), "epochs": np.int64(24)}, tmp_path)
+    with pytest.raises(UsageError, match=re.escape("--mean [0.1, 0.2, 0.3] contradicts the run")):
+        check_match(recipe, {"mean": np.array([0.1, 0.2, 0.3])}, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -283,17 +283,16 @@ def command_words(recipe: Recipe, rounded: Collection[str] = ()) -> list[str]:
     The fields `rounded` are given in three digits.
     """
     recipe = recipe.model_copy(update={name: float(f"{getattr(recipe, name):.3g}") for name in rounded})
-    preset = recipe.recipe if recipe.recipe in PRESETS else "default"
-    before = Recipe.build(preset)
+    before = Recipe.build(recipe.recipe if recipe.recipe in PRESETS else "default")
+    if any(value is None and getattr(before, name) is not None for name, value in recipe):
+        before = Recipe()  # of a field that is none in it, as no option can say that
     if recipe.dataset in DATASETS:  # which fill in what the preset leaves to them
         recipe, filled = datasets.with_statistics(recipe), datasets.with_statistics(before.replace(dataset=recipe.dataset))
         before = before.replace(mean=filled.mean, std=filled.std)
-    words = ["cifar-resnet", "train", "--recipe", preset]
+    words = ["cifar-resnet", "train", "--recipe", before.recipe]
     for name, value in recipe:
         moved = name == "peak_epoch" and recipe.epochs != before.epochs  # it would move in proportion
         if name == "recipe" or (value == getattr(before, name) and not moved):
             continue
-        if value is None:  # which no option can say
-            return ["cifar-resnet", "train", "--recipe-file", "recipe.json"]
         words += option_words(name, value)
     return [shell_word(word) for word in words]

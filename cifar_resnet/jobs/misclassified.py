@@ -86,15 +86,20 @@ def misclassified(
     return chosen
 
 
+def remove_pictures(*paths: Path) -> None:
+    """Those of an earlier choice, whatever their format."""
+    for path in (each.with_suffix(suffix) for each in paths for suffix in PICTURES):
+        remove(path)
+
+
 def _draw(
     found: Prediction, shown: list[analysis.Mistake], layer: str, title: str, folder: Path, format: str,
     written: Callable[[Path], None], given: str,
 ) -> None:  # fmt: skip
-    """The two pictures. Where there is nothing to show, those of an earlier choice go, whatever their format."""
+    """The two pictures. Where there is nothing to show, those of an earlier choice go."""
     photos, looked = folder / f"misclassified.{format}", folder / f"gradcam.{format}"
     if not shown:
-        for path in (each.with_suffix(suffix) for each in (photos, looked) for suffix in PICTURES):
-            remove(path)
+        remove_pictures(photos, looked)
         return
     images, of_predicted, of_rival = grad_cams(found, shown, layer)
     written(save_figure(pictures.misclassified(images, shown, title, given), photos))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..checkpoint import Checkpoint
 from ..files import new_folder, write_json
+from ..look.words import plural
 from ..recipe import Recipe
 from .common import command_line, rendered
 from .demo import content_of_page
@@ -109,6 +110,6 @@ def _readme(checkpoint: Checkpoint, recipe: Recipe, content: Content, mistakes: 
         python=".".join(platform.python_version_tuple()[:2]),
         classes=f"{len(checkpoint.classes)} classes",
         accuracy=accuracy,
-        mistakes=min(mistakes, MISTAKES),
+        mistakes=mistakes and plural(min(mistakes, MISTAKES), "surest mistake"),
         command=command_line(recipe),
     )

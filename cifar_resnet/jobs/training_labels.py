@@ -25,7 +25,7 @@ from ..recipe import Recipe
 from ..runs import LATEST
 from ..training import calibration, engine
 from .common import Prediction, by_label, images_of, opened, save_figure, with_gradients
-from .misclassified import check_count, check_new_folders, title, write_images, write_labels
+from .misclassified import check_count, check_new_folders, remove_pictures, title, write_images, write_labels
 
 FOLDS = "training_folds.pt"  # the logits of the folds that are done, until all are
 
@@ -84,13 +84,23 @@ def training_labels(
     doubted, ranked = by_label(found, logits)
     chosen = analysis.choose(doubted, data.classes, "label", true, predicted)
     write_labels(found, ranked, folder, "training_labels", {"folds": folds}, written)
-    if shown := chosen[:count]:
-        drawn = data.train.images[[each.position for each in shown]]
-        figure = pictures.misclassified(drawn, shown, title(found, count, len(chosen), "label", true, predicted, 0), "label")
-        written(save_figure(figure, folder / f"training_labels.{format}"))
+    _draw(found, chosen, count, title(found, count, len(chosen), "label", true, predicted, 0), folder, format, written)
     write_images(found, chosen, copy_to, save_images, written)
     folds_file.unlink(missing_ok=True)
     return chosen
+
+
+def _draw(
+    found: Prediction, chosen: list[analysis.Mistake], count: int, title: str, folder: Path, format: str,
+    written: Callable[[Path], None],
+) -> None:  # fmt: skip
+    """The first of them. Where there are none, the picture of an earlier choice goes."""
+    picture, shown = folder / f"training_labels.{format}", chosen[:count]
+    if not shown:
+        remove_pictures(picture)
+        return
+    images = found.data.train.images[[each.position for each in shown]]
+    written(save_figure(pictures.misclassified(images, shown, title, "label"), picture))
 
 
 Parts = list[tuple[np.ndarray, np.ndarray]]  # of each fold: the positions of all other images, and of its own

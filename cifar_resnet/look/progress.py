@@ -273,8 +273,10 @@ class TrainingTable(AbstractContextManager):
         startup = {"imports": self.imports, **environment["startup_seconds"]}
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in startup.items())
         say(f"ready for the first step after {sum(startup.values()):.1f} s: {parts}")
-        if recipe.sam_share:
-            say(f"sharpness-aware steps, at half the speed, after epoch {recipe.epochs * (1 - recipe.sam_share):.4g}")
+        if self.pace.sharp_from < self.pace.total:
+            say(f"sharpness-aware steps, at half the speed, after epoch {self.pace.sharp_from / self.pace.steps:.4g}")
+        elif recipe.sam_share:
+            say(f"no sharpness-aware steps: a share of {recipe.sam_share:g} of {plural(self.pace.total, 'step')} is none")
         if state.epoch or state.step:
             say(f"going on after epoch {state.epoch}, step {state.step}")
 

@@ -110,7 +110,10 @@ def test_the_command_repeats_the_run(cli, tmp_path, no_figures):
     assert command_line(with_statistics(Recipe.build("page"))) == "cifar-resnet train --recipe page"
     assert command_line(Recipe.build("digits", max_lr=0.2)) == "cifar-resnet train --recipe digits --max-lr 0.2"
     assert command_line(Recipe.build(max_lr=0.123456, seed=7), rounded=["max_lr"]).endswith(" --max-lr 0.123 --seed 7")
-    assert command_line(Recipe.build("eva8-s8", cutout_fill=0.0).replace(cutout_fill=None)).endswith("--recipe-file recipe.json")
+    small = dict(dataset="digits", train_limit=48, test_limit=20, batch_size=16, epochs=1, peak_epoch=0.5, width=4)
+    recipe = Recipe.build("eva6-s9", **small, precision="float32").replace(base_momentum=None)  # which no option can say
+    assert cli(*shlex.split(command_line(recipe))[1:], "--run-dir", tmp_path / "c")[0] == 0
+    assert load_checkpoint(tmp_path / "c").recipe == with_statistics(recipe.replace(recipe="default"))
 
 
 @pytest.mark.parametrize("width", [390, 1280])

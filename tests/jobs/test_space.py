@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -21,6 +22,7 @@ from cifar_resnet import PRESETS, Recipe, build_model, export, load_checkpoint, 
 from cifar_resnet.arguments import GradCamLayer
 from cifar_resnet.data.datasets import load
 from cifar_resnet.errors import CifarResnetError
+from cifar_resnet.jobs import space as space_file
 from cifar_resnet.look import analysis
 
 pytest.importorskip("gradio", reason="the extra demo is not installed")
@@ -223,3 +225,10 @@ def test_what_cannot_be_exported_as_a_space_is_one_line(refused, tiny_run, tmp_p
     with pytest.raises(CifarResnetError, match=r'gradio: pip install "cifar-resnet\[demo\]"'):
         export(tiny_run, tmp_path / "new", format="space")
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]
+
+
+@pytest.mark.parametrize(("mistakes", "words"), [(0, "nothing: it made no mistake"), (1, "the 1 surest mistake,"), (300, "the 200 surest mistakes,")])
+def test_its_readme_counts_the_mistakes(tiny_run, mistakes, words):
+    checkpoint = load_checkpoint(tiny_run)
+    content = SimpleNamespace(title="digits", notice="")
+    assert words in space_file._readme(checkpoint, checkpoint.recipe, content, mistakes)

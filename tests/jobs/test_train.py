@@ -423,3 +423,13 @@ def test_a_step_that_cannot_be_captured_is_taken_as_it_is_and_memory_that_is_out
     fails.first = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     code, _, err = cli("train", *DIGITS, "--device", "cpu", "--run-dir", tmp_path / "full")
     assert (code, err) == (1, "cifar-resnet: out of memory; try a smaller --batch-size\n")
+
+
+@pytest.mark.parametrize(("share", "words"), [
+    (0.05, "no sharpness-aware steps: a share of 0.05 of 3 steps is none"),
+    (0.5, "sharpness-aware steps, at half the speed, after epoch 0.6667"),
+])
+def test_sharpness_aware_steps_are_announced_where_there_are_any(cli, tmp_path, no_figures, share, words):
+    """Of three steps the last, as half of them is rounded."""
+    options = ("--train-limit", 48, "--test-limit", 20, "--batch-size", 16, "--epochs", 1, "--peak-epoch", 0.5, "--width", 4)
+    assert words in cli("train", "--dataset", "digits", *options, "--sam-share", share, "--run-dir", tmp_path / "run")[1]

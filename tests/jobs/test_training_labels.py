@@ -59,6 +59,8 @@ def test_labels_that_were_made_wrong_come_first(run, own_images, tmp_path, cli):
         assert [row["name"] for row in csv.DictReader(file)] == [row["name"] for row in content["labels"]]
     assert files(run) == sorted([*before, "training_labels.csv", "training_labels.json", "training_labels.png"])
     assert {f"{path.parent.parent.name}/{path.name}" for path in (tmp_path / "odd").rglob("*.png")} >= set(WRONG)
+    assert training_labels(run, folds=2, epochs=1, true="dark", predicted="dark", progress=False) == []
+    assert files(run) == sorted([*before, "training_labels.csv", "training_labels-2.csv", "training_labels.json"])  # the picture was of another choice
 
 
 @pytest.fixture
