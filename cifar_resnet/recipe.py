@@ -182,8 +182,9 @@ class Recipe(BaseModel):
 
     @field_validator("dataset", mode="before")
     @classmethod
-    def _text(cls, value: Any) -> Any:
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    def _folder(cls, value: Any) -> Any:
+        """A path is never the name of a dataset."""
+        return os.path.abspath(value) if isinstance(value, os.PathLike) else value
 
     @field_validator("dataset")
     @classmethod
@@ -224,8 +225,8 @@ class Recipe(BaseModel):
         from_file = _filled(read_json(file, "recipe file"), SCHEMA, f"{file}: ") if file else {}
         if not isinstance(from_file.get("recipe", ""), str):
             raise UsageError(f"{file}: its recipe is no name; give the recipe.json of a run, or a part of one")
-        before, now = from_file.get("dataset"), options.get("dataset")
-        if isinstance(before, str) and isinstance(now, str) and os.path.abspath(before) != os.path.abspath(now):
+        old, new = from_file.get("dataset"), options.get("dataset")
+        if isinstance(old, str) and isinstance(new, str | os.PathLike) and os.path.abspath(old) != os.path.abspath(new):
             from_file = {name: value for name, value in from_file.items() if name not in ("mean", "std")}
         if recipe is not None and from_file.get("recipe", recipe) != recipe:
             raise UsageError(f"--recipe {recipe} contradicts {file}, which is of recipe {from_file['recipe']}; leave it out")

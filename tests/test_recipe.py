@@ -3,6 +3,7 @@ import inspect
 import json
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 
@@ -336,4 +337,7 @@ def test_what_is_wrong_among_the_options_is_not_said_of_the_file(tmp_path):
 
 
 def test_a_dataset_may_be_a_path(tmp_path):
+    assert Recipe(dataset=Path("digits")).dataset == str(Path("digits").absolute())
     assert Recipe.build(dataset=tmp_path) == Recipe(dataset=tmp_path) == Recipe().replace(dataset=str(tmp_path))
+    (tmp_path / "recipe.json").write_text(Recipe(dataset="elsewhere", mean=(0.1, 0.2, 0.3)).to_json(), encoding="utf-8")
+    assert Recipe.build(None, tmp_path / "recipe.json", dataset=tmp_path).mean is None  # that of other images
