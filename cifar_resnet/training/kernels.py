@@ -6,6 +6,7 @@ They are for steps in a CUDA graph: launched one by one from Python they take lo
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -100,7 +101,7 @@ def build(call: Callable[[], object]) -> None:
         with torch.cuda.device(device):  # which each thread has its own of
             kernel.warmup(*given, grid=(1,), **named).run  # noqa: B018 what launches is made when first asked for
 
-    with ThreadPoolExecutor() as pool:
+    with _without_collecting(), ThreadPoolExecutor() as pool:
 
         def builder(kernel: Any, _grid: tuple[int, ...], *given: Any, **named: Any) -> None:
             given, named = _without_memory(given), {name: _without_memory(each) for name, each in named.items()}
@@ -114,6 +115,21 @@ def build(call: Callable[[], object]) -> None:
             call()
         finally:
             _builder = None
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """No garbage is collected here. In Python 3.11 that may end `ast.parse` in one thread for another: then a kernel is not built.
+
+    From https://github.com/python/cpython/issues/106905.
+    """
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collected:
+            gc.enable()
 
 
 def _without_memory(value: Any) -> Any:

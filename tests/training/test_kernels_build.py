@@ -1,8 +1,12 @@
 """Whether Triton's compiler takes our kernels, for GPUs that need not be here: its interpreter takes more than its compiler."""
 
+import ast
+import gc
 import re
+import time
 from collections import defaultdict
-from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,26 +43,10 @@ class NoGPU:
         return GPUTarget("cuda", 90, 32)
 
 
-class OneByOne:
-    """In place of a pool of threads."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *given):
-        with suppress(AttributeError):  # there is nothing that could launch them
-            function(*given)
-
-
 def test_the_kernels_of_sharpness_aware_steps_can_be_built(monkeypatch, tmp_path):
     built, device, launch = {}, torch.device("cpu"), triton.runtime.JITFunction.run
 
     def build(kernel, *given, grid, warmup, **named):
-        if kernel.__name__ not in built:  # a GPU that is there keeps its own
-            monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
         found = launch(kernel, *given, grid=grid, warmup=True, **named)
         built.setdefault(kernel.__name__, []).append(found.asm)
         return found
@@ -67,9 +55,10 @@ def test_the_kernels_of_sharpness_aware_steps_can_be_built(monkeypatch, tmp_path
     driver = triton.runtime.driver
     monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", NoGPU())
     monkeypatch.setattr(triton.runtime.JITFunction, "run", build)
-    monkeypatch.setattr(kernels, "ThreadPoolExecutor", OneByOne)
-    for module in LAUNCHED:
+    for module, names in LAUNCHED.items():
         monkeypatch.setattr(module, "triton_works", lambda *_: True)
+        for kernel in (getattr(module, name).function for name in names.split()):  # a GPU that is there keeps its own
+            monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     split = Split(np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64), np.arange(4))
     for pad_mode in ("reflect", "mean"):
         fields = dict(width=16, batch_size=4, sam_share=1.0, epochs=2, peak_epoch=1.0, precision="bfloat16")
@@ -85,6 +74,32 @@ def test_the_kernels_of_sharpness_aware_steps_can_be_built(monkeypatch, tmp_path
     assert all(each["cubin"].startswith(b"\x7fELF") for kinds in built.values() for each in kinds)
     for name in ("_momentum_kernel", "_scale_kernel", "_move_kernel", "_normalise"):  # which go through memory in its order
         assert all(re.search(r"ld\.global[\w.:]*\.v4", each["ptx"]) for each in built[name])  # four numbers at once
+
+
+def test_threads_that_build_kernels_do_not_disturb_each_other():
+    """Python 3.11 fails to parse in two threads, where it collects garbage between: python/cpython issue 106905."""
+
+    class Parses:
+        def __init__(self, name):
+            self.__name__ = name
+
+        def warmup(self, grid):
+            for _ in range(8):
+                ast.parse(source)
+            finished.append(self.__name__)
+            return SimpleNamespace(run=None)
+
+    def let_others_go_on(*_):
+        time.sleep(1e-5)
+
+    source, finished = Path(engine.__file__).read_text("utf-8"), []
+    gc.callbacks.append(let_others_go_on)
+    try:
+        kernels.build(lambda: [kernels._builder(Parses(f"kernel {k}"), (1,)) for k in range(8)])
+    finally:
+        gc.callbacks.remove(let_others_go_on)
+    assert len(finished) == 8
+    assert gc.isenabled()
 
 
 def test_after_a_failure_kernels_are_launched_again():
