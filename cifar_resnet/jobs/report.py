@@ -98,7 +98,8 @@ def _check_report(folder: Path) -> None:
 def _run_options(environment: dict[str, Any]) -> list[str]:
     """Options that are no fields of the recipe, and with which the run had its numbers."""
     loader = ["--loader", "albumentations"] if environment.get("loader") == "albumentations" else []
-    return [*loader, *(["--tf32"] if environment.get("tf32") else [])]
+    compiled = ["--compile", "on"] if environment.get("compiled") else []
+    return [*loader, *compiled, *(["--tf32"] if environment.get("tf32") else [])]
 
 
 def _which(shown: int, wrong: int) -> str:

@@ -228,6 +228,10 @@ def test_a_report_on_other_images_says_so(own_images, tmp_path, no_figures):
     page = report(tmp_path / "run", tmp_path / "a.html").read_text(encoding="utf-8")
     assert "not those of the run" not in page
     assert "--loader albumentations" in Reader(page).text  # which augments otherwise than the usual one
+    ran = load_checkpoint(tmp_path / "run")
+    torch.save({**ran.content, "environment": {**ran.environment, "compiled": True}}, tmp_path / "compiled.pt")
+    words = Reader(report(tmp_path / "compiled.pt", tmp_path / "c.html").read_text(encoding="utf-8")).text
+    assert "--loader albumentations --compile on" in words
     Image.new("RGB", (40, 40)).save(own_images / "test" / "dark" / "0.png")
     for format, name in (("html", "b.html"), ("markdown", "b")):
         path = report(tmp_path / "run", tmp_path / name, format=format)
