@@ -116,7 +116,7 @@ RunArguments = Annotated[list[Path] | None, _argument(
 RecipeFile = Annotated[Path | None, _option("recipe.json of a run, or a part of one, to start from.", "Recipe", default="none")]
 Suggest = Annotated[Literal["recommended", "steepest", "valley", "minimum"], _option(
     "Rule for the learning rate. recommended: by the short trainings. steepest: where the loss falls fastest. valley: the middle of the "
-    "longest fall. minimum: a tenth of the learning rate at the lowest loss.", RANGE, metavar=NAME
+    "longest fall. minimum: a tenth of the learning rate at the lowest loss. train takes it with --max-lr find.", RANGE, metavar=NAME
 )]
 RunDir = Annotated[Path | None, _option("Folder for what is written.", default="beside the checkpoint")]
 DATA_DIR = "CIFAR_RESNET_DATA_DIR, or the user's cache folder"
@@ -130,7 +130,7 @@ DemoDataDir = Annotated[Path | None, _option(
 Moved = Annotated[str | None, _option("The folder of the run's images, if it was moved.", WHERE, "--dataset", show_default=False)]
 Device = Annotated[str, _option("Where to compute: cpu, cuda, cuda:N, mps, or auto: cuda if there is one, else mps, else cpu.")]
 Loader = Annotated[arguments.LoaderKind, _option(
-    "How images are augmented. tensor: a batch at a time, on the device. albumentations: one by one, in worker processes. auto: tensor, or the loader of a resumed run.",
+    "How images are augmented. tensor: a batch at a time, on the device. albumentations: one by one, in worker processes. auto: tensor, but a run goes on as it began.",
     metavar=NAME,
 )]
 Workers = Annotated[int | None, _option("Worker processes of the albumentations loader.", default="1 on a CPU, 4 beside a GPU")]
@@ -166,7 +166,7 @@ MaxLR = Annotated[str | None, _option(
     "Learning rate at the peak of the schedule; or find, to search for it first, as find-lr does.",
     "Optimizer", metavar="<float>", default=str(Recipe.model_fields["max_lr"].default),
 )]
-NewRunDir = Annotated[Path | None, _option("Empty or new folder for what the run writes.", default="runs/<name>-<n>")]
+NewRunDir = Annotated[Path | None, _option("Empty or new folder for what the run writes.", default="runs/<name>-<n>, or runs/repeat-<name>-<n>")]
 Resume = Annotated[Path | None, _option("Go on with the run or repetition in this folder; latest is the newest run in runs/.", show_default=False)]
 Repeat = Annotated[int | None, _option("Train this many seeds in a row, two or more, from --seed upward, each in a folder of its own.", show_default=False)]
 SaveEveryMinutes = Annotated[float, _option("Minutes between two checkpoints inside an epoch.")]
@@ -207,7 +207,8 @@ RunAndImages = Annotated[list[Path], _argument(
 Top = Annotated[int, _option("Classes shown for each image.")]
 Exported = Annotated[Path | None, _option("New file, or new folder of a space.", default="model.<format> or space, beside the checkpoint")]
 ExportFormat = Annotated[arguments.ExportFormat, _option(
-    "space is the page of demo as a folder to publish. It needs the extra demo; onnx and safetensors need the extra export."
+    "space is the page of demo as a folder to publish. It needs the extra demo; onnx and safetensors need the extra export. "
+    "--data-dir and --device go with space."
 )]
 WithPreprocessing = Annotated[bool, _option(
     "Normalise inside the ONNX graph, which then takes uint8 (N, 32, 32, 3).", WHERE, "--with-preprocessing"
@@ -295,7 +296,10 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what --json asks for. Goes before the command.")
+        bool,
+        typer.Option(
+            "--quiet", "-q", help="Print only errors, and what --json or recipes NAME asks for. Goes before the command."
+        ),
     ] = False,
 ) -> None:
     if version:
