@@ -297,9 +297,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
     quiet: Annotated[
         bool,
-        typer.Option(
-            "--quiet", "-q", help="Print only errors, and what --json or recipes NAME asks for. Goes before the command."
-        ),
+        typer.Option("--quiet", "-q", help="Print only errors, and what --json or recipes NAME asks for. Before the command."),
     ] = False,
 ) -> None:
     if version:
