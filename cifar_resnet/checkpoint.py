@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from .training import convolution
 from .training.engine import State, finite, start
 from .training.model import ResNet, build_model
 from .training.optim import make_optimizer
+from .training.runtime import check_defaults
 
 ROW = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second")
 KIND, SCHEMA = "cifar-resnet checkpoint", 1
@@ -140,8 +142,12 @@ def load_checkpoint(path: Path | str = LATEST) -> Checkpoint:
         CheckpointError: it is missing, damaged, of another kind, or holds anything but tensors and plain values.
         UsageError: there is no latest run.
     """
+    check_defaults()
     path = find_run(path)
-    path = path / CHECKPOINT if path.is_dir() else path
+    if path.is_dir():
+        if not os.access(path, os.X_OK):
+            raise CheckpointError(f"folder {path} cannot be entered; this user may not")
+        path = path / CHECKPOINT
     content = _read_archive(path)
     try:
         if content["schema"] != SCHEMA:
@@ -173,7 +179,7 @@ def _instead(missing: Path) -> str:
 
 
 def _read_archive(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"there is no checkpoint {path}{_instead(path)}")
     try:
         # torch.load would accept a flipped bit in a tensor, and unpack a deflated archive of any size.

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -23,10 +24,10 @@ import typer
 from typer.core import TyperCommand
 
 from . import __version__, arguments
-from .errors import CifarResnetError, UsageError, is_other_rank, printable
+from .errors import CifarResnetError, UsageError, is_other_rank, printable, shell_word
 from .look import console, progress
 from .look.words import plural
-from .recipe import Recipe
+from .recipe import Recipe, option_words
 
 app = typer.Typer(
     help="Train a small ResNet on CIFAR-10: find the learning rate, train, evaluate, see what it gets wrong and where it looked.",
@@ -339,13 +340,16 @@ def find_lr(
             sweep=sweep, data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution,
             format=format, notify=console.say,
         )  # fmt: skip
-    then = ""
+    then, options = "", dict(data_dir=data_dir, device=device, loader=loader, workers=workers, convolution=convolution)
+    where = [
+        shell_word(word) for name, value in options.items() if value not in (None, "auto") for word in option_words(name, value)
+    ]
     if found.suggestions.by(suggest):
         chosen = with_found_lr(recipe, found.suggestions, suggest)
-        then = command_line(chosen, rounded=("max_lr", "div_factor") if suggest == "recommended" else ("max_lr",))
+        then = " ".join([command_line(chosen, ("max_lr", "div_factor") if suggest == "recommended" else ("max_lr",)), *where])
     usual = Recipe.build(recipe.recipe)
     words = [command_line(recipe.replace(max_lr=usual.max_lr, div_factor=usual.div_factor)), "--max-lr find"]
-    at_once = " ".join([*words, *([f"--suggest {suggest}"] if suggest != "recommended" else [])])
+    at_once = " ".join([*words, *([f"--suggest {suggest}"] if suggest != "recommended" else []), *where])
     console.lr_suggestions(found, suggest, then, at_once)
     _say_written(folder / "lr_finder.json", folder / f"lr_finder.{format}")
 
@@ -410,7 +414,7 @@ def train(
         raise Interrupted(stopped.number, stopped.run_dir, again) from None
     if not table.begun:
         console.say(f"the run in {resume} is finished; nothing to do")
-    console.training_result(result)
+    console.training_result(result, data_dir)
 
 
 def _max_lr(given: str | None) -> float | None:
@@ -762,12 +766,16 @@ def recipes(name: RecipeName = None) -> None:
 def main() -> None:
     """Runs the command line; every failure is one line on standard error, with its exit code."""
     os.environ["MPLBACKEND"] = "Agg"
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # who started this process had closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 until the process ends
     console.replace_unencodable()
     warnings.formatwarning = lambda message, *_: f"{_line(str(message))}\n"
     try:
-        if "" in sys.argv[1:]:
-            before = sys.argv[sys.argv.index("", 1) - 1]
-            what = before if before.startswith("-") else "a word"
+        for before, word in pairwise(sys.argv):
+            if word and not re.fullmatch("--[^=]+=", word):
+                continue
+            what = word[:-1] or (before if before.startswith("-") else "a word")
             raise UsageError(f"{what} is empty; perhaps a variable of the shell is not set")
         code = app(standalone_mode=False)
     except CifarResnetError as error:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,9 +30,11 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """
     refuse_special(path)
     path = Path(os.path.realpath(path)) if os.path.islink(path) else path  # the link stays
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with open(part, "wb") as file:
+            with suppress(FileNotFoundError):
+                shutil.copymode(path, part)
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

@@ -175,6 +175,14 @@ class Recipe(BaseModel):
             raise ValueError("true and false are no value of it")
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _in_float32(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(each, float) and abs(each) > 3.4e38 for each in numbers):
+            raise ValueError("it is more than 3.4e38, beyond which float32 has no numbers")
+        return value
+
     @field_validator("recipe")
     @classmethod
     def _printable(cls, value: str) -> str:

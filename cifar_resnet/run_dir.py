@@ -166,6 +166,7 @@ class RunDir:
         """Writes `checkpoint.pt`, if asked, and `metrics.json`; gives what kept them from being written, or ""."""
         try:
             if checkpoint:
+                writable(self.path)  # somebody may have moved the folder
                 save_checkpoint(self.path / CHECKPOINT, state, data, environment, temperature)
             self.write_metrics(state, data, environment)
         except RunDirectoryError as error:
@@ -191,8 +192,12 @@ class RunDir:
         """The epochs of `metrics.json` as `metrics.csv`."""
         write_whole(self.path / "metrics.csv", csv_of(history, ROW))
 
-    def has_last_file(self) -> bool:
-        return any(self.path.glob("learning_rate.*"))
+    def is_whole(self) -> bool:
+        """Whether every file of a run that has ended is there; the picture of the learning rate is written last."""
+        files = (RECIPE, METRICS, "metrics.csv")
+        return all((self.path / name).exists() for name in files) and all(
+            any((self.path / f"{name}{suffix}").exists() for suffix in PICTURES) for name in ("curves", "learning_rate")
+        )
 
 
 def moved(recipe: Recipe, must_match: Mapping[str, Any]) -> bool:

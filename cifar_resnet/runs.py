@@ -81,12 +81,12 @@ def find_runs(paths: Sequence[Path | str] | None = None) -> list[Path]:
 
 def seeds_of(folder: Path) -> list[Path]:
     """The folders of the runs of a repetition, by seed; none if the folder is no repetition."""
-    there = folder.glob("s*") if (folder / REPEAT).exists() else ()
+    there = folder.glob("s*") if os.path.exists(folder / REPEAT) else ()
     seeds = sorted(int(each.name[1:]) for each in there if each.name[1:].isdecimal() and (each / RECIPE).exists())
     return [folder / f"s{seed}" for seed in seeds]
 
 
 def is_run(path: Path) -> bool:
     """Whether a path is meant as a run: a folder with a file of one, or a file that is an archive, as a checkpoint is."""
-    in_folder = any((path / name).exists() for name in (CHECKPOINT, RECIPE, REPEAT))
-    return in_folder or path.suffix == ".pt" or str(path) == LATEST or (path.is_file() and zipfile.is_zipfile(path))
+    in_folder = any(os.path.exists(path / name) for name in (CHECKPOINT, RECIPE, REPEAT))
+    return in_folder or path.suffix == ".pt" or str(path) == LATEST or (os.path.isfile(path) and zipfile.is_zipfile(path))

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from typing import Literal, get_args, get_origin
@@ -346,3 +347,47 @@ def test_an_empty_word_is_refused(refused):
 def test_a_backend_of_matplotlib_that_is_not_there_does_no_harm(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "bogus")
     assert cli("schedule", "--output", tmp_path / "schedule.png")[0] == 0
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize(("words", "code"), [("recipes nope", 2), ("bogus", 2), ("evaluate nowhere", 1), ("recipes default", 0)])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_are_closed_change_no_exit_code_and_no_result(words, code, closed, tmp_path):
+    command = f"{shlex.quote(sys.executable)} -m cifar_resnet {words} {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    if closed == "2>&-":
+        assert done.stdout == (Recipe().to_json() if code == 0 else "")
+
+
+def test_ctrl_c_while_python_imports_is_one_line():
+    lines = [
+        "import sys",
+        "class Interrupts:",
+        "    def find_spec(self, name, *_):",
+        "        if name == 'cifar_resnet.cli': raise KeyboardInterrupt",
+        "sys.meta_path.insert(0, Interrupts())",
+        "from cifar_resnet.__main__ import main; main()",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "cifar-resnet: interrupted\n")
+
+
+@pytest.mark.parametrize("word", ["--run-dir=", "--data-dir=", "--dataset="])
+def test_an_option_whose_variable_is_not_set_is_refused(word, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"{word[:-1]} is empty; perhaps a variable of the shell is not set" in refused(2, "train", "--epochs", 2, word)
+    assert not any(tmp_path.iterdir())
+
+
+def test_commands_to_go_on_with_name_where_the_images_are(cli, fake_cifar10, tmp_path, no_figures, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = ("--data-dir", fake_cifar10, "--convolution", "torch")
+    small = (*where, "--width", 4, "--batch-size", 16, "--epochs", 2)
+    said = cli("train", *small, "--run-dir", "run")[1]
+    for command in re.findall(r"cifar-resnet (evaluate .*|misclassified .*)", said):
+        assert cli(*shlex.split(command))[0] == 0
+    found = cli("find-lr", *small, "--loader", "albumentations", "--workers", 0, "--trial-steps", 0, "--num-iter", 20, "--suggest", "valley")
+    options = f"--data-dir {fake_cifar10} --loader albumentations --workers 0 --convolution torch"
+    assert options in found[1].replace("\n", " ")

@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,18 @@ def test_a_folder_that_was_there_keeps_its_mode_and_the_current_one_stays(tmp_pa
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(RunDirectoryError, match="is the current one"), new_folder(Path(".")):
         pass
+
+
+def test_threads_that_write_one_file_do_not_disturb_each_other(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda k: files.write_whole(tmp_path / "a", str(k) * 1000), range(8)))
+    assert (tmp_path / "a").read_text() in [str(k) * 1000 for k in range(8)]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.posix
+def test_a_file_keeps_who_may_read_it(tmp_path):
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "a").chmod(0o600)
+    files.write_whole(tmp_path / "a", "new")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600

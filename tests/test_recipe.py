@@ -341,3 +341,10 @@ def test_a_dataset_may_be_a_path(tmp_path):
     assert Recipe.build(dataset=tmp_path) == Recipe(dataset=tmp_path) == Recipe().replace(dataset=str(tmp_path))
     (tmp_path / "recipe.json").write_text(Recipe(dataset="elsewhere", mean=(0.1, 0.2, 0.3)).to_json(), encoding="utf-8")
     assert Recipe.build(None, tmp_path / "recipe.json", dataset=tmp_path).mean is None  # that of other images
+
+
+@pytest.mark.parametrize("name", [name for name, field in Recipe.model_fields.items() if "float" in str(field.annotation)])
+def test_numbers_that_float32_has_not_are_refused(name):
+    value = (1e39,) * 3 if name in ("mean", "std") else 1e39
+    with pytest.raises(UsageError, match=f"{name.replace('_', '[-_]')}.*1e.?39"):
+        Recipe(**{name: value})

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+from PIL import ImageFile
 
 from ..errors import DataError
 from ..files import user_cache
@@ -20,7 +21,7 @@ from .images import RULE
 
 def state_of(folder: Path, files: Sequence[Path], whites: Mapping[str, int]) -> str:
     """A digest of what decides the pixels: names, sizes and times of the files, and the rule of reading."""
-    digest = hashlib.sha256(f"{RULE} {PIL.__version__} {sorted(whites.items())}".encode())
+    digest = hashlib.sha256(f"{RULE} {PIL.__version__} {ImageFile.LOAD_TRUNCATED_IMAGES} {sorted(whites.items())}".encode())
     for file in files:
         with suppress(OSError):  # then reading it fails too, and nothing is kept
             about = file.stat()

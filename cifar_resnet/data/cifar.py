@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ..errors import DataError, first_line
 from ..files import rename, user_cache
@@ -185,7 +185,7 @@ def _download(name: str, folder: Path, notify: Callable[[str], None]) -> None:
     target = folder / published.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with _alone(folder, notify):
             if target.exists():
                 return
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as part:
@@ -201,11 +201,15 @@ def _download(name: str, folder: Path, notify: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, notify: Callable[[str], None]) -> Iterator[None]:
     """Holds a lock that other users can take too. One that another user made for himself alone is done without."""
     lock = FileLock(folder / ".download.lock", mode=0o666)
     with suppress(PermissionError):
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            notify(f"waiting for another process that downloads into {folder}")
+            lock.acquire()
     try:
         yield
     finally:

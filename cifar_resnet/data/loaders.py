@@ -183,6 +183,7 @@ class AlbumentationsLoader(Loader):
             persistent_workers=workers > 0,
             worker_init_fn=give_way if device.type == "cpu" else leave_signals,
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # or it would draw from torch's own
         )
         atexit.register(_close, weakref.ref(self))
 

@@ -195,7 +195,14 @@ def logits_of(
         notify(f"the evaluation images are not those of the run: {changed}")
     model, images = loaded.model(resolved), TensorLoader(data.evaluation, loaded.recipe, resolved)
     logits, labels = predict_logits(loaded.recipe, model, batches(images), resolved)
+    check_finite(loaded, logits)
     return Prediction(loaded, model, data, images, logits, labels, resolved, changed)
+
+
+def check_finite(loaded: Checkpoint, logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        advice = f"train again with a lower --max-lr than {loaded.recipe.max_lr:g}"
+        raise CifarResnetError(f"{loaded.path}: the network's logits are not finite, so it has diverged; {advice}")
 
 
 def standing(loaded: Checkpoint) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
@@ -59,7 +60,7 @@ def compare(runs: Sequence[Path | str], path: Path | str | None = None) -> dict[
 def _ended(run: Path | str) -> list[Checkpoint]:
     """The last checkpoint of a run, or those of all runs of a repetition."""
     folder, found = Path(run), find_runs([run])
-    if not (folder / REPEAT).exists():
+    if not os.path.exists(folder / REPEAT):
         return [_finished(each) for each in found]
     count: Any = None
     with suppress(UsageError):  # of a file that is damaged: then those that were begun are all

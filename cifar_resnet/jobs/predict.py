@@ -18,7 +18,7 @@ from ..data.loaders import TensorLoader
 from ..data.splits import Split
 from ..errors import DataError, UsageError
 from ..look import analysis
-from .common import opened, say_unfinished
+from .common import check_finite, opened, say_unfinished
 
 CHUNK = 1000  # images in memory at a time
 
@@ -76,6 +76,7 @@ def predict(
     def probable(pixels: list[np.ndarray]) -> list[list[dict[str, Any]]]:
         split = Split(np.stack(pixels), np.zeros(len(pixels), np.int64), np.arange(len(pixels)))
         logits = analysis.mean_logits(model, TensorLoader(split, loaded.recipe, resolved), tta)
+        check_finite(loaded, logits)
         return analysis.most_probable(logits, loaded.classes, top, loaded.temperature)
 
     return _predictions(probable, loaded.whites, asked, others, progress, skipped, notify)

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..files import read_json, writable, write_json, write_whole
 from ..recipe import Recipe
 from ..run_dir import RunDir, check_free, check_match, moved
-from ..runs import CHECKPOINT, RECIPE, REPEAT, find_run, folder_for, seeds_of
+from ..runs import CHECKPOINT, RECIPE, REPEAT, find_run, folder_for, is_run, seeds_of
 from ..training import distributed
 from ..training.capture import CapturedEpoch
 from ..training.runtime import resolve_device, resolve_precision
@@ -72,7 +72,7 @@ def repeat(
         for seed in range(recipe.seed, recipe.seed + count):
             one = folder / f"s{seed}"
             new = dict(recipe=recipe.replace(seed=seed), run_dir=one)
-            how = dict(resume=one, must_match={"dataset": recipe.dataset}) if (one / RECIPE).exists() else new
+            how = dict(resume=one, must_match={"dataset": recipe.dataset, "seed": seed}) if is_run(one) else new
             with suppress(Interrupted), watch() as watcher:
                 while said:
                     Watchers(watcher).warn(said.pop(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -26,7 +27,7 @@ from ..run_dir import PICTURES, RunDir, check_free, save_due
 from ..runs import default_directory, find_run
 from ..training import calibration, convolution, distributed, engine
 from ..training.capture import CapturedEpoch, capturable
-from ..training.engine import Epoch, State
+from ..training.engine import Epoch, State, Step
 from ..training.runtime import compiled, environment, resolve_device, resolve_precision
 from .common import check_images, prepare, save_figure, with_gradients
 from .convolutions import choose
@@ -161,7 +162,7 @@ class _Run:
         if self.resume is not None:
             planned, checkpoint = self.resume.open(self.must_match)
             kept = checkpoint.environment if checkpoint else self.resume.environment()
-            if checkpoint and checkpoint.finished and self.resume.has_last_file():
+            if checkpoint and checkpoint.finished and self.resume.is_whole():
                 with suppress(RunDirectoryError), self.resume.lock():  # it may have been killed right after its last file
                     self.resume.remove_parts()
                 return planned, checkpoint, kept, True
@@ -213,6 +214,8 @@ class _Run:
             planned, checkpoint, taken_over = held.enter_context(folder.resume(self.must_match))
             if checkpoint:
                 check_images(checkpoint, self.data, self.watcher.warn)
+            else:
+                self.watcher.warn(f"the run in {folder.path} has no checkpoint, and begins anew")
             planned = with_statistics(resolve_precision(planned, self.device), self.data.train)
             folder.begin(planned)
             if checkpoint and not checkpoint.finished and (made := folder.remove_made()):
@@ -292,11 +295,13 @@ class _Run:
         }
         if self.resume is None:
             self._warn_of_idle_options()
+        if self.asked["tf32"] and self.device.type != "cuda":
+            self.watcher.warn(f"--tf32 changes nothing: it is for an NVIDIA GPU, and the run is on {self.device}")
         # A run that is killed before its first checkpoint goes on by metrics.json. Later that may be an epoch ahead of the checkpoint.
         distributed.on_first(partial(self.folder.write_metrics, self.state, self.data, self.environment))
         if self.checkpoint:
             distributed.on_first(partial(self._unless_refused, self._write_table))
-        self.watcher.begin(self.recipe, self.folder.path, self.environment, self.data, self.state)
+        self.watcher.begin(self.recipe, self.folder.path, copy.deepcopy(self.environment), self.data, self.state)
 
     def _warn_of_idle_options(self) -> None:
         """Says which settings, other than the preset's, change nothing."""
@@ -311,10 +316,7 @@ class _Run:
         with signals() as received:
             for record in engine.train(self.state, self.loader, self.evaluation.plain, self.run_epoch):
                 epoch_done, run_done = isinstance(record, Epoch), self.state.epoch == self.recipe.epochs
-                if isinstance(record, Epoch):
-                    self.watcher.epoch(record)
-                else:
-                    self.watcher.step(record, self.state)
+                self._tell(record)
                 now, every = time.monotonic(), self.asked["save_every_minutes"]
                 due, check, stop = distributed.max_over_ranks(
                     save_due(now - saved, every, epoch_done, run_done), now - checked >= 10, received[0] if received else 0
@@ -333,6 +335,20 @@ class _Run:
                 if stop and not run_done:
                     self._draw_curves()
                     raise Interrupted(stop, self.folder.path, to_go_on(self.asked))
+
+    def _tell(self, record: Step | Epoch) -> None:
+        """Tells who watches. Where that fails the run is saved first; several processes would wait for each other."""
+        try:
+            if isinstance(record, Epoch):
+                self.watcher.epoch(record)
+            else:
+                self.watcher.step(record, self.state)
+        except Exception:
+            if distributed.ranks() == 1:
+                if self.state.epoch == self.recipe.epochs:
+                    self.temperature = self._find_temperature()
+                self._save(True, must_succeed=False)
+            raise
 
     def _find_temperature(self) -> float | None:
         accuracy = self.state.history[-1]["test_accuracy"]
@@ -385,7 +401,7 @@ class _Run:
             remove(self.folder.path / f"curves{suffix}")
         self._write_table()
         figure = figures.learning_rate(self.recipe, self.loader.steps)
-        save_figure(figure, self.folder.path / f"learning_rate.{self.asked['format']}")  # see `RunDir.has_last_file`
+        save_figure(figure, self.folder.path / f"learning_rate.{self.asked['format']}")  # see `RunDir.is_whole`
         return load_checkpoint(self.folder.path)
 
     def _stage(self, name: str) -> None:

@@ -120,8 +120,8 @@ def print_table(
     return len(left)
 
 
-def training_result(checkpoint: Checkpoint) -> None:
-    """The last figures of a run, and what to do next."""
+def training_result(checkpoint: Checkpoint, data_dir: object | None) -> None:
+    """The last figures of a run, and what to do next; with the folder of the data sets, if one was given."""
     last = checkpoint.history[-1]
     folder = checkpoint.path.parent
     say(
@@ -129,7 +129,8 @@ def training_result(checkpoint: Checkpoint) -> None:
         f"after {duration(sum(row['seconds'] for row in checkpoint.history))} of training",
         style="bold",
     )
-    then = [shell_command(command, folder) for command in ("evaluate", "misclassified")]
+    where = ["--data-dir", data_dir] if data_dir else []
+    then = [shell_command(command, folder, *where) for command in ("evaluate", "misclassified")]
     say("\n  ".join(["next:", *then, f"{shell_command('predict', folder)} IMAGE"]))
 
 

@@ -303,7 +303,7 @@ def _finish_epoch(state: State, loader: Loader, evaluation: Callable[[], Iterabl
     if not math.isfinite(metrics["test_loss"]):
         advice = f"try a lower --max-lr than {state.recipe.max_lr:g}"
         raise NonFiniteLossError(f"the loss on the evaluation images is not finite after epoch {state.epoch + 1}; {advice}")
-    state.history.append(metrics)
+    state.history.append(dict(metrics))  # who watches may write into theirs
     state.epoch, state.step, state.clock.seconds = state.epoch + 1, 0, 0.0
     state.totals.zero_()
     return Epoch(metrics)

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..recipe import Recipe
 from . import fused
 from .convolution import Conv3x3
+from .runtime import check_defaults
 
 SEEDING = threading.Lock()  # of torch's random numbers, which all threads share
 WHITENING_IMAGES = 5000  # at most: every k-th training image
@@ -100,7 +101,11 @@ def build_model(recipe: Recipe, classes: int = 10) -> ResNet:
     """A ResNet in channels-last layout, initialised from the recipe's seed; torch's random state is left as it was.
 
     Where the recipe's `init` is whiten, the first convolution waits for training images; see `whiten`.
+
+    Raises:
+        UsageError: `classes` is below 1, or torch does not make tensors in float32 on the CPU.
     """
+    check_defaults()
     if classes < 1:
         raise UsageError(f"classes {classes} must be at least 1")
     with SEEDING, torch.random.fork_rng(devices=[]):

@@ -23,6 +23,19 @@ from ..recipe import Recipe
 from .distributed import rank, ranks, started
 
 
+def check_defaults() -> None:
+    """Whether torch makes tensors in float32 on the CPU, as it does before a notebook has chosen otherwise.
+
+    Raises:
+        UsageError: it does not; says what to call.
+    """
+    dtype, chosen = torch.get_default_dtype(), torch.get_default_device()
+    if dtype != torch.float32:
+        raise UsageError(f"torch.set_default_dtype has chosen {dtype}; first call torch.set_default_dtype(torch.float32)")
+    if chosen.type not in ("cpu", "meta"):  # on which shapes are computed
+        raise UsageError(f'torch.set_default_device has chosen {chosen}; first call torch.set_default_device("cpu")')
+
+
 def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
     """ "auto" is CUDA, then MPS, then the CPU; of several processes each takes a CUDA device of its own, or the CPU.
 
@@ -31,6 +44,7 @@ def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
     Raises:
         UsageError: the device is not there; or there are several processes, and they do not train.
     """
+    check_defaults()
     several = ranks() > 1
     if started() > 1 and not several:
         raise UsageError("torchrun is for training alone; search for a learning rate, and evaluate, without torchrun")
@@ -48,10 +62,13 @@ def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
         raise UsageError(f"--device {name}: not there; this machine and this torch have {have}") from None
     if device.type == "cpu":
         keep_large_blocks()
-    elif device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # streams, and so a captured graph, are of the current one
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # torch allows it in convolutions by default
-    torch.backends.cudnn.benchmark = True  # a run has few batch sizes: the fastest algorithm is looked for once for each
+    elif device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams, and so a captured graph, are of the current one
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            tf32  # torch allows it in convolutions by default
+        )
+        torch.backends.cudnn.benchmark = True  # a run has few batch sizes: the fastest algorithm is looked for once for each
     return device
 
 

@@ -145,6 +145,19 @@ def test_two_processes_on_a_missing_folder_download_once(server, tmp_path):
     assert len(server) == 2 * requests
 
 
+def test_who_waits_for_another_process_says_so(server, tmp_path):
+    said, lock = [], FileLock(tmp_path / "shared" / ".download.lock", thread_local=False)
+    (tmp_path / "shared").mkdir()
+    lock.acquire()
+
+    def notify(message):
+        said.append(message)
+        lock.release()
+
+    load(Recipe.build(batch_size=10), tmp_path / "shared", notify=notify)
+    assert said[0] == f"waiting for another process that downloads into {tmp_path / 'shared'}"
+
+
 def test_a_damaged_download_leaves_nothing_behind(server, tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
     with pytest.raises(DataError, match="downloading"):
@@ -258,7 +271,7 @@ def test_the_lock_of_a_download_can_be_taken_by_others(server, tmp_path):
 
 
 def test_a_lock_that_another_user_keeps_closed_stops_no_download(server, tmp_path, monkeypatch):
-    def acquire(self):
+    def acquire(self, timeout=None):
         raise PermissionError(13, "Permission denied", self.lock_file)
 
     monkeypatch.setattr(FileLock, "acquire", acquire)

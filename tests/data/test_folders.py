@@ -1,12 +1,13 @@
 """Folders of one's own: which files are images, of which class, for training or evaluation; and what is said of the others."""
 
+import itertools
 import os
 import shutil
 import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from torchvision.datasets import ImageFolder
 
 from cifar_resnet import Recipe
@@ -457,3 +458,19 @@ def test_a_file_of_a_kind_that_pillow_knows_and_cannot_read_is_no_image(own):
 def test_classes_that_would_be_shown_alike_are_refused(tmp_path):
     pets(tmp_path, classes=("dog", "cat\u200b", "cat\\u200b"))
     assert "two classes would both be shown as cat\\u200b; rename one" in refusal(tmp_path)
+
+
+def test_images_that_another_program_cut_short_are_not_kept_for_who_refuses_them(tmp_path, monkeypatch):
+    for part, name in itertools.product(("train", "test"), ("a", "b")):
+        (tmp_path / part / name).mkdir(parents=True)
+        for number in range(2):
+            noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / part / name / f"{number}.jpg")
+    damaged = tmp_path / "train" / "a" / "0.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-900])
+    recipe = Recipe(dataset=str(tmp_path), batch_size=2)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert len(load(recipe).train) == 4
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    with pytest.raises(DataError, match="0.jpg: image file is truncated"):
+        load(recipe)

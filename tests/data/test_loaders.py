@@ -258,3 +258,14 @@ next(kept[0])
 kept.append(kept)  # a cycle, which the interpreter does not collect at its end
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_random_numbers_of_torch_stay_the_users(workers):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    loader = AlbumentationsLoader(random_split(8), of_recipe(batch_size=4), torch.device("cpu"), workers)
+    next(loader.epoch(0))
+    loader.close()
+    assert torch.equal(torch.rand(3), expected)

@@ -275,3 +275,12 @@ def test_what_is_no_repetition_is_refused(recipe, refused, tmp_path, tiny_run, m
     with pytest.raises(UsageError, match="does not go with torchrun"):
         repeat(recipe, 2, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_seed_that_has_its_checkpoint_alone_goes_on_and_one_of_another_seed_is_refused(tiny_recipe, tmp_path, no_figures):
+    before = repeat(tiny_recipe, 2, tmp_path / "r")
+    (tmp_path / "r" / "s1" / "recipe.json").unlink()
+    assert repeat(resume=tmp_path / "r") == before
+    shutil.copy(tmp_path / "r" / "s0" / "checkpoint.pt", tmp_path / "r" / "s1")
+    with pytest.raises(UsageError, match="--seed 1 contradicts the run in .*s1, which has 0"):
+        repeat(resume=tmp_path / "r")

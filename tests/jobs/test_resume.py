@@ -286,14 +286,14 @@ class Fails(Watcher):
         setattr(self, method, fail)
 
 
-@pytest.mark.parametrize(("method", "step"), [("begin", 1), ("step", 5)])
-def test_a_run_that_fails_before_its_first_checkpoint_goes_on_with_its_loader(tiny_recipe, tmp_path, no_figures, method, step):
-    options = dict(loader="albumentations", workers=0)
+def test_a_run_that_fails_before_its_first_checkpoint_goes_on_with_its_loader(tiny_recipe, tmp_path, no_figures):
+    options, listener = dict(loader="albumentations", workers=0), Listener()
     train(tiny_recipe, tmp_path / "whole", **options)
     with pytest.raises(ZeroDivisionError):
-        train(tiny_recipe, tmp_path / "run", watcher=Fails(method, step), **options)
+        train(tiny_recipe, tmp_path / "run", watcher=Fails("begin"), **options)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    assert train(resume=tmp_path / "run").environment["workers"] == 0
+    assert train(resume=tmp_path / "run", watcher=listener).environment["workers"] == 0
+    assert listener.warnings == [f"the run in {tmp_path / 'run'} has no checkpoint, and begins anew"]
     assert_same_run(content(tmp_path / "run"), content(tmp_path / "whole"))
 
 
@@ -303,6 +303,14 @@ def test_metrics_that_say_nothing_of_a_loader_do_no_harm(tiny_run, tmp_path, no_
     (tmp_path / "metrics.json").write_text(written)
     train(resume=tmp_path)
     assert_same_run(content(tmp_path), content(tiny_run))
+
+
+@pytest.mark.parametrize("missing", ["recipe.json", "metrics.json", "metrics.csv", "curves.png", "learning_rate.png"])
+def test_what_is_missing_of_a_finished_run_is_written_again(tiny_run, tmp_path, no_figures, missing):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / missing).unlink()
+    train(resume=tmp_path / "run")
+    assert sorted(os.listdir(tmp_path / "run")) == FILES
 
 
 def test_what_a_run_killed_after_its_last_write_leaves_is_removed(tiny_run, tmp_path):

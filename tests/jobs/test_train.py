@@ -275,6 +275,7 @@ def tf32():
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.mark.cuda
 def test_float32_is_float32_unless_tf32_is_asked_for(cli, tf32, tmp_path, monkeypatch, no_figures):
     during = []
     monkeypatch.setattr(progress.TrainingTable, "step", lambda self, step, state: during.append(tf32()))
@@ -282,6 +283,13 @@ def test_float32_is_float32_unless_tf32_is_asked_for(cli, tf32, tmp_path, monkey
         assert cli("train", *DIGITS, "--epochs", 1, *option, "--run-dir", tmp_path / str(number))[0] == 0
         assert set(during) == {(expected, expected)}
         during.clear()
+
+
+def test_tf32_changes_nothing_on_a_cpu_and_that_is_said(cli, tf32, tmp_path, no_figures):
+    before = tf32()
+    code, out, err = cli("train", *DIGITS, "--epochs", 1, "--tf32", "--device", "cpu", "--run-dir", tmp_path / "run")
+    assert (code, tf32()) == (0, before)
+    assert "--tf32 changes nothing: it is for an NVIDIA GPU, and the run is on cpu" in out + err
 
 
 def test_curves_are_drawn_on_the_way_where_that_takes_little_of_the_time(tiny_recipe, tmp_path, monkeypatch, no_figures):

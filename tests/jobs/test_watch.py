@@ -1,11 +1,12 @@
 """Who is told of a run's course, and of what."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
-from run_helpers import Listener
+from run_helpers import Listener, assert_same_run, content
 
-from cifar_resnet import Watcher, Watchers, train
+from cifar_resnet import Watcher, Watchers, load_checkpoint, train
 from cifar_resnet.errors import UsageError
 
 
@@ -72,3 +73,49 @@ def test_watchers_are_closed_with_what_ended_them():
     with pytest.raises(KeyError), Watchers(Opened()):
         raise KeyError
     assert seen == [OSError, KeyError]
+
+
+class Meddles(Watcher):
+    """Writes into all that it is given."""
+
+    def begin(self, recipe, run_dir, environment, data, state):
+        environment["began"] = object()
+        environment["startup_seconds"].clear()
+
+    def epoch(self, epoch):
+        epoch.metrics["mine"] = epoch.metrics.pop("seconds")
+        epoch.metrics["test_accuracy"] = 100.0
+
+
+def test_what_a_watcher_writes_into_what_it_is_given_stays_out_of_the_run(tiny_recipe, tiny_run, tmp_path, no_figures):
+    train(tiny_recipe, tmp_path / "run", watcher=Meddles())
+    assert_same_run(content(tmp_path / "run"), content(tiny_run))
+    assert load_checkpoint(tmp_path / "run").environment.keys() == load_checkpoint(tiny_run).environment.keys()
+
+
+@pytest.mark.parametrize(("method", "call", "done"), [("step", 2, (0, 2)), ("epoch", 1, (1, 0)), ("epoch", 2, (2, 0))])
+def test_a_run_whose_watcher_fails_is_kept(tiny_recipe, tiny_run, tmp_path, no_figures, method, call, done):
+    calls = []
+
+    def fails(*_):
+        calls.append(method)
+        if len(calls) == call:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_recipe, tmp_path / "run", watcher=SimpleNamespace(**{method: fails}))
+    kept = content(tmp_path / "run")
+    assert (kept["epoch"], kept["step"]) == done
+    train(resume=tmp_path / "run")
+    assert_same_run(content(tmp_path / "run"), content(tiny_run))
+
+
+@pytest.mark.parametrize("lose", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("moved"))])
+def test_a_run_whose_folder_goes_while_it_trains_is_kept(tiny_recipe, tiny_run, tmp_path, no_figures, lose):
+    def on_epoch(row):
+        if row["epoch"] == 1:
+            lose(tmp_path / "run")
+
+    checkpoint = train(tiny_recipe, tmp_path / "run", on_epoch=on_epoch)
+    assert checkpoint.finished
+    assert_same_run(content(tmp_path / "run"), content(tiny_run))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_resnet import Recipe
+from cifar_resnet import Recipe, evaluate, load_checkpoint, train
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.data.splits import Split
@@ -60,11 +60,31 @@ def pretended_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_tf32_is_one_switch_for_products_and_convolutions(on, tf32):
+def test_tf32_is_one_switch_for_products_and_convolutions(on, tf32, pretended_gpu):
     for switch in TF32:
         switch.allow_tf32 = not on
     resolve_device("cpu", on)
+    assert tf32() == [not on, not on]  # where it means nothing, what a notebook has chosen stays
+    resolve_device("cuda", on)
     assert tf32() == [on, on]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_another_default_dtype_is_refused(dtype, tiny_run, monkeypatch):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for call in (train, evaluate, load_checkpoint, build_model):
+            with pytest.raises(UsageError, match=rf"{dtype}; first call torch.set_default_dtype\(torch.float32\)"):
+                call(*{build_model: [Recipe()], train: []}.get(call, [tiny_run]))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_another_default_device_is_refused(tiny_run, monkeypatch):
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda:0"))
+    with pytest.raises(UsageError, match=r'chosen cuda:0; first call torch.set_default_device\("cpu"\)'):
+        evaluate(tiny_run)
 
 
 def test_the_environment_of_a_gpu_holds_its_libraries_and_arithmetic(pretended_gpu, tf32):
