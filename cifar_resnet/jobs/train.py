@@ -19,7 +19,7 @@ from ..checkpoint import Checkpoint, load_checkpoint
 from ..data.datasets import load, with_statistics
 from ..data.loaders import Loader, Share, TensorLoader, batch_sizes, check_batches, check_loader, make_loader
 from ..data.splits import Data, same_images
-from ..errors import CifarResnetError, RunDirectoryError, UsageError, first_line
+from ..errors import CifarResnetError, NonFiniteLossError, RunDirectoryError, UsageError, first_line
 from ..files import remove
 from ..presets import PRESETS
 from ..recipe import Recipe, option_words
@@ -345,9 +345,11 @@ class _Run:
                 self.watcher.step(record, self.state)
         except Exception:
             if distributed.ranks() == 1:
-                if self.state.epoch == self.recipe.epochs:
-                    self.temperature = self._find_temperature()
-                self._save(True, must_succeed=False)
+                with suppress(NonFiniteLossError):
+                    self.state.check_finite(self.loader.steps)
+                    if self.state.epoch == self.recipe.epochs:
+                        self.temperature = self._find_temperature()
+                    self._save(True, must_succeed=False)
             raise
 
     def _find_temperature(self) -> float | None:

@@ -110,6 +110,16 @@ def test_a_run_whose_watcher_fails_is_kept(tiny_recipe, tiny_run, tmp_path, no_f
     assert_same_run(content(tmp_path / "run"), content(tiny_run))
 
 
+def test_a_run_that_has_diverged_is_not_kept_where_its_watcher_fails(tiny_recipe, tmp_path, no_figures):
+    def step(step, state):
+        if step.step == 3:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_recipe.replace(optimizer="sgd", max_lr=1e30), tmp_path / "run", watcher=SimpleNamespace(step=step))
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 @pytest.mark.parametrize("lose", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("moved"))])
 def test_a_run_whose_folder_goes_while_it_trains_is_kept(tiny_recipe, tiny_run, tmp_path, no_figures, lose):
     def on_epoch(row):
