@@ -65,9 +65,8 @@ def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
     elif device.type == "cuda":
         if device.index is not None:
             torch.cuda.set_device(device)  # streams, and so a captured graph, are of the current one
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-            tf32  # torch allows it in convolutions by default
-        )
+        # torch allows TF32 in convolutions by default
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True  # a run has few batch sizes: the fastest algorithm is looked for once for each
     return device
 
