@@ -387,7 +387,7 @@ def test_commands_to_go_on_with_name_where_the_images_are(cli, fake_cifar10, tmp
     small = (*where, "--width", 4, "--batch-size", 16, "--epochs", 2)
     said = cli("train", *small, "--run-dir", "run")[1]
     for command in re.findall(r"cifar-resnet (evaluate .*|misclassified .*)", said):
-        assert cli(*shlex.split(command))[0] == 0
+        assert cli(*command.split())[0] == 0
     found = cli("find-lr", *small, "--loader", "albumentations", "--workers", 0, "--trial-steps", 0, "--num-iter", 20, "--suggest", "valley")
     options = f"--data-dir {fake_cifar10} --loader albumentations --workers 0 --convolution torch"
     assert options in found[1].replace("\n", " ")
