@@ -218,8 +218,9 @@ class _Run:
                 self.watcher.warn(f"the run in {folder.path} has no checkpoint, and begins anew")
             planned = with_statistics(resolve_precision(planned, self.device), self.data.train)
             folder.begin(planned)
-            if checkpoint and not checkpoint.finished and (made := folder.remove_made()):
-                self.watcher.warn(f"removed what was made of the checkpoint that the run goes on from: {', '.join(made)}")
+            if not (checkpoint and checkpoint.finished) and (made := folder.remove_made()):
+                of = "the checkpoint that the run goes on from" if checkpoint else "a checkpoint that is gone"
+                self.watcher.warn(f"removed what was made of {of}: {', '.join(made)}")
         if taken_over:
             self.watcher.warn(taken_over)
         return folder.path, planned, checkpoint

@@ -305,6 +305,20 @@ def test_metrics_that_say_nothing_of_a_loader_do_no_harm(tiny_run, tmp_path, no_
     assert_same_run(content(tmp_path), content(tiny_run))
 
 
+def test_a_run_whose_checkpoint_is_gone_begins_anew_without_what_was_made_of_it(tiny_run, tmp_path, no_figures):
+    folder, listener = tmp_path / "run", Listener()
+    shutil.copytree(tiny_run, folder)
+    evaluate(folder)
+    (folder / "checkpoint.pt").unlink()
+    train(resume=folder, watcher=listener)
+    assert listener.warnings == [
+        f"the run in {folder} has no checkpoint, and begins anew",
+        "removed what was made of a checkpoint that is gone: class_accuracy.png, confusion_matrix.png, evaluation.json, reliability.png",
+    ]
+    assert sorted(os.listdir(folder)) == FILES
+    assert_same_run(content(folder), content(tiny_run))
+
+
 @pytest.mark.parametrize("missing", ["recipe.json", "metrics.json", "metrics.csv", "curves.png", "learning_rate.png"])
 def test_what_is_missing_of_a_finished_run_is_written_again(tiny_run, tmp_path, no_figures, missing):
     shutil.copytree(tiny_run, tmp_path / "run")
