@@ -200,6 +200,7 @@ def logits_of(
 
 
 def check_finite(loaded: Checkpoint, logits: Tensor) -> None:
+    """Refuses logits that are not finite, of which nothing can be said: the weights are, but they have grown too large."""
     if not logits.isfinite().all():
         advice = f"train again with a lower --max-lr than {loaded.recipe.max_lr:g}"
         raise CifarResnetError(f"{loaded.path}: the network's logits are not finite, so it has diverged; {advice}")

@@ -42,7 +42,7 @@ def resolve_device(name: str = "auto", tf32: bool = False) -> torch.device:
     From now on `tf32` says whether float32 products and convolutions may round their factors to TF32, 10 bits, on an NVIDIA GPU.
 
     Raises:
-        UsageError: the device is not there; or there are several processes, and they do not train.
+        UsageError: the device is not there; there are several processes, and they do not train; or as from `check_defaults`.
     """
     check_defaults()
     several = ranks() > 1
