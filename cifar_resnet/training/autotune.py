@@ -14,10 +14,10 @@ from .convolution import CONVOLUTIONS, WEIGHT_GRADIENTS, Conv3x3, Ways, input_gr
 
 MIN_FLOP = 1e9  # of a layer, in one direction and step: with less, choosing takes longer than it saves
 MIN_POSITIONS = 4096  # pixels of a timed batch: with fewer, what a call does once would weigh too much
-CALL_SECONDS = 0.010  # of torch's own convolution: a part of the batch that takes so long is enough to time
+CALL_SECONDS = 0.015  # of torch's own convolution: a part of the batch that takes so long is enough to time
 LONG_CALL = 0.025  # seconds: where all calls take so long, the first one of each counts
 ROUNDS = 2  # of calls after the first
-COLD = 2.0  # times the best: a first call that is slower is not followed by another
+COLD = 2.5  # times the best: a first call that is slower is not followed by another
 HOPELESS = 1.5  # times the best: a way that is slower is not timed again
 TIE = 1.05  # times the best: ways within it are equal, and the first in the list is chosen
 

@@ -7,14 +7,15 @@ a convolution of the output's gradient with the kernels turned by 180 degrees, i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-MIB = 2**20
+TRIPLES = 32 * 2**20  # bytes of pixels with two neighbours each, at a time
+SIDE = 8  # images in one that is wide
+PART = 128  # outputs at a time
 MIN_POSITIONS = 1024  # pixels of a batch: with fewer, those of single images, torch's own convolution is quickest
 MIN_CHANNELS = 64  # with fewer, where nothing was measured, Winograd's transforms would cost more than they save
 TILES = 4096  # of Winograd at a time: fewer save memory, but wait more for other programs on the same cores
@@ -126,10 +127,13 @@ def layer_name(dtype: torch.dtype, outputs: int, shape: torch.Size) -> str:
 
 
 def possible(way: str, dtype: torch.dtype, shape: torch.Size) -> bool:
-    """Whether a way suits images (N, C, H, W) of this type. Winograd's transforms need float32, and tiles that fill the images."""
+    """Whether a way is of use for images (N, C, H, W) of this type.
+
+    Winograd's transforms need float32, and tiles that fill the images. In float32 no other way was ever the quickest.
+    """
     if way == "winograd":
         return dtype == torch.float32 and shape[2] % 4 == shape[3] % 4 == 0
-    return way in ("torch", "patches") or dtype == torch.bfloat16
+    return way == "torch" or dtype == torch.bfloat16
 
 
 class _Convolution(torch.autograd.Function):
@@ -145,7 +149,7 @@ class _Convolution(torch.autograd.Function):
         x, kernels = ctx.saved_tensors[0].permute(0, 2, 3, 1), ctx.saved_tensors[1].permute(2, 3, 1, 0)
         g, dx, dweight = gradient.permute(0, 2, 3, 1).contiguous(), None, None
         if ctx.needs_input_grad[1]:
-            dweight = WEIGHT_GRADIENTS[ctx.ways.weight_gradient](x, g).to(kernels.dtype).permute(3, 2, 0, 1)
+            dweight = WEIGHT_GRADIENTS[ctx.ways.weight_gradient](x, g).permute(3, 2, 0, 1)
         if ctx.needs_input_grad[0]:
             dx = input_gradient(ctx.ways.input_gradient, x, g, kernels).permute(0, 3, 1, 2)
         return dx, dweight, None
@@ -160,6 +164,14 @@ def input_gradient(way: str, x: Tensor, g: Tensor, kernels: Tensor) -> Tensor:
 
 def _torch(x: Tensor, kernels: Tensor) -> Tensor:
     return functional.conv2d(x.permute(0, 3, 1, 2), kernels.permute(3, 2, 0, 1), padding=1).permute(0, 2, 3, 1)
+
+
+def _in_parts(x: Tensor, kernels: Tensor) -> Tensor:
+    """torch's own, of a few outputs at a time: so many kernels stay in a cache."""
+    y = x.new_empty(*x.shape[:3], kernels.shape[3])
+    for part, some in zip(y.split(PART, 3), kernels.split(PART, 3), strict=True):
+        part.copy_(_torch(x, some))
+    return y
 
 
 def _torch_gradients(x: Tensor, g: Tensor, kernels: Tensor, which: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,71 +189,44 @@ def _pieces(*images: Tensor, size: int) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(each.split(max(1, size)) for each in images), strict=True)
 
 
-def _patches(x: Tensor) -> Tensor:
-    """The 3x3 pixels around each, (N H W, 9 channels), with zeros around the images."""
-    windows = functional.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)
-    return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, 9 * x.shape[3])
+def _triples(x: Tensor) -> Tensor:
+    """Each pixel between its neighbours in the row, zeros beyond the images: (H, W N, 3 C) of (N, H, W, C)."""
+    n, height, width, channels = x.shape
+    pixels, triples = x.permute(1, 2, 0, 3), x.new_empty(height, width, n, 3, channels)
+    left, middle, right = triples.unbind(3)
+    left[:, 1:], left[:, 0] = pixels[:, :-1], 0
+    middle[:] = pixels
+    right[:, :-1], right[:, -1] = pixels[:, 1:], 0
+    return triples.view(height, -1, 3 * channels)
 
 
-def _patches_of_an_image(x: Tensor) -> int:
-    """Bytes."""
-    return 9 * x[0].numel() * x.element_size()
-
-
-def _by_patches(x: Tensor, kernels: Tensor, mib: int) -> Tensor:
-    """One matrix product, of pieces whose patches take so many MiB."""
-    outputs = kernels.shape[3]
-    matrix, y = kernels.reshape(-1, outputs), x.new_empty(*x.shape[:3], outputs)
-    for images, result in _pieces(x, y, size=mib * MIB // _patches_of_an_image(x)):
-        torch.mm(_patches(images), matrix, out=result.view(-1, outputs))
+def _by_rows(x: Tensor, kernels: Tensor) -> Tensor:
+    """One matrix product for each row of the kernels, with the triples of all rows of images that it sees."""
+    _, height, width, inputs, outputs = *x.shape, kernels.shape[3]
+    above, here, below = kernels.reshape(3, 3 * inputs, outputs)
+    y = x.new_empty(*x.shape[:3], outputs)
+    for images, result in _pieces(x, y, size=TRIPLES // (3 * x[0].numel() * x.element_size())):
+        triples = _triples(images)
+        total = torch.mm(triples.flatten(0, 1), here).view(height, -1, outputs)
+        total[1:].flatten(0, 1).addmm_(triples[:-1].flatten(0, 1), above)
+        total[:-1].flatten(0, 1).addmm_(triples[1:].flatten(0, 1), below)
+        result.copy_(total.view(height, width, -1, outputs).permute(2, 0, 1, 3))
     return y
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, turned: bool) -> None:
-    """Adds leftᵀ right, in the precision of the total; turned as (rightᵀ left)ᵀ, which another library routine computes."""
-    if turned:
-        total, left, right = total.T, right, left
-    if total.dtype == left.dtype:
-        total.addmm_(left.T, right)
-    else:
-        total += torch.mm(left.T, right)
+def _side_by_side(x: Tensor) -> Tensor:
+    """Images of (N, H, W, C) in wide ones, (N / SIDE, H, SIDE (W + 1), C), with a column of zeros between them."""
+    if missing := -len(x) % SIDE:
+        x = functional.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))
+    n, height, width, channels = x.shape
+    wide = x.new_zeros(n // SIDE, height, SIDE, width + 1, channels)
+    wide[:, :, :, :width] = x.reshape(-1, SIDE, height, width, channels).transpose(1, 2)
+    return wide.view(-1, height, SIDE * (width + 1), channels)
 
 
-def _memory(total: Tensor) -> int:
-    """Bytes for a piece of what is added up in `total`: so many that adding takes little of the time."""
-    return max(16 * MIB, 4 * total.numel() * total.element_size())
-
-
-def _weight_gradient_by_patches(x: Tensor, g: Tensor, turned: bool) -> Tensor:
-    total = x.new_zeros(g.shape[3], 9 * x.shape[3], dtype=torch.float32)
-    for images, gradients in _pieces(x, g, size=_memory(total) // _patches_of_an_image(x)):
-        _add_product(total, gradients.reshape(-1, len(total)), _patches(images), turned)
-    return total.view(-1, 3, 3, x.shape[3]).permute(1, 2, 3, 0)
-
-
-def _weight_gradient_by_shifts(x: Tensor, g: Tensor, turned: bool) -> Tensor:
-    """Nine products of the images as they are, each shifted by its place in the kernel; nothing is copied nine times.
-
-    One column of zeros between rows, and one row between images, keep apart what lies side by side.
-    """
-    _, height, width, channels = x.shape
-    total = x.new_zeros(9, g.shape[3], channels, dtype=torch.float32)
-    row, margin = width + 1, width + 2
-    image = (height + 1) * row * (channels + g.shape[3]) * x.element_size()  # bytes
-
-    def flat(images: Tensor, margin: int) -> Tensor:
-        count, _, _, channels = images.shape
-        pixels = images.new_zeros(2 * margin + count * (height + 1) * row, channels)
-        inner = pixels[margin : len(pixels) - margin].view(count, height + 1, row, channels)
-        inner[:, :height, :width] = images
-        return pixels
-
-    for images, gradients in _pieces(x, g, size=_memory(total) // image):
-        pixels, gradient = flat(images, margin), flat(gradients, 0)
-        for place, product in enumerate(total):
-            shift = place // 3 * row + place % 3
-            _add_product(product, gradient, pixels[shift : shift + len(gradient)], turned)
-    return total.view(3, 3, *total.shape[1:]).mT
+def _weight_gradient_side_by_side(x: Tensor, g: Tensor) -> Tensor:
+    """torch's own, of wider images: its routine for AMX takes less time for them than for many narrow ones."""
+    return _torch_weight_gradient(_side_by_side(x), _side_by_side(g))
 
 
 def _transform(matrix: Tensor, tiles: Tensor) -> Tensor:
@@ -295,15 +280,12 @@ def _winograd_weight_gradient(x: Tensor, g: Tensor) -> Tensor:
 
 CONVOLUTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of images and kernels
     "torch": _torch,
-    "patches": partial(_by_patches, mib=16),
-    "small patches": partial(_by_patches, mib=1),
+    "parts": _in_parts,
+    "rows": _by_rows,
     "winograd": _winograd,
 }
 WEIGHT_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of images and the output's gradient
     "torch": _torch_weight_gradient,
-    "patches": partial(_weight_gradient_by_patches, turned=False),
-    "turned patches": partial(_weight_gradient_by_patches, turned=True),
-    "shifts": partial(_weight_gradient_by_shifts, turned=False),
-    "turned shifts": partial(_weight_gradient_by_shifts, turned=True),
+    "side by side": _weight_gradient_side_by_side,
     "winograd": _winograd_weight_gradient,
 }

@@ -32,7 +32,7 @@ def small(monkeypatch):
 
 
 def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "fastest", lambda seconds: "patches")
+    monkeypatch.setattr(autotune, "fastest", lambda seconds: "winograd")
     options = (
         "--batch-size",
         4,
@@ -76,10 +76,10 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
         assert f"{row['low']:.3f} to {row['high']:.3f}" in out
     assert len(content["convolutions"]) == 6 * 3
     for each in content["convolutions"]:
-        share = each["flop"] / each["seconds"]["patches"] / medians["matrix product"]
-        times = [f"{1000 * each['seconds'][way]:.1f}" for way in ("patches", "torch")]
+        share = each["flop"] / each["seconds"]["winograd"] / medians["matrix product"]
+        times = [f"{1000 * each['seconds'][way]:.1f}" for way in ("winograd", "torch")]
         row = next(line for line in out.splitlines() if each["layer"] in line and each["direction"].replace("_", " ") in line)
-        assert row.split()[-4:] == ["patches", *times, f"{share:.2f}"]
+        assert row.split()[-4:] == ["winograd", *times, f"{share:.2f}"]
     assert content["predicted_seconds"]["training"] == pytest.approx((18 + 2 * 6) * 100 / medians["tensor"])
     peak = content["peak_memory"]["process"]
     assert peak is None if sys.platform == "win32" else 1e8 < peak < 1e11

@@ -15,7 +15,7 @@ from cifar_resnet.training.model import build_model
 
 CPU = torch.device("cpu")
 SMALL = dict(dataset="digits", train_limit=96, test_limit=32, batch_size=32, epochs=2, width=4, precision="float32")
-CHOICE = {f"float32 {layer}": ["patches", "winograd", "shifts"] for layer in ("4>8 32x32", "8>8 16x16", "32>32 4x4")}
+CHOICE = {f"float32 {layer}": ["rows", "winograd", "side by side"] for layer in ("4>8 32x32", "8>8 16x16", "32>32 4x4")}
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_run_keeps_its_choice_and_goes_on_with_it_to_the_bit(recipe, folder, t
     apply, seen = convolution._Convolution.apply, set()
     monkeypatch.setattr(convolution._Convolution, "apply", lambda *given: (seen.add(given[2]), apply(*given))[1])
     whole = train(recipe, tmp_path / "whole")
-    assert seen == {convolution.Ways("patches", "winograd", "shifts")}
+    assert seen == {convolution.Ways("rows", "winograd", "side by side")}
     assert whole.convolutions == whole.environment["convolutions"] == CHOICE
     assert json.loads((tmp_path / "whole" / "metrics.json").read_text("utf-8"))["environment"]["convolutions"] == CHOICE
     assert evaluate(whole.path)["accuracy"] == whole.history[-1]["test_accuracy"]
