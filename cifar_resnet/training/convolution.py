@@ -219,8 +219,8 @@ def _side_by_side(x: Tensor) -> Tensor:
     if missing := -len(x) % SIDE:
         x = functional.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))
     n, height, width, channels = x.shape
-    wide = x.new_zeros(n // SIDE, height, SIDE, width + 1, channels)
-    wide[:, :, :, :width] = x.reshape(-1, SIDE, height, width, channels).transpose(1, 2)
+    wide = x.new_empty(n // SIDE, height, SIDE, width + 1, channels)
+    wide[:, :, :, :width], wide[:, :, :, width] = x.reshape(-1, SIDE, height, width, channels).transpose(1, 2), 0
     return wide.view(-1, height, SIDE * (width + 1), channels)
 
 

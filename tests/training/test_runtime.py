@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.metadata
 import os
+import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -266,3 +268,36 @@ def test_weights_that_are_cast_at_once_give_the_bits_of_autocast(conv_bias):
         found.append([output, *gradients, *model.buffers()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert all(one.stride() == other.stride() for one, other in zip(*found, strict=True))
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+BLOCKS = """
+import re, resource
+from pathlib import Path
+import torch
+from cifar_resnet.training import runtime
+
+runtime._cpu = lambda: {"amx_bf16": AMX}
+runtime.keep_large_blocks()
+runtime.keep_large_blocks()
+for _ in range(8):  # glibc may take a block beside the freed one, a little larger, a few times
+    torch.ones(2**24)  # 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+block = torch.ones(2**24)
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+huge = sum(map(int, re.findall("AnonHugePages: +([0-9]+) kB", Path("/proc/self/smaps").read_text())))
+print(huge, faults)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc alone keeps its blocks when told")
+@pytest.mark.parametrize("amx", [False, True])
+def test_a_freed_block_is_taken_again_and_lies_in_huge_pages_where_amx_multiplies(amx):
+    command = [sys.executable, "-c", BLOCKS.replace("AMX", str(amx))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    huge, faults = map(int, done.stdout.split())
+    assert faults < 10  # of 32 huge pages, or 16,384
+    if HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
+        assert (huge > 2**15) == amx  # half of it, in kB
