@@ -76,7 +76,7 @@ def effects(trial):
     model = np.hstack([has, of_seed])
     if np.linalg.matrix_rank(model) < model.shape[1]:
         return []
-    fit, *_ = np.linalg.lstsq(model, accuracy, rcond=None)
+    fit = np.linalg.lstsq(model, accuracy, rcond=None)[0].round(9)  # what follows differs from processor to processor
     free = len(accuracy) - model.shape[1]
     variance = ((accuracy - model @ fit) ** 2).sum() / free if free else math.inf
     halves = stats.t.ppf(0.975, max(free, 1)) * np.sqrt(variance * np.diag(np.linalg.pinv(model.T @ model)))
