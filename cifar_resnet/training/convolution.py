@@ -225,7 +225,7 @@ def _side_by_side(x: Tensor) -> Tensor:
 
 
 def _weight_gradient_side_by_side(x: Tensor, g: Tensor) -> Tensor:
-    """torch's own, of wider images: its routine for AMX takes less time for them than for many narrow ones."""
+    """torch's own, of wider images: on AMX they take less time than many narrow ones."""
     return _torch_weight_gradient(_side_by_side(x), _side_by_side(g))
 
 
