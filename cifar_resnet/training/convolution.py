@@ -127,10 +127,7 @@ def layer_name(dtype: torch.dtype, outputs: int, shape: torch.Size) -> str:
 
 
 def possible(way: str, dtype: torch.dtype, shape: torch.Size) -> bool:
-    """Whether a way is of use for images (N, C, H, W) of this type.
-
-    Winograd's transforms need float32, and tiles that fill the images. In float32 no other way was ever the quickest.
-    """
+    """Whether a way is of use for images (N, C, H, W) of this type. In float32 only Winograd's won, which needs tiles that fill them."""
     if way == "winograd":
         return dtype == torch.float32 and shape[2] % 4 == shape[3] % 4 == 0
     return way == "torch" or dtype == torch.bfloat16
