@@ -22,7 +22,7 @@ from .errors import CheckpointError, first_line, printable, shell_command
 from .files import write_whole
 from .recipe import Recipe
 from .runs import CHECKPOINT, LATEST, RECIPE, find_run, seeds_of
-from .training import convolution
+from .training import ways
 from .training.engine import State, finite, start
 from .training.model import ResNet, build_model
 from .training.optim import make_optimizer
@@ -44,7 +44,7 @@ class Checkpoint:
     temperature: float  # logits are divided by it before their softmax; 1 if none was fitted
     whites: dict[str, int]  # of images of more than 8 bits, see `images.read_image`; old checkpoints have none
     fingerprints: dict[str, dict[str, Any]]  # of "train" and "evaluation", see `splits.fingerprint`; old ones have none
-    convolutions: dict[str, list[str]] | None  # their ways, see `convolution.use`; old ones and those of a GPU do not say
+    convolutions: dict[str, list[str]] | None  # their ways, see `ways.use`; old ones and those of a GPU do not say
     content: dict[str, Any]
 
     def __repr__(self) -> str:
@@ -84,7 +84,7 @@ class Checkpoint:
     def model(self, device: torch.device | str = "cpu") -> ResNet:
         """The model that is evaluated: the averaged weights where there are any."""
         model = build_model(self.recipe, len(self.classes))
-        convolution.use(model, self.convolutions)
+        ways.use(model, self.convolutions)
         model.load_state_dict(self.content["averaged"] or self.content["model"])
         return model.to(device).eval()
 
@@ -127,7 +127,7 @@ def save_checkpoint(path: Path, state: State, data: Data, environment: dict[str,
         "temperature": temperature,
         "whites": dict(data.whites),
         "data": data.fingerprints,
-        "convolutions": convolution.used(state.model),
+        "convolutions": ways.used(state.model),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)

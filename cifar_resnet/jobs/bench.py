@@ -35,11 +35,11 @@ from ..recipe import Recipe
 from ..training import engine
 from ..training.autotune import Timing
 from ..training.capture import CapturedEpoch, capturable, graph_of
-from ..training.convolution import use
 from ..training.engine import State, rates_at, train_step
 from ..training.model import build_model
 from ..training.optim import make_optimizer, set_rates
 from ..training.runtime import compiled, environment, resolve_device, resolve_precision, wait_for
+from ..training.ways import use
 from .common import with_gradients
 from .convolutions import Choice, choose, chosen_here, measure_anew
 

@@ -14,7 +14,7 @@ from .. import __version__
 from ..errors import CifarResnetError
 from ..files import user_cache, write_json
 from ..recipe import Recipe
-from ..training import autotune, convolution, distributed
+from ..training import autotune, distributed, ways
 from ..training.autotune import Timing
 from ..training.runtime import processor, without_emulation
 
@@ -22,7 +22,7 @@ Choice = dict[str, list[str]]  # the three of `convolution.Ways` by layer
 
 
 def choose(mode: str, model: nn.Module, recipe: Recipe, device: torch.device) -> Choice | None:
-    """In which way to compute each convolution of batches of the recipe's size; for `convolution.use`.
+    """In which way to compute each convolution of batches of the recipe's size; for `ways.use`.
 
     Args:
         mode: "auto" for the quickest way on this machine, as it was measured at the first time; "torch" for torch's own.
@@ -71,7 +71,7 @@ def _read(recipe: Recipe) -> Choice | None:
     """What is kept; None where nothing is, or nothing that this version understands."""
     with suppress(CifarResnetError, OSError, ValueError, KeyError, TypeError, AttributeError):
         choice = json.loads(_path(recipe).read_text(encoding="utf-8"))["convolutions"]
-        convolution.checked_ways(choice)
+        ways.checked(choice)
         return choice
     return None
 

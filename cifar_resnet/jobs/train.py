@@ -25,7 +25,7 @@ from ..presets import PRESETS
 from ..recipe import Recipe, option_words
 from ..run_dir import PICTURES, RunDir, check_free, save_due
 from ..runs import default_directory, find_run
-from ..training import calibration, convolution, distributed, engine
+from ..training import calibration, distributed, engine, ways
 from ..training.capture import CapturedEpoch, capturable
 from ..training.engine import Epoch, State, Step
 from ..training.runtime import compiled, environment, resolve_device, resolve_precision
@@ -242,10 +242,10 @@ class _Run:
             if mode == "torch":
                 self.watcher.warn(f"--convolution torch changes nothing: it is for a CPU, and the run is on {self.device}")
             return
-        if mode == "torch" or (convolution.used(self.state.model) is None and not traced):
+        if mode == "torch" or (ways.used(self.state.model) is None and not traced):
             choice = choose(mode, self.state.model, self.recipe, self.device)
             for model in {self.state.model, self.state.tested}:
-                convolution.use(model, choice)
+                ways.use(model, choice)
 
     def make_steps(self, captured: dict[Any, CapturedEpoch | None]) -> None:
         """Compiles and captures where that is asked for, or is sooner done."""
@@ -291,7 +291,7 @@ class _Run:
             **self.loader.options,
             "compiled": self.state.forward is not self.state.model,
             "captured": self.run_epoch is not engine.plain_epoch,
-            "convolutions": convolution.used(self.state.model),
+            "convolutions": ways.used(self.state.model),
             "startup_seconds": self.seconds,
         }
         if self.resume is None:

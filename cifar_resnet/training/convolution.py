@@ -6,7 +6,7 @@ a convolution of the output's gradient with the kernels turned by 180 degrees, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +58,7 @@ TORCH, WINOGRAD = Ways(), Ways("winograd", "winograd", "winograd")
 class Conv3x3(nn.Conv2d):
     """A convolution of 3x3 with padding 1, (N, inputs, H, W) to (N, outputs, H, W), best in channels-last layout.
 
-    It is torch's own but on a CPU, where `use` may name other ways. These have first derivatives only.
+    It is torch's own but on a CPU, where `ways.use` may name other ways. These have first derivatives only.
     """
 
     ways: Mapping[str, Ways] | None = None  # by `layer_name`; torch's own for what is not in it. None: nothing was measured
@@ -84,34 +84,6 @@ class Conv3x3(nn.Conv2d):
             return self.ways.get(layer_name(dtype, len(self.weight), x.shape), TORCH)
         usual = x.shape[1] >= MIN_CHANNELS and possible("winograd", dtype, x.shape) and torch.backends.mkl.is_available()
         return WINOGRAD if usual else TORCH
-
-
-def checked_ways(ways: Mapping[str, Sequence[str]]) -> dict[str, Ways]:
-    """The three `Ways` of each layer, from plain values.
-
-    Raises:
-        ValueError: one of them is no way that there is.
-        TypeError: they are not three.
-    """
-    chosen = {layer: Ways(*each) for layer, each in ways.items()}
-    for layer, (forward, input_gradient, weight_gradient) in chosen.items():
-        if not {forward, input_gradient} <= set(CONVOLUTIONS) or weight_gradient not in WEIGHT_GRADIENTS:
-            raise ValueError(f"the convolution {layer} has ways that there are not")
-    return chosen
-
-
-def use(model: nn.Module, ways: Mapping[str, Sequence[str]] | None) -> None:
-    """Lets every convolution of the model be computed in these ways; see `Conv3x3.ways` and, for what it raises, `checked_ways`."""
-    chosen = None if ways is None else checked_ways(ways)
-    for module in model.modules():
-        if isinstance(module, Conv3x3):
-            module.ways = chosen
-
-
-def used(model: nn.Module) -> dict[str, list[str]] | None:
-    """What `use` was given last, as plain values."""
-    ways = next(module.ways for module in model.modules() if isinstance(module, Conv3x3))
-    return None if ways is None else {layer: list(each) for layer, each in ways.items()}
 
 
 def compute_type(x: Tensor) -> torch.dtype:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from ..data.loaders import Batch, Loader
 from ..errors import NonFiniteLossError
 from ..recipe import Recipe
-from . import convolution, distributed, step_kernels
+from . import distributed, step_kernels, ways
 from .kernels import in_a_graph
 from .model import ResNet, build_model, whiten
 from .optim import average_weight, learning_rate, make_optimizer, sam, set_rates, update_average
@@ -162,7 +162,7 @@ def start(
     convolutions: Mapping[str, Sequence[str]] | None = None,
     images: np.ndarray | None = None,
 ) -> State:
-    """A run before its first step, with convolutions computed in these ways; see `convolution.use`.
+    """A run before its first step, with convolutions computed in these ways; see `ways.use`.
 
     `images` are the training images, uint8 (N, 32, 32, 3), for an `init` of whiten. Without them the first convolution starts as
     with dirac; that is of use where other weights are loaded.
@@ -171,7 +171,7 @@ def start(
     if recipe.init == "whiten" and images is not None:
         whiten(model, recipe, images)
     model.to(device)
-    convolution.use(model, convolutions)
+    ways.use(model, convolutions)
     return State(
         recipe=recipe,
         model=model,

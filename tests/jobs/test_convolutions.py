@@ -10,7 +10,7 @@ from cifar_resnet import Recipe, evaluate, load_checkpoint, train
 from cifar_resnet.errors import CheckpointError, DataError, UsageError
 from cifar_resnet.jobs import convolutions
 from cifar_resnet.jobs.train import _Run
-from cifar_resnet.training import autotune, convolution, engine, runtime
+from cifar_resnet.training import autotune, convolution, engine, runtime, ways
 from cifar_resnet.training.model import build_model
 
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ def test_on_a_gpu_the_choice_of_a_cpu_is_kept_and_asking_for_torch_is_said_to_ch
         watcher=SimpleNamespace(warn=said.append),
     )
     _Run._choose_convolutions(run)
-    assert convolution.used(state.model) == CHOICE
+    assert ways.used(state.model) == CHOICE
     assert len(said) == warned
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cifar_resnet.recipe import Recipe
-from cifar_resnet.training import autotune, convolution
+from cifar_resnet.training import autotune, convolution, ways
 from cifar_resnet.training.autotune import Timing
 from cifar_resnet.training.model import build_model
 
@@ -72,8 +72,8 @@ def test_what_is_chosen_can_be_used_and_a_slow_way_is_not_chosen(quick, monkeypa
     choice = autotune.choice(autotune.measure(model, 8, torch.float32))
     assert {tuple(ways) for ways in choice.values()} == {convolution.WINOGRAD}
     assert len(choice) == 6
-    convolution.use(model, choice)
-    assert convolution.used(model) == choice
+    ways.use(model, choice)
+    assert ways.used(model) == choice
 
 
 @pytest.mark.parametrize(

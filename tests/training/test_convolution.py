@@ -6,9 +6,10 @@ from torch.nn import functional
 
 from cifar_resnet.recipe import Recipe
 from cifar_resnet.training import convolution
-from cifar_resnet.training.convolution import CONVOLUTIONS, TORCH, WEIGHT_GRADIENTS, WINOGRAD, Conv3x3, Ways, possible, use, used
+from cifar_resnet.training.convolution import CONVOLUTIONS, TORCH, WEIGHT_GRADIENTS, WINOGRAD, Conv3x3, Ways, possible
 from cifar_resnet.training.model import build_model
 from cifar_resnet.training.runtime import _multiplies_bfloat16
+from cifar_resnet.training.ways import use, used
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL torch's own convolutions are used")
 NETWORK = [(64, 128, 32), (128, 128, 16), (128, 256, 16), (256, 512, 8), (512, 512, 4)]
