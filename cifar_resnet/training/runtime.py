@@ -238,9 +238,12 @@ def _cpu_name() -> str:
 def processor() -> dict[str, str]:
     """The CPU, what it can do, and how many threads compute: what the speed of a way to compute depends on."""
     features = sorted(name for name, there in _cpu().items() if there is True)
+    limits = [
+        os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ
+    ]  # of what oneDNN uses
     return {
         "cpu": _cpu_name(),
-        "features": " ".join([torch.backends.cpu.get_cpu_capability(), *features]),
+        "features": " ".join([torch.backends.cpu.get_cpu_capability(), *features, *limits]),
         "threads": str(torch.get_num_threads()),
     }
 
