@@ -136,7 +136,8 @@ Loader = Annotated[arguments.LoaderKind, _option(
 )]
 Workers = Annotated[int | None, _option("Worker processes of the albumentations loader.", default="1 on a CPU, 4 beside a GPU")]
 Compile = Annotated[arguments.Compile, _option(
-    "Whether torch.compile compiles the model before the first step: on, off, or auto, which is off.", metavar=NAME
+    "What is compiled before the first step. auto: BatchNorm on a CPU, by a C compiler if there is one. on: the model, by torch.compile. off: nothing.",
+    metavar=NAME,
 )]
 Convolution = Annotated[arguments.Convolution, _option(
     "How a CPU computes convolutions. auto: each in the way that was fastest on this machine. torch: by PyTorch alone.",

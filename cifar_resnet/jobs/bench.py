@@ -39,14 +39,15 @@ from ..training.engine import State, rates_at, train_step
 from ..training.model import build_model
 from ..training.optim import make_optimizer, set_rates
 from ..training.runtime import compiled, environment, resolve_device, resolve_precision, wait_for
-from ..training.ways import use
+from ..training.ways import COMPILED, use, without_compiled
 from .common import with_gradients
-from .convolutions import Choice, choose, chosen_here, measure_anew
+from .convolutions import Choice, choose, chosen_here, compiled_here, measure_anew
 
 MIN_ROUNDS, TRAIN_IMAGES, TEST_IMAGES, CPU_SIDE = 6, 50_000, 10_000, 4096
 RATIOS = (
     ("model", "optimizer", "optimizer's share of the model alone"),
     ("model", "torch's convolutions", "model alone / with torch's own convolutions"),
+    ("model", "torch's BatchNorm", "model alone / with torch's own BatchNorm"),
     ("tensor", "model", "training, tensor loader / model alone"),
     ("albumentations", "model", "training, albumentations loader / model alone"),
     ("model", "matrix product", "model alone / matrix product"),
@@ -75,10 +76,11 @@ def bench(
 
     Args:
         rounds: how often everything is measured.
-        reference: measures a plain loop too, see `_plain_loop`; and the model with torch's own convolutions, where others were chosen.
+        reference: measures a plain loop too, see `_plain_loop`; and the model with torch's own convolutions, and with torch's own
+            BatchNorm, where others were chosen.
         profile: adds the operators that take the time of training with the tensor loader.
         workers: processes of the albumentations loader, and of the plain loop's.
-        compile: "auto", "on" or "off"; see `runtime.compiled`.
+        compile: "auto", "on" or "off"; see `runtime.compiled` and `convolutions.compiled_here`.
         convolution: "auto", or "torch" for torch's own. With auto every way is timed, and later runs go by these timings.
         seconds: about how long one measurement takes; a step at least.
         progress: as `find_lr` takes it; a function is called with the rounds done.
@@ -99,9 +101,9 @@ def bench(
         told = held.enter_context(telling(progress, "measuring", "rounds", rounds))
         timings, ways = _ways(recipe, place, compile, convolution)
         contestants, used = _contestants(recipe, place, workers, compile, ways)
-        if reference and ways:
-            contestants["torch's convolutions"] = (_model_alone(recipe, place, compile, {}), recipe.batch_size)
         if reference:
+            for name, others in _with_torchs_own(ways or {}).items():
+                contestants[name] = (_model_alone(recipe, place, compile, others), recipe.batch_size)
             step = held.enter_context(_plain_process(recipe, place, _whole(recipe), used))
             contestants["plain loop"] = (step, recipe.batch_size)
         steps, measured = _measure(contestants, place, rounds, seconds, told)
@@ -127,12 +129,20 @@ def _check(rounds: int, seconds: float, workers: int | None) -> None:
     check_loader("albumentations", workers)
 
 
-def _ways(recipe: Recipe, device: torch.device, compile: str, convolution: str) -> tuple[list[Timing], Choice | None]:
+def _ways(recipe: Recipe, device: torch.device, compile: Compile, convolution: str) -> tuple[list[Timing], Choice | None]:
     """How long each convolution takes, where one is chosen; and what a run would choose."""
     model = build_model(recipe)
     if convolution == "auto" and compile != "on" and chosen_here(recipe, device):
-        return measure_anew(model, recipe)
-    return [], choose(convolution, model, recipe, device) if compile != "on" else None
+        timings, choice = measure_anew(model, recipe)
+        return timings, choice | compiled_here(recipe, compile)
+    return [], choose(convolution, model, recipe, device, compile) if compile != "on" else None
+
+
+def _with_torchs_own(choice: Choice) -> dict[str, Choice]:
+    """The choice without what replaces torch's convolutions, and without what replaces its BatchNorm; where it has any."""
+    norm = {layer: way for layer, way in choice.items() if layer in COMPILED}
+    found = {"torch's convolutions": norm, "torch's BatchNorm": without_compiled(choice)}
+    return {name: others for name, others in found.items() if others != choice}
 
 
 def _peak_memory(device: torch.device) -> dict[str, int | None]:

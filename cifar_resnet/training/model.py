@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from ..arguments import checked
 from ..data.augment import TensorAugmentation
 from ..errors import UsageError
 from ..recipe import Recipe
-from . import fused
+from . import fused, fused_cpu
 from .convolution import Conv3x3
+from .fused_cpu import BatchNorm
 from .runtime import check_defaults
 
 SEEDING = threading.Lock()  # of torch's random numbers, which all threads share
@@ -22,22 +24,30 @@ WHITENING_IMAGES = 5000  # at most: every k-th training image
 
 
 class Chain(nn.Sequential):
-    """Modules one after another; plus a residual, if one is given. In a CUDA graph of training, 2x2 max pooling, BatchNorm and
-    ReLU in a row are few passes over memory."""
+    """Modules one after another; plus a residual, if one is given. 2x2 max pooling, BatchNorm and ReLU in a row are few passes over
+    memory, in a CUDA graph of training, and on a CPU where `ways.use` says so."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         modules, at = list(self), 0
         while at < len(modules):
             pool = isinstance(modules[at], nn.MaxPool2d)
             norm, relu = [*modules[at + pool : at + pool + 2], None, None][:2]
-            if isinstance(norm, nn.BatchNorm2d) and isinstance(relu, nn.ReLU) and fused.usable(x, norm):
+            at_once = _norm_relu(x, norm) if isinstance(norm, BatchNorm) and isinstance(relu, nn.ReLU) else None
+            if at_once:
                 at += pool + 2
                 last = at == len(modules)
-                x = fused.norm_relu(x, norm, pool, residual if last else None)
+                x = at_once(x, norm, pool, residual if last else None)
                 residual = None if last else residual
             else:
                 x, at = modules[at](_as_mps_wants(x)), at + 1
         return x if residual is None else residual + x
+
+
+def _norm_relu(x: Tensor, norm: BatchNorm) -> Callable[..., Tensor] | None:
+    """What computes pooling, BatchNorm and ReLU of x at once; None where nothing does."""
+    if fused.usable(x, norm):
+        return fused.norm_relu
+    return fused_cpu.norm_relu if fused_cpu.usable(x, norm) else None
 
 
 def _as_mps_wants(x: Tensor) -> Tensor:
@@ -50,7 +60,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        layers = [module for _ in range(2) for module in (Conv3x3(channels, channels), nn.BatchNorm2d(channels), nn.ReLU())]
+        layers = [module for _ in range(2) for module in (Conv3x3(channels, channels), BatchNorm(channels), nn.ReLU())]
         self.block = Chain(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,11 +76,11 @@ class ResNet(nn.Module):
     def __init__(self, recipe: Recipe, classes: int = 10) -> None:
         super().__init__()
         bias, width = recipe.conv_bias, recipe.width
-        after_prep = [nn.BatchNorm2d(width), nn.ReLU()]
+        after_prep = [BatchNorm(width), nn.ReLU()]
         self.prep = Chain(Conv3x3(3, width, bias), *(after_prep if recipe.prep_order == "bn-relu" else reversed(after_prep)))
 
         def layer(inputs: int, outputs: int, *then: nn.Module) -> Chain:
-            pool, rest = nn.MaxPool2d(2), [nn.BatchNorm2d(outputs), nn.ReLU()]
+            pool, rest = nn.MaxPool2d(2), [BatchNorm(outputs), nn.ReLU()]
             after_conv = [pool, *rest] if recipe.pool_position == "before-bn" else [*rest, pool]
             return Chain(Conv3x3(inputs, outputs, bias), *after_conv, *then)
 

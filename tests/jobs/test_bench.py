@@ -14,6 +14,7 @@ from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.data.loaders import TensorLoader
 from cifar_resnet.jobs import bench
 from cifar_resnet.training import autotune, convolution, engine
+from cifar_resnet.training.fused_cpu import library
 
 CPU = torch.device("cpu")
 
@@ -54,6 +55,7 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
     content = json.loads((tmp_path / "b.json").read_text("utf-8"))
     rounds, medians = content["rounds"], content["medians"]
     names = {"model", "optimizer", "tensor", "albumentations", "evaluation", "matrix product", "torch's convolutions", "plain loop"}
+    names |= {"torch's BatchNorm"} if library(torch.float32) else set()
     assert set(rounds) == set(medians) == set(content["options"]["steps"]) == names
     for name, values in rounds.items():
         assert len(values) == 7
@@ -69,6 +71,9 @@ def test_bench_measures_everything_and_its_ratios_are_those_of_its_rounds(cli, s
             flop * t / p for t, p in zip(rounds["tensor"], rounds["matrix product"], strict=True)
         ],
     }
+    if "torch's BatchNorm" in names:
+        own = zip(rounds["model"], rounds["torch's BatchNorm"], strict=True)
+        by_hand["model alone / with torch's own BatchNorm"] = [m / o for m, o in own]
     for name, values in by_hand.items():
         row = content["ratios"][name]
         assert row["median"] == pytest.approx(statistics.median(values))

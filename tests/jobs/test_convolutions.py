@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -10,12 +11,26 @@ from cifar_resnet import Recipe, evaluate, load_checkpoint, train
 from cifar_resnet.errors import CheckpointError, DataError, UsageError
 from cifar_resnet.jobs import convolutions
 from cifar_resnet.jobs.train import _Run
-from cifar_resnet.training import autotune, convolution, engine, runtime, ways
+from cifar_resnet.training import autotune, convolution, engine, fused_cpu, runtime, ways
 from cifar_resnet.training.model import build_model
 
 CPU = torch.device("cpu")
 SMALL = dict(dataset="digits", train_limit=96, test_limit=32, batch_size=32, epochs=2, width=4, precision="float32")
 CHOICE = {f"float32 {layer}": ["rows", "winograd", "side by side"] for layer in ("4>8 32x32", "8>8 16x16", "32>32 4x4")}
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch):
+    """What these tests choose does not depend on the machine."""
+    monkeypatch.setattr(convolutions, "library", lambda dtype: None)
+
+
+@pytest.fixture
+def compiler(no_compiler, monkeypatch):
+    if fused_cpu.library(torch.float32) is None:
+        pytest.skip("there is no C compiler here that can build our functions")
+    monkeypatch.setattr(convolutions, "library", fused_cpu.library)
+    monkeypatch.setattr(fused_cpu, "MIN_ELEMENTS", 1)
 
 
 @pytest.fixture
@@ -119,6 +134,23 @@ def test_nothing_is_chosen_where_torch_is_asked_for_or_on_another_device_or_for_
     assert timed == []
 
 
+def test_with_a_compiler_batch_norm_is_built_unless_something_else_is_asked_for(recipe, folder, timed, compiler):
+    model = build_model(recipe)
+    assert convolutions.choose("auto", model, recipe, CPU) == CHOICE | ways.COMPILED
+    assert convolutions.choose("torch", model, recipe, CPU) == ways.COMPILED
+    assert convolutions.choose("auto", model, recipe, CPU, "off") == CHOICE
+    assert convolutions.choose("auto", model, recipe, torch.device("cuda")) is None
+    assert [json.loads(file.read_text("utf-8"))["convolutions"] for file in folder.iterdir()] == [CHOICE]
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_what_onednn_may_not_use_has_a_choice_of_its_own(name, recipe, folder, timed, monkeypatch):
+    for limit in ("AVX512_CORE", "AVX2", "AVX512_CORE"):
+        monkeypatch.setenv(name, limit)
+        convolutions.choose("auto", build_model(recipe), recipe, CPU)
+    assert len(timed) == 2
+
+
 class Stopped(cifar_resnet.Watcher):
     """Sends SIGINT in the second epoch."""
 
@@ -127,22 +159,40 @@ class Stopped(cifar_resnet.Watcher):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_run_keeps_its_choice_and_goes_on_with_it_to_the_bit(recipe, folder, timed, tmp_path, no_figures, monkeypatch):
-    apply, seen = convolution._Convolution.apply, set()
+class Warned(cifar_resnet.Watcher):
+    def __init__(self):
+        self.messages = []
+
+    def warn(self, message):
+        self.messages.append(message)
+
+
+@pytest.mark.parametrize("built", [{}, ways.COMPILED], ids=["convolutions", "with BatchNorm"])
+def test_a_run_keeps_its_choice_and_goes_on_with_it_to_the_bit(
+    built, recipe, folder, timed, tmp_path, no_figures, monkeypatch, request
+):
+    if built:
+        request.getfixturevalue("compiler")
+    apply, seen, choice = convolution._Convolution.apply, set(), CHOICE | built
     monkeypatch.setattr(convolution._Convolution, "apply", lambda *given: (seen.add(given[2]), apply(*given))[1])
     whole = train(recipe, tmp_path / "whole")
     assert seen == {convolution.Ways("rows", "winograd", "side by side")}
-    assert whole.convolutions == whole.environment["convolutions"] == CHOICE
-    assert json.loads((tmp_path / "whole" / "metrics.json").read_text("utf-8"))["environment"]["convolutions"] == CHOICE
+    assert whole.convolutions == whole.environment["convolutions"] == choice
+    assert json.loads((tmp_path / "whole" / "metrics.json").read_text("utf-8"))["environment"]["convolutions"] == choice
     assert evaluate(whole.path)["accuracy"] == whole.history[-1]["test_accuracy"]
 
     with pytest.raises(cifar_resnet.CifarResnetError):
         train(recipe, tmp_path / "stopped", watcher=Stopped())
-    monkeypatch.setattr(convolutions, "choose", lambda *given: pytest.fail("a resumed run chose anew"))
-    resumed = train(resume=tmp_path / "stopped")
-    assert resumed.convolutions == CHOICE
+    shutil.copytree(tmp_path / "stopped", tmp_path / "copy")
+    monkeypatch.setattr("cifar_resnet.jobs.train.choose", lambda *given: pytest.fail("a resumed run chose anew"))
+    resumed, warned = train(resume=tmp_path / "stopped"), Warned()
+    assert resumed.convolutions == choice
     for name, value in whole.model().state_dict().items():
         assert torch.equal(value, resumed.model().state_dict()[name]), name
+
+    monkeypatch.setattr(convolutions, "library", lambda dtype: None)  # as on a machine without a compiler
+    assert train(resume=tmp_path / "copy", watcher=warned).convolutions == CHOICE
+    assert ["no C compiler" in message for message in warned.messages] == [True] * len(built)
 
 
 def test_torchs_own_convolutions_can_be_asked_for(recipe, folder, timed, tmp_path, cli, no_figures):
@@ -165,7 +215,7 @@ def test_on_a_gpu_the_choice_of_a_cpu_is_kept_and_asking_for_torch_is_said_to_ch
         recipe=recipe,
         watcher=SimpleNamespace(warn=said.append),
     )
-    _Run._choose_convolutions(run)
+    _Run._choose_ways(run)
     assert ways.used(state.model) == CHOICE
     assert len(said) == warned
 
@@ -173,7 +223,7 @@ def test_on_a_gpu_the_choice_of_a_cpu_is_kept_and_asking_for_torch_is_said_to_ch
 def test_a_checkpoint_that_names_another_way_is_refused(recipe, folder, timed, tmp_path, no_figures):
     checkpoint = train(recipe, tmp_path / "run")
     content = torch.load(checkpoint.path)
-    for wrong in ({"float32 4>8 32x32": ["magic", "torch", "torch"]}, {"float32 4>8 32x32": ["torch"] * 4}, ["torch"]):
+    for wrong in ({"float32 4>8 32x32": ["magic", "torch", "torch"]}, {"float32 4>8 32x32": ["torch"] * 4}, ["torch"], {"BatchNorm": ["magic"]}):
         torch.save({**content, "convolutions": wrong}, checkpoint.path)
         with pytest.raises(CheckpointError, match="cannot use|can use"):
             load_checkpoint(checkpoint.path)

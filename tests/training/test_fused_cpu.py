@@ -1,0 +1,190 @@
+"""The compiled BatchNorm, ReLU and pooling of a CPU against torch's own operations in float64."""
+
+import copy
+import subprocess
+
+import pytest
+import torch
+from test_fused import SMALL, STATISTICS, Case, error, inputs, last, layer, step, torchs_own
+from torch.nn import functional
+
+from cifar_resnet.recipe import Recipe
+from cifar_resnet.training import fused_cpu, ways
+from cifar_resnet.training.fused_cpu import BatchNorm, library, norm_relu, usable
+from cifar_resnet.training.model import build_model
+
+needs_a_compiler = pytest.mark.skipif(library(torch.float32) is None, reason="there is no C compiler here that can build our functions")
+CASES = {name: case for name, case in SMALL.items() if case.dtype in fused_cpu.TYPES and case.shape[2] % 2 == case.shape[3] % 2 == 0}
+CASES |= {
+    "bfloat16, equal pixels": Case((5, 64, 8, 8), pool=True, dtype=torch.bfloat16, integers=True),
+    "bfloat16, a residual of another order": Case((3, 24, 4, 6), residual=True, dtype=torch.bfloat16, gradient="contiguous"),
+    "20 channels": Case((3, 20, 4, 4), pool=True, residual=True),
+    "one channel": Case((4, 1, 4, 4)),
+    "more rows than parts": Case((9, 7, 12, 12), pool=True, residual=True),
+    "as in layer1": Case((32, 128, 32, 32), pool=True, dtype=torch.bfloat16),
+    "as in layer3": Case((64, 512, 4, 4), residual=True, dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Activations of a test are worth it, too."""
+    monkeypatch.setattr(fused_cpu, "MIN_ELEMENTS", 1)
+
+
+def compiled(channels):
+    norm = BatchNorm(channels)
+    norm.compiled = True
+    return norm
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("name", CASES)
+def test_results_and_gradients_are_torchs(name):
+    case = CASES[name]
+    x, residual, gradient = inputs(case, "cpu")
+    norm = layer(case.shape[1], "cpu")
+    exact = copy.deepcopy(norm).double()
+    results = step(norm_relu, case, norm, x, residual, gradient)
+    assert results["output"].is_contiguous(memory_format=torch.channels_last)
+    assert results["num_batches_tracked"] == 1
+    expected = step(torchs_own, case, exact, x.double(), None if residual is None else residual.double(), gradient.double())
+    found = {name: error(result, expected[name]) for name, result in results.items()}
+    assert {name: value for name, value in found.items() if value > (1e-5 if name in STATISTICS else case.tolerance)} == {}
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("dtype", fused_cpu.TYPES)
+def test_of_equal_pixels_and_nan_the_one_is_taken_that_torch_takes(dtype):
+    x = torch.randint(-2, 3, (5, 16, 6, 6), generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[x == 2] = float("nan")
+    results = []
+    for pool in (fused_cpu._MaxPool.apply, lambda x: functional.max_pool2d(x, 2)):
+        mine = last(x.clone()).requires_grad_()
+        pooled = pool(mine)
+        (gradient,) = torch.autograd.grad(pooled, mine, torch.arange(pooled.numel()).view(pooled.shape).to(dtype))
+        results.append((pooled.detach().nan_to_num(9), gradient))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_a_compiler
+def test_bfloat16_is_rounded_as_torch_rounds():
+    """Of numbers of every size, halfway cases among them: with nothing to normalise the residual is what is rounded."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = last(bits[bits.isfinite()][:65024].view(1, 8, 64, 127)[..., :126].abs())
+    norm = BatchNorm(8, eps=0.0).eval()
+    with torch.no_grad():
+        norm.weight.fill_(1.5), norm.bias.fill_(1.0)
+        ours = norm_relu(x, norm, residual=x)
+        theirs = ((x.float() * 1.5 + 1.0).bfloat16().float() + x.float()).bfloat16()
+    assert torch.equal(ours, theirs)
+
+
+@needs_a_compiler
+def test_a_nan_reaches_its_channel_and_no_other():
+    x, norm = torch.randn(2, 16, 4, 4), BatchNorm(16)
+    x[1, 3, 0, 0] = float("nan")
+    y, there = norm_relu(last(x), norm), torch.arange(16) == 3
+    for found in (y.isnan().all(0).all(-1).all(-1), y.isnan().any(0).any(-1).any(-1), norm.running_mean.isnan(), norm.running_var.isnan()):
+        assert torch.equal(found, there)
+
+
+@needs_a_compiler
+def test_any_number_of_threads_gives_the_same_bits():
+    case, threads, results = Case((16, 64, 16, 16), pool=True, residual=True), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(step(norm_relu, case, layer(64, "cpu"), *inputs(case, "cpu")))
+    finally:
+        torch.set_num_threads(threads)
+    for name, first in results[0].items():
+        for other in results[1:]:
+            assert torch.equal(first, other[name]), name
+
+
+@needs_a_compiler
+def test_it_stands_for_torchs_own_only_where_it_may(small, monkeypatch):
+    x = last(torch.randn(2, 16, 4, 4))
+    assert usable(x, compiled(16))
+    refused = {
+        "not chosen": (x, BatchNorm(16)),
+        "layout": (x.contiguous(), compiled(16)),
+        "float64": (x.double(), compiled(16)),
+        "odd size": (last(torch.randn(2, 16, 5, 4)), compiled(16)),
+        "gradients in evaluation": (x, compiled(16).eval()),
+        "another device": (x.to("meta"), compiled(16)),
+    }
+    assert [name for name, (x, norm) in refused.items() if usable(x, norm)] == []
+    with torch.no_grad():
+        assert usable(x, compiled(16).eval())
+    monkeypatch.setattr(fused_cpu, "MIN_ELEMENTS", x.numel() + 1)
+    assert not usable(x, compiled(16))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("variant", [{}, {"pool_position": "after-relu"}, {"prep_order": "relu-bn"}], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_computes_what_it_computes_with_torchs_own(variant, training, small):
+    """Outputs, gradients and statistics; in training, and in evaluation without gradients."""
+    recipe = Recipe(width=16, **variant)
+    plain, images, found = build_model(recipe).double(), torch.randn(8, 3, 32, 32), {}
+    for model in (build_model(recipe), plain):
+        model.train(training)
+        ways.use(model, {} if model is plain else ways.COMPILED)
+        with torch.set_grad_enabled(training):
+            output = model(last(images.to(model.fc.weight.dtype)))
+        found[model] = [output.detach(), *model.buffers()]
+        if training:
+            functional.cross_entropy(output, torch.arange(8)).backward()
+            found[model].append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert (ours.double() - theirs).norm() <= 1e-2 * theirs.double().norm()
+
+
+@needs_a_compiler
+def test_all_of_the_network_is_computed_by_it(small, monkeypatch):
+    model, seen = build_model(Recipe(width=16)), []
+    ways.use(model, ways.COMPILED)
+    monkeypatch.setattr(fused_cpu, "norm_relu", lambda x, *given: (seen.append(given[1:]), norm_relu(x, *given))[1])
+    model(last(torch.randn(8, 3, 32, 32)))
+    assert [(pool, residual is not None) for pool, residual in seen] == [
+        (False, False), (True, False), (False, False), (False, True), (True, False), (True, False), (False, False), (False, True),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def anew():
+    """The functions are compiled at the next call, and after the test again."""
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "sleep"])
+def test_without_a_compiler_that_works_torchs_own_are_used(compiler, anew, small, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(fused_cpu.shutil, "which", lambda name: None if name != compiler or "no-such" in name else f"/bin/{name}")
+    if compiler == "sleep":
+
+        def late(*given, **named):
+            raise subprocess.TimeoutExpired("sleep", 60)
+
+        monkeypatch.setattr(fused_cpu.subprocess, "run", late)
+    assert library(torch.float32) is None
+    x, norm = last(torch.randn(2, 16, 4, 4)), compiled(16)
+    assert not usable(x, norm)
+    model = build_model(Recipe(width=4))
+    ways.use(model, ways.COMPILED)
+    assert model(last(torch.randn(2, 3, 32, 32))).isfinite().all()
+
+
+def test_a_way_of_batch_norm_that_there_is_not_is_refused():
+    model = build_model(Recipe(width=4))
+    with pytest.raises(ValueError, match="BatchNorm"):
+        ways.use(model, {"BatchNorm": ["magic"]})
+    ways.use(model, ways.COMPILED)
+    assert ways.used(model) == {"BatchNorm": ["compiled"]}
+    ways.use(model, {})
+    assert ways.used(model) == {}
