@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-trapping-math", "-fopenmp", "-fPIC")
-X86_FLAGS = ("-mprefer-vector-width=512",)  # where there is AVX-512, gcc takes half of its width by itself
+X86_FLAG = "-mprefer-vector-width=512"  # where there is AVX-512, gcc takes half of its width by itself
 COMPILE_SECONDS = 60  # at most; it takes a third of a second
 PARTS = 256  # of a sum
 MIN_ELEMENTS = 2**20  # of an activation: with fewer, torch's own take no longer
@@ -46,20 +46,15 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc")
     if sys.platform != "linux" or dtype not in TYPES or compiler is None:
         return None
-    flags = FLAGS + X86_FLAGS * (platform.machine() == "x86_64")
+    flags = [*FLAGS, f"-DBFLOAT16={int(dtype == torch.bfloat16)}"]
+    if platform.machine() == "x86_64":
+        flags.append(X86_FLAG)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            built, linked = (os.path.join(folder, name) for name in ("fused_cpu.o", "fused_cpu.so"))
-            for command in (
-                [*flags, f"-DBFLOAT16={int(dtype == torch.bfloat16)}", "-c", str(SOURCE), "-o", built],
-                [
-                    "-shared",
-                    built,
-                    "-o",
-                    linked,
-                ],  # without OpenMP: torch's is there, and two would each have threads of their own
-            ):
-                subprocess.run([compiler, *command], check=True, capture_output=True, timeout=COMPILE_SECONDS)
+            built, linked = os.path.join(folder, "fused_cpu.o"), os.path.join(folder, "fused_cpu.so")
+            run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=COMPILE_SECONDS)
+            run([compiler, *flags, "-c", str(SOURCE), "-o", built])
+            run([compiler, "-shared", built, "-o", linked])  # without OpenMP: torch's is there, and two would each have threads
             return ctypes.CDLL(linked)
     except (OSError, subprocess.SubprocessError):
         return None
@@ -71,6 +66,7 @@ def usable(x: Tensor, norm: BatchNorm) -> bool:
         norm.compiled
         and (norm.training or not torch.is_grad_enabled())
         and x.device.type == "cpu"
+        and norm.weight.dtype == torch.float32
         and x.numel() >= MIN_ELEMENTS
         and x.shape[2] % 2 == x.shape[3] % 2 == 0
         and x.is_contiguous(memory_format=torch.channels_last)

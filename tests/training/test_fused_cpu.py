@@ -112,6 +112,7 @@ def test_it_stands_for_torchs_own_only_where_it_may(small, monkeypatch):
         "not chosen": (x, BatchNorm(16)),
         "layout": (x.contiguous(), compiled(16)),
         "float64": (x.double(), compiled(16)),
+        "weights in bfloat16": (x.bfloat16(), compiled(16).bfloat16()),
         "odd size": (last(torch.randn(2, 16, 5, 4)), compiled(16)),
         "gradients in evaluation": (x, compiled(16).eval()),
         "another device": (x.to("meta"), compiled(16)),
