@@ -136,11 +136,10 @@ Loader = Annotated[arguments.LoaderKind, _option(
 )]
 Workers = Annotated[int | None, _option("Worker processes of the albumentations loader.", default="1 on a CPU, 4 beside a GPU")]
 Compile = Annotated[arguments.Compile, _option(
-    "What is compiled before the first step. auto: BatchNorm on a CPU, by a C compiler if there is one. on: the model, by torch.compile. off: nothing.",
-    metavar=NAME,
+    "Whether torch.compile compiles the model before the first step: on, off, or auto, which is off.", metavar=NAME
 )]
 Convolution = Annotated[arguments.Convolution, _option(
-    "How a CPU computes convolutions. auto: each in the way that was fastest on this machine. torch: by PyTorch alone.",
+    "How a CPU computes convolutions and BatchNorm. auto: in the ways that are fastest on this machine. torch: by PyTorch alone.",
     metavar=NAME,
 )]
 Format = Annotated[arguments.Format, _option("Format of the pictures: png, svg or pdf.", metavar=NAME)]

@@ -80,8 +80,8 @@ def bench(
             BatchNorm, where others were chosen.
         profile: adds the operators that take the time of training with the tensor loader.
         workers: processes of the albumentations loader, and of the plain loop's.
-        compile: "auto", "on" or "off"; see `runtime.compiled` and `convolutions.compiled_here`.
-        convolution: "auto", or "torch" for torch's own. With auto every way is timed, and later runs go by these timings.
+        compile: "auto", "on" or "off"; see `runtime.compiled`.
+        convolution: "auto", or "torch" for torch's own. With auto every way to convolve is timed, and later runs go by these timings.
         seconds: about how long one measurement takes; a step at least.
         progress: as `find_lr` takes it; a function is called with the rounds done.
 
@@ -129,13 +129,13 @@ def _check(rounds: int, seconds: float, workers: int | None) -> None:
     check_loader("albumentations", workers)
 
 
-def _ways(recipe: Recipe, device: torch.device, compile: Compile, convolution: str) -> tuple[list[Timing], Choice | None]:
+def _ways(recipe: Recipe, device: torch.device, compile: str, convolution: str) -> tuple[list[Timing], Choice | None]:
     """How long each convolution takes, where one is chosen; and what a run would choose."""
     model = build_model(recipe)
     if convolution == "auto" and compile != "on" and chosen_here(recipe, device):
         timings, choice = measure_anew(model, recipe)
-        return timings, choice | compiled_here(recipe, compile)
-    return [], choose(convolution, model, recipe, device, compile) if compile != "on" else None
+        return timings, choice | compiled_here(recipe)
+    return [], choose(convolution, model, recipe, device) if compile != "on" else None
 
 
 def _with_torchs_own(choice: Choice) -> dict[str, Choice]:

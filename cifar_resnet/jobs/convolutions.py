@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..arguments import Compile
 from ..errors import CifarResnetError
 from ..files import user_cache, write_json
 from ..recipe import Recipe
@@ -23,32 +22,31 @@ from ..training.runtime import dtype, processor, without_emulation
 Choice = dict[str, list[str]]  # see `ways.use`
 
 
-def choose(mode: str, model: nn.Module, recipe: Recipe, device: torch.device, compile: Compile = "auto") -> Choice | None:
+def choose(mode: str, model: nn.Module, recipe: Recipe, device: torch.device) -> Choice | None:
     """In which way to compute each layer of batches of the recipe's size; for `ways.use`.
 
     Args:
-        mode: "auto" for the quickest way of each convolution on this machine, as it was measured at the first time; "torch" for
-            torch's own.
+        mode: "auto" for the quickest way of each convolution on this machine, as it was measured at the first time, and for
+            BatchNorm as a C compiler builds it; "torch" for torch's own.
         recipe: with its precision resolved.
-        compile: see `compiled_here`.
 
     Returns:
         None where nothing is chosen: on a device other than a CPU, or in emulated bfloat16.
     """
     if not chosen_here(recipe, device):
         return None
-    return distributed.on_first(
-        lambda: ({} if mode == "torch" else _kept_or_measured(model, recipe)) | compiled_here(recipe, compile)
-    )
+    if mode == "torch":
+        return {}
+    return distributed.on_first(lambda: _kept_or_measured(model, recipe) | compiled_here(recipe))
 
 
 def chosen_here(recipe: Recipe, device: torch.device) -> bool:
     return device.type == "cpu" and without_emulation(recipe, device) == recipe
 
 
-def compiled_here(recipe: Recipe, compile: Compile) -> Choice:
-    """What a C compiler gives: BatchNorm with what surrounds it, where there is one, and nothing else was asked for than "auto"."""
-    return ways.COMPILED if compile == "auto" and library(dtype(recipe)) else {}
+def compiled_here(recipe: Recipe) -> Choice:
+    """What a C compiler gives, where there is one: BatchNorm with what surrounds it."""
+    return ways.COMPILED if library(dtype(recipe)) else {}
 
 
 def _kept_or_measured(model: nn.Module, recipe: Recipe) -> Choice:

@@ -72,7 +72,7 @@ def train(
         must_match: recipe fields that the resumed run must have.
         loader: "auto", "tensor" or "albumentations", whose processes are `workers`. "auto" is tensor, or what a resumed run had.
         save_every_minutes: how long inside an epoch until a checkpoint is saved.
-        compile: "auto", "on" or "off"; see `runtime.compiled` and `convolutions.compiled_here`. Several processes train without.
+        compile: "auto", "on" or "off"; see `runtime.compiled`. Several processes train without it.
         convolution: "auto" or "torch"; see `convolutions.choose`. A resumed run goes on as it began, but for "torch".
         tf32: whether an NVIDIA GPU may round the factors of float32 products to TF32. A run that was begun so goes on so.
         target: accuracy in percent, drawn as a line into the accuracy curve.
@@ -236,19 +236,18 @@ class _Run:
         self._stage("convolutions")
 
     def _choose_ways(self) -> None:
-        """Of a new run. One that goes on computes its layers as before, but where torch's own are asked for."""
-        mode, compile, choice = self.asked["convolution"], self.asked["compile"], ways.used(self.state.model)
+        """Of a new run. One that goes on computes its layers as before, but where torch's own are asked for, or nothing can be built."""
+        mode, traced, choice = self.asked["convolution"], self.asked["compile"] == "on", ways.used(self.state.model)
         if self.device.type != "cpu":
             if mode == "torch":
                 self.watcher.warn(f"--convolution torch changes nothing: it is for a CPU, and the run is on {self.device}")
             return
-        if mode == "torch" or (choice is None and compile != "on"):
-            choice = choose(mode, self.state.model, self.recipe, self.device, compile)
-        elif choice and not compiled_here(self.recipe, compile):
-            if compile == "auto" and choice.keys() & ways.COMPILED:
-                self.watcher.warn(
-                    "no C compiler here can build BatchNorm as it was built so far; PyTorch's own goes on, with other last bits"
-                )
+        if mode == "torch" or (choice is None and not traced):
+            choice = choose(mode, self.state.model, self.recipe, self.device)
+        elif choice and choice.keys() & ways.COMPILED and not compiled_here(self.recipe):
+            self.watcher.warn(
+                "no C compiler here can build BatchNorm as it was built so far; PyTorch's own goes on, with other last bits"
+            )
             choice = ways.without_compiled(choice)
         for model in {self.state.model, self.state.tested}:
             ways.use(model, choice)

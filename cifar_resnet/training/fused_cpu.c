@@ -4,10 +4,12 @@
    are those after pooling, and `width` is that of an image after pooling. A thread goes through the rows of a part. A sum over rows is
    one sum for each part: so the order of additions is the same for any number of threads. */
 
-#include <stdint.h>
+/* No header: where there is a compiler, those of a C library may be missing. */
+typedef unsigned char uint8_t;
+typedef unsigned int uint32_t;
 
 #if BFLOAT16
-typedef uint16_t element;
+typedef unsigned short element;
 
 static inline float get(element x) {
     union { uint32_t bits; float value; } wide = {.bits = (uint32_t)x << 16};
@@ -50,7 +52,7 @@ void max_pool(const element *restrict x, element *restrict pooled, uint8_t *rest
         uint8_t *code = codes + row * channels;
         EACH_CHANNEL {
             float best = get(top[c]), value = get(top[channels + c]);
-            int32_t which = 0;
+            int which = 0;
             if (higher(value, best)) best = value, which = 1;
             value = get(bottom[c]);
             if (higher(value, best)) best = value, which = 2;

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class BatchNorm(nn.BatchNorm2d):
     """torch's own; `compiled` lets C functions compute it with the ReLU behind it, and the pooling before it, on a CPU."""
 
     compiled: bool = False
-    momentum: float
+    momentum: float | None
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -43,42 +44,52 @@ class BatchNorm(nn.BatchNorm2d):
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The C functions for activations of this type, which are compiled at the first call; None where they cannot be."""
-    compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc")
-    if sys.platform != "linux" or dtype not in TYPES or compiler is None:
-        return None
-    flags = [*FLAGS, f"-DBFLOAT16={int(dtype == torch.bfloat16)}"]
-    if platform.machine() == "x86_64":
-        flags.append(X86_FLAG)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            built, linked = os.path.join(folder, "fused_cpu.o"), os.path.join(folder, "fused_cpu.so")
-            run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=COMPILE_SECONDS)
-            run([compiler, *flags, "-c", str(SOURCE), "-o", built])
-            run([compiler, "-shared", built, "-o", linked])  # without OpenMP: torch's is there, and two would each have threads
-            return ctypes.CDLL(linked)
-    except (OSError, subprocess.SubprocessError):
-        return None
+    if sys.platform == "linux" and dtype in TYPES:
+        for name in (os.environ.get("CC"), "gcc", "cc"):
+            if compiler := name and shutil.which(name):
+                with suppress(OSError, subprocess.SubprocessError):
+                    return _build(compiler, [f"-DBFLOAT16={int(dtype == torch.bfloat16)}"])
+    return None
+
+
+def _build(compiler: str, definitions: list[str]) -> ctypes.CDLL:
+    flags = [*FLAGS, *[X86_FLAG] * (platform.machine() == "x86_64"), *definitions]
+    with tempfile.TemporaryDirectory() as folder:
+        built, linked = os.path.join(folder, "fused_cpu.o"), os.path.join(folder, "fused_cpu.so")
+        run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=COMPILE_SECONDS)
+        run([compiler, *flags, "-c", str(SOURCE), "-o", built])
+        run(
+            [compiler, "-shared", "-nostdlib", built, "-o", linked]
+        )  # OpenMP's is torch's: two would each have threads of their own
+        return ctypes.CDLL(linked)
 
 
 def usable(x: Tensor, norm: BatchNorm) -> bool:
     """Whether `norm_relu` can stand for torch's own on x: where a choice of ways says so, in training, and without gradients elsewhere."""
     return (
         norm.compiled
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # before anything that depends on sizes
         and (norm.training or not torch.is_grad_enabled())
         and x.device.type == "cpu"
-        and norm.weight.dtype == torch.float32
         and x.numel() >= MIN_ELEMENTS
         and x.shape[2] % 2 == x.shape[3] % 2 == 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and norm.momentum is not None
+        and norm.track_running_stats
+        and all(_is_vector(each) for each in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
         and library(x.dtype) is not None
     )
+
+
+def _is_vector(tensor: Tensor | None) -> bool:
+    """Whether it is what the C functions read from an address."""
+    return tensor is not None and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def norm_relu(x: Tensor, norm: BatchNorm, pool: bool = False, residual: Tensor | None = None) -> Tensor:
     """relu(norm(max_pool2d(x, 2) if pool else x)) + residual, for where `usable` says so.
 
-    It has first derivatives only, and calls no hooks of `norm`. The residual is of the output's shape and dtype.
+    It has first derivatives only. The residual is of the output's shape and dtype.
     """
     if pool:
         x = _MaxPool.apply(x)
@@ -134,6 +145,7 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     about = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE].float().mean(0)
     first, second = _sums("sum_activations", x, about) / len(rows)
     mean, variance = about + first, (second - first * first).clamp(min=0)
+    assert norm.momentum is not None
     norm.num_batches_tracked += 1
     norm.running_mean.lerp_(mean, norm.momentum)
     norm.running_var.lerp_(variance * (len(rows) / (len(rows) - 1)), norm.momentum)
@@ -142,7 +154,7 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
 
 def _sums(name: str, x: Tensor, *given: Tensor) -> Tensor:
     """The two sums over the rows of x, (2, C), that one of the C functions gives in parts."""
-    sums = torch.empty(2, _parts(x), x.shape[1])
+    sums = torch.empty(2, _parts(x), x.shape[1], dtype=torch.float32, device="cpu")
     _call(name, x, x, *given, sums)
     return sums.sum(1)
 
@@ -161,4 +173,5 @@ def _parts(x: Tensor) -> int:
 
 def _empty(x: Tensor, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """As many images and channels as of x, of this size."""
-    return torch.empty((*x.shape[:2], height, width), dtype=dtype or x.dtype, memory_format=torch.channels_last)
+    shape = (*x.shape[:2], height, width)
+    return torch.empty(shape, dtype=dtype or x.dtype, device="cpu", memory_format=torch.channels_last)

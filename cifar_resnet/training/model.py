@@ -25,29 +25,39 @@ WHITENING_IMAGES = 5000  # at most: every k-th training image
 
 class Chain(nn.Sequential):
     """Modules one after another; plus a residual, if one is given. 2x2 max pooling, BatchNorm and ReLU in a row are few passes over
-    memory, in a CUDA graph of training, and on a CPU where `ways.use` says so."""
+    memory, in a CUDA graph of training, and on a CPU where `ways.use` says so; but not where one of them has hooks."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         modules, at = list(self), 0
         while at < len(modules):
             pool = isinstance(modules[at], nn.MaxPool2d)
-            norm, relu = [*modules[at + pool : at + pool + 2], None, None][:2]
-            at_once = _norm_relu(x, norm) if isinstance(norm, BatchNorm) and isinstance(relu, nn.ReLU) else None
-            if at_once:
-                at += pool + 2
-                last = at == len(modules)
-                x = at_once(x, norm, pool, residual if last else None)
-                residual = None if last else residual
+            part = modules[at : at + pool + 2]
+            if at_once := _norm_relu(x, part):
+                at += len(part)
+                fits = residual is not None and at == len(modules) and not pool and _alike(x, residual)
+                x = at_once(x, part[pool], pool, residual if fits else None)
+                residual = None if fits else residual
             else:
                 x, at = modules[at](_as_mps_wants(x)), at + 1
         return x if residual is None else residual + x
 
 
-def _norm_relu(x: Tensor, norm: BatchNorm) -> Callable[..., Tensor] | None:
-    """What computes pooling, BatchNorm and ReLU of x at once; None where nothing does."""
+def _norm_relu(x: Tensor, part: list[nn.Module]) -> Callable[..., Tensor] | None:
+    """What computes these modules at once, BatchNorm and ReLU, and what is before them; None where nothing does."""
+    *_, norm, relu = [None, None, *part]
+    if not isinstance(norm, BatchNorm) or not isinstance(relu, nn.ReLU) or any(map(_hooked, part)):
+        return None
     if fused.usable(x, norm):
         return fused.norm_relu
     return fused_cpu.norm_relu if fused_cpu.usable(x, norm) else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _alike(x: Tensor, residual: Tensor) -> bool:
+    return (x.shape, x.dtype) == (residual.shape, residual.dtype)
 
 
 def _as_mps_wants(x: Tensor) -> Tensor:

@@ -134,11 +134,10 @@ def test_nothing_is_chosen_where_torch_is_asked_for_or_on_another_device_or_for_
     assert timed == []
 
 
-def test_with_a_compiler_batch_norm_is_built_unless_something_else_is_asked_for(recipe, folder, timed, compiler):
+def test_with_a_compiler_batch_norm_is_built_unless_torch_is_asked_for(recipe, folder, timed, compiler):
     model = build_model(recipe)
     assert convolutions.choose("auto", model, recipe, CPU) == CHOICE | ways.COMPILED
-    assert convolutions.choose("torch", model, recipe, CPU) == ways.COMPILED
-    assert convolutions.choose("auto", model, recipe, CPU, "off") == CHOICE
+    assert convolutions.choose("torch", model, recipe, CPU) == {}
     assert convolutions.choose("auto", model, recipe, torch.device("cuda")) is None
     assert [json.loads(file.read_text("utf-8"))["convolutions"] for file in folder.iterdir()] == [CHOICE]
 
@@ -173,10 +172,12 @@ def test_a_run_keeps_its_choice_and_goes_on_with_it_to_the_bit(
 ):
     if built:
         request.getfixturevalue("compiler")
-    apply, seen, choice = convolution._Convolution.apply, set(), CHOICE | built
+    apply, seen, choice, norms, norm_relu = convolution._Convolution.apply, set(), CHOICE | built, [], fused_cpu.norm_relu
+    monkeypatch.setattr(fused_cpu, "norm_relu", lambda *given: (norms.append(given), norm_relu(*given))[1])
     monkeypatch.setattr(convolution._Convolution, "apply", lambda *given: (seen.add(given[2]), apply(*given))[1])
     whole = train(recipe, tmp_path / "whole")
     assert seen == {convolution.Ways("rows", "winograd", "side by side")}
+    assert bool(norms) == bool(built)
     assert whole.convolutions == whole.environment["convolutions"] == choice
     assert json.loads((tmp_path / "whole" / "metrics.json").read_text("utf-8"))["environment"]["convolutions"] == choice
     assert evaluate(whole.path)["accuracy"] == whole.history[-1]["test_accuracy"]

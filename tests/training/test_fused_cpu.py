@@ -1,17 +1,20 @@
 """The compiled BatchNorm, ReLU and pooling of a CPU against torch's own operations in float64."""
 
 import copy
+import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
 from test_fused import SMALL, STATISTICS, Case, error, inputs, last, layer, step, torchs_own
+from torch import nn
 from torch.nn import functional
 
 from cifar_resnet.recipe import Recipe
 from cifar_resnet.training import fused_cpu, ways
 from cifar_resnet.training.fused_cpu import BatchNorm, library, norm_relu, usable
-from cifar_resnet.training.model import build_model
+from cifar_resnet.training.model import Chain, build_model
 
 needs_a_compiler = pytest.mark.skipif(library(torch.float32) is None, reason="there is no C compiler here that can build our functions")
 CASES = {name: case for name, case in SMALL.items() if case.dtype in fused_cpu.TYPES and case.shape[2] % 2 == case.shape[3] % 2 == 0}
@@ -104,6 +107,12 @@ def test_any_number_of_threads_gives_the_same_bits():
             assert torch.equal(first, other[name]), name
 
 
+def changed(norm, **attributes):
+    for name, value in attributes.items():
+        setattr(norm, name, value)
+    return norm
+
+
 @needs_a_compiler
 def test_it_stands_for_torchs_own_only_where_it_may(small, monkeypatch):
     x = last(torch.randn(2, 16, 4, 4))
@@ -116,6 +125,12 @@ def test_it_stands_for_torchs_own_only_where_it_may(small, monkeypatch):
         "odd size": (last(torch.randn(2, 16, 5, 4)), compiled(16)),
         "gradients in evaluation": (x, compiled(16).eval()),
         "another device": (x.to("meta"), compiled(16)),
+        "weights elsewhere": (x, compiled(16).to("meta")),
+        "no weights": (x, changed(compiled(16), weight=None)),
+        "a bias with gaps": (x, changed(compiled(16), bias=nn.Parameter(torch.zeros(16, 2)[:, 0]))),
+        "statistics in float64": (x, changed(compiled(16), running_mean=torch.zeros(16, dtype=torch.float64))),
+        "statistics of all batches": (x, changed(compiled(16), momentum=None)),
+        "statistics that stay": (x, changed(compiled(16), track_running_stats=False)),
     }
     assert [name for name, (x, norm) in refused.items() if usable(x, norm)] == []
     with torch.no_grad():
@@ -145,6 +160,47 @@ def test_a_model_computes_what_it_computes_with_torchs_own(variant, training, sm
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_module_with_a_hook_is_called(index, small):
+    chain, seen = Chain(nn.MaxPool2d(2), compiled(16), nn.ReLU()), []
+    chain[index].register_forward_hook(lambda *given: seen.append(given))
+    chain(last(torch.randn(2, 16, 4, 4)))
+    assert len(seen) == 1
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("residual", [torch.ones(2, 16, 4, 4), torch.ones(16, 1, 1, dtype=torch.bfloat16)], ids=["dtype", "shape"])
+def test_a_residual_of_another_kind_is_added_as_torch_does(residual, small):
+    x, chain = last(torch.randn(2, 16, 4, 4).bfloat16()), Chain(compiled(16), nn.ReLU())
+    y = chain(x, residual)
+    assert y.dtype == torch.promote_types(x.dtype, residual.dtype)
+    assert torch.equal(y, norm_relu(x, BatchNorm(16)) + residual)
+
+
+@needs_a_compiler
+def test_it_computes_where_torch_has_another_default_dtype_and_device(small):
+    x, norm = last(torch.randn(2, 16, 4, 4)), compiled(16)
+    expected = norm_relu(x, BatchNorm(16), pool=True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(norm_relu(x, norm, pool=True), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_a_compiler
+def test_a_traced_graph_takes_torchs_own_for_any_number_of_images(small, monkeypatch):
+    monkeypatch.setattr(fused_cpu, "MIN_ELEMENTS", 1000)
+    chain, x = Chain(compiled(16), nn.ReLU()).eval(), torch.randn(4, 16, 4, 4)
+    with torch.no_grad():
+        exported = torch.export.export(chain, (x,), dynamic_shapes={"x": {0: torch.export.Dim("N")}}).module()
+        for n in (2, 100):
+            x = torch.randn(n, 16, 4, 4)
+            torch.testing.assert_close(exported(x), chain(x))
+
+
+@needs_a_compiler
 def test_all_of_the_network_is_computed_by_it(small, monkeypatch):
     model, seen = build_model(Recipe(width=16)), []
     ways.use(model, ways.COMPILED)
@@ -163,8 +219,16 @@ def anew():
     library.cache_clear()
 
 
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="there is no gcc here")
+@pytest.mark.parametrize("first", ["gcc", "false", "no-such-compiler"])
+def test_gcc_builds_it_also_where_another_compiler_fails(first, anew, monkeypatch):
+    monkeypatch.setenv("CC", first)
+    assert [library(dtype) is not None for dtype in fused_cpu.TYPES] == [True, True]
+    assert library(torch.float64) is None
+
+
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "sleep"])
-def test_without_a_compiler_that_works_torchs_own_are_used(compiler, anew, small, monkeypatch, tmp_path):
+def test_without_a_compiler_that_works_torchs_own_are_used(compiler, anew, small, monkeypatch):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setattr(fused_cpu.shutil, "which", lambda name: None if name != compiler or "no-such" in name else f"/bin/{name}")
     if compiler == "sleep":
