@@ -58,9 +58,8 @@ def _build(compiler: str, definitions: list[str]) -> ctypes.CDLL:
         built, linked = os.path.join(folder, "fused_cpu.o"), os.path.join(folder, "fused_cpu.so")
         run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=COMPILE_SECONDS)
         run([compiler, *flags, "-c", str(SOURCE), "-o", built])
-        run(
-            [compiler, "-shared", "-nostdlib", built, "-o", linked]
-        )  # OpenMP's is torch's: two would each have threads of their own
+        # without OpenMP's library: torch's is there, and two would each have threads of their own
+        run([compiler, "-shared", "-nostdlib", built, "-o", linked])
         return ctypes.CDLL(linked)
 
 

@@ -238,12 +238,10 @@ def _cpu_name() -> str:
 def processor() -> dict[str, str]:
     """The CPU, what it can do, and how many threads compute: what the speed of a way to compute depends on."""
     features = sorted(name for name, there in _cpu().items() if there is True)
-    limits = [
-        os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ
-    ]  # of what oneDNN uses
+    limits_of_onednn = [os.environ[name] for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ]
     return {
         "cpu": _cpu_name(),
-        "features": " ".join([torch.backends.cpu.get_cpu_capability(), *features, *limits]),
+        "features": " ".join([torch.backends.cpu.get_cpu_capability(), *features, *limits_of_onednn]),
         "threads": str(torch.get_num_threads()),
     }
 
