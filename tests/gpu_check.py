@@ -7,7 +7,7 @@
 Every row is written to the JSON file at once. A row that fails is kept with its traceback, and the next one follows. Parts that
 the file has already stay, but for those that are asked for. `--tiny` trains a network of width 4 on the digits.
 
-Where the package is not installed, set PYTHONPATH to the folder of the checkout.
+It measures the checkout that it lies in, whether or not that is installed.
 
 A part yields the name of each row, and a function that gives the row. A row whose "code" is not 0 has failed.
 """
@@ -28,6 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar_resnet import Recipe
 from cifar_resnet.data import cifar
