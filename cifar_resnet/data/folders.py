@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import time
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,9 +117,13 @@ def _is_image(path: Path) -> bool:
         return False  # a pipe, which would never end
     if path.suffix.lower() in SUFFIXES:
         return True
-    with suppress(Exception), Image.open(path) as image:  # of whatever kind: it is no image
-        return not isinstance(image, ImageFile.StubImageFile)  # of a kind that Pillow knows, and cannot read
-    return False
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            return not isinstance(image, ImageFile.StubImageFile)  # of a kind that Pillow knows, and cannot read
+    except Image.DecompressionBombError:  # which who reads it says
+        return True
+    except Exception:  # of whatever kind: it is no image
+        return False
 
 
 def present(folder: Path, moved_to: Path | str | None) -> Path:
@@ -192,6 +197,9 @@ def _check_classes(folder: Path, listings: Sequence[Listing]) -> None:
         if empty := [name for label, name in enumerate(part.classes) if label not in filled]:
             advice = "each class needs at least one, so remove the folder or fill it"
             raise DataError(f"{part.folder}: no image in {some(empty)}; {advice}")
+    names = {name for part in listings for name in part.classes}
+    if twice := [name for name in sorted(names) if any(name != other and _composed(name) == _composed(other) for other in names)]:
+        raise DataError(f"{folder}: {printable(twice[0])} is spelt in two ways, an accent being one character or two; rename one")
     problems = [
         f"{there.folder.name} has {some(more)}, which {other.folder.name} has not"
         for there, other in ((listings[0], listings[-1]), (listings[-1], listings[0]))
@@ -204,6 +212,10 @@ def _check_classes(folder: Path, listings: Sequence[Listing]) -> None:
     shown = list(map(printable, listings[0].classes))
     if alike := [name for name in shown if shown.count(name) > 1]:
         raise DataError(f"{listings[0].folder}: two classes would both be shown as {alike[0]}; rename one")
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def some(names: Sequence[object]) -> str:

@@ -23,6 +23,10 @@ SUFFIXES = {  # whose files are taken for images without a look at their content
     ".apng", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".pbm", ".pgm", ".png", ".pnm",
     ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
+TURNS = (  # that EXIF's orientations, from 1 on, ask for
+    None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+)  # fmt: skip
 with suppress(ImportError):  # HEIC, where the user has the package
     import pillow_heif
 
@@ -84,14 +88,14 @@ def decode(path: Path, picture: Image.Image | None = None) -> Decoded:
         DataError: as from `read_image`, with the reason.
     """
     try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), ExitStack() as held:
+        with warnings.catch_warnings(action="ignore"), ExitStack() as held:
             # Of a path, Pillow maps some TIFFs into memory, and then turns those that are not square wrongly.
             file = picture or held.enter_context(Image.open(held.enter_context(open(path, "rb"))))
             if picture is None:
                 file.draft(None, (DRAFT, DRAFT))
             else:
                 file.load()
-            found = _deep(file, path) or Decoded(ImageOps.exif_transpose(file))
+            found = _deep(file, path) or Decoded(_turned(file, _orientation(file)))
     except Exception as error:  # whatever a damaged file makes its decoder raise
         raise DataError(f"{path}: {_reason(path, error)}") from None
     if found.values is not None:
@@ -136,16 +140,15 @@ def _deep(file: Image.Image, path: Path) -> Decoded | None:
     several = file.mode[0] != "I" and bool(tiles) and ";16" in str(tiles[0][3])
     if file.mode[0] in "IF":
         values = np.asarray(file)
-        orientation = file.getexif().get(Base.Orientation, 1)  # what is left: loading has turned a TIFF
         transparent = file.info.get("transparency")
         alpha = np.where(values == transparent, 0, 255).astype(np.uint8) if isinstance(transparent, int) else None
-        return Decoded(None, values.astype(np.uint16) if values.dtype.kind == "u" else values, alpha, orientation)
+        return Decoded(None, values.astype(np.uint16) if values.dtype.kind == "u" else values, alpha, _orientation(file))
     channels = _channels_of_16_bits(path) if several else None
     if channels is None:
         return None
     alpha = (channels[..., 3] >> 8).astype(np.uint8) if channels.shape[2] == 4 else None
     turned = file.format == "TIFF"  # by OpenCV
-    return Decoded(None, channels[..., 2::-1], alpha, 1 if turned else file.getexif().get(Base.Orientation, 1))
+    return Decoded(None, channels[..., 2::-1], alpha, 1 if turned else _orientation(file))
 
 
 def _channels_of_16_bits(path: Path) -> np.ndarray | None:
@@ -169,8 +172,22 @@ def _in_8_bits(found: Decoded, whites: Mapping[str, int], path: Path) -> Image.I
     image = Image.fromarray((found.values.clip(0, white).astype(np.float64) * (255 / white)).astype(np.uint8))
     if found.alpha is not None:
         image.putalpha(Image.fromarray(found.alpha))
-    image.getexif()[Base.Orientation] = found.orientation
-    return ImageOps.exif_transpose(image)
+    return _turned(image, found.orientation)
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF counts, of what is left to turn: loading turns a TIFF. 1, as it is, where EXIF cannot be read."""
+    image.load()
+    with suppress(Exception):  # of whatever kind: the pixels are there
+        found = int(image.getexif().get(Base.Orientation, 1))
+        return found if 1 <= found <= len(TURNS) else 1
+    return 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """ImageOps.exif_transpose would write all of EXIF anew, and fail where any tag is odd."""
+    turn = TURNS[orientation - 1]
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def _reason(path: Path, error: Exception) -> str:

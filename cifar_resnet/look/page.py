@@ -159,6 +159,15 @@ def receive(content: Content, recent: dict[str, Received], source: str | None) -
     return received
 
 
+def turned(image: Image.Image) -> Image.Image:
+    """The image turned as EXIF says, where EXIF can be read."""
+    image.load()
+    with suppress(Exception):
+        image.getexif()  # which the image keeps
+    image.info.pop("exif", None)  # else Pillow writes it anew, and fails where any tag is odd
+    return ImageOps.exif_transpose(image)
+
+
 def _preview(file: str | io.BytesIO) -> Image.Image | None:
     """The centred square of an image, RGB, 320 pixels wide; None for one of more than 8 bits, whose white is not known here."""
     try:
@@ -170,7 +179,7 @@ def _preview(file: str | io.BytesIO) -> Image.Image | None:
             if image.mode[0] in "IF":
                 return None
             image.draft("RGB", (640, 640))
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
+            upright = turned(image).convert("RGBA")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Problem(f"This image is huge: at most {MEGAPIXELS} megapixels are taken. Make it smaller first.") from None
     square = ImageOps.fit(upright, (320, 320), Image.Resampling.NEAREST if min(upright.size) < 160 else Image.Resampling.LANCZOS)

@@ -102,7 +102,7 @@ def read(file: str) -> np.ndarray:
     with Image.open(file) as opened:
         if opened.mode[0] in "IF":
             raise page.Problem("This image has more than 8 bits a channel. Save it as an ordinary PNG or JPEG first.")
-        image = ImageOps.exif_transpose(opened).convert("RGBA")
+        image = page.turned(opened).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return np.asarray(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
 

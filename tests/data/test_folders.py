@@ -460,6 +460,29 @@ def test_classes_that_would_be_shown_alike_are_refused(tmp_path):
     assert "two classes would both be shown as cat\\u200b; rename one" in refusal(tmp_path)
 
 
+@pytest.mark.posix
+@pytest.mark.parametrize("parts", [("train", "test"), ("train",)])
+def test_a_class_that_is_spelt_in_two_ways_is_refused(parts, tmp_path):
+    """As macOS and Linux write the same name."""
+    classes = "caf\u00e9", "cafe\u0301"
+    pets(tmp_path, parts, classes=("dog", classes[0]))
+    pets(tmp_path, parts[-1:], classes=("dog", classes[1]))
+    if len(parts) == 2:
+        shutil.rmtree(tmp_path / "test" / classes[0], ignore_errors=True)
+    else:
+        pets(tmp_path, ("test",), classes=("dog", *classes))
+    assert "cafe\u0301 is spelt in two ways, an accent being one character or two; rename one" in refusal(tmp_path)
+
+
+def test_an_image_without_a_suffix_is_one_however_large(own, monkeypatch, recwarn):
+    (own / "train" / "cats" / "0.png").rename(own / "train" / "cats" / "photo")
+    for most, problem in ((700, "no warning"), (300, "has more than 600 pixels")):  # it has 1,024
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        assert own / "train" / "cats" / "photo" in image_files(own)[0], problem
+    assert problem in refusal(own)
+    assert not recwarn.list
+
+
 def test_images_that_another_program_cut_short_are_not_kept_for_who_refuses_them(tmp_path, monkeypatch):
     for part, name in itertools.product(("train", "test"), ("a", "b")):
         (tmp_path / part / name).mkdir(parents=True)

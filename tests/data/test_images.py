@@ -49,6 +49,45 @@ def test_images_are_turned_cut_and_laid_on_white(tmp_path):
     assert (read_image(tmp_path / "float.tiff") == 127).all()
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_photo_is_turned_whatever_else_its_exif_says(orientation, tmp_path):
+    """Here it gives the resolution as text, with which ImageOps.exif_transpose fails."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0) + struct.pack("<HHI4s", 0x011A, 2, 3, b"72")
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + entries + bytes(4)
+    Image.fromarray(noise()).save(tmp_path / "x.webp", exif=exif, lossless=True)
+    plain = Image.fromarray(noise())
+    plain.getexif()[0x0112] = orientation
+    expected = ImageOps.exif_transpose(plain)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.webp"), expected)
+    picture = Image.open(tmp_path / "x.webp")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.webp", picture=picture), expected)
+    assert exif.endswith(picture.info["exif"])  # which the picture keeps
+
+
+def test_exif_that_is_rubbish_loses_no_photo(tmp_path):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112], exif[0x011A], exif[0x0131] = 6, 72.0, "a camera"
+    Image.fromarray(noise()).save(buffer, "jpeg", exif=exif, quality=95)
+    whole, rng, path = buffer.getvalue(), np.random.default_rng(0), tmp_path / "x.jpg"
+    start = whole.index(b"Exif") + 6
+    pixels = np.asarray(Image.open(io.BytesIO(whole)))
+    turned = {ImageOps.exif_transpose(picture).tobytes() for picture in all_ways(pixels)}
+    for _ in range(300):
+        spoilt = bytearray(whole)
+        for place in rng.integers(start + 18, start + len(exif.tobytes()) - 6, 3):
+            spoilt[place] = rng.integers(256)
+        path.write_bytes(spoilt)
+        assert read_image(path).tobytes() in turned
+
+
+def all_ways(pixels):
+    """Images of these pixels that EXIF asks to be turned in each of the eight ways."""
+    for orientation in range(1, 9):
+        image = Image.fromarray(pixels)
+        image.getexif()[0x0112] = orientation
+        yield image
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
 def test_an_opaque_image_is_what_compositing_and_lanczos_make_of_it(mode, tmp_path):
     """As every image was read before opaque ones went without compositing."""
