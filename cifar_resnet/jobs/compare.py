@@ -118,18 +118,23 @@ def _check_seeds(members: list[Checkpoint]) -> None:
             raise UsageError(f"{first.path} and {run.path} are of one recipe and one seed, so no two samples; leave one out")
 
 
+def _differ(name: str, recipes: list[Recipe]) -> bool:
+    return len({getattr(recipe, name) for recipe in recipes}) > 1
+
+
 def _groups(together: dict[tuple[Recipe, str], list[Checkpoint]]) -> list[dict[str, Any]]:
     """What `compare` gives as `groups`, of the runs by what they have in common."""
-    recipes = [recipe for recipe, _ in together]
+    recipes, own = [recipe for recipe, _ in together], [members[0].recipe for members in together.values()]
     images_of = {(members[0].recipe.dataset, images) for (_, images), members in together.items() if images}
     images_differ = len({images for _, images in images_of}) > 1
-    fields = [name for name in Recipe.model_fields if name != "recipe" and len({getattr(each, name) for each in recipes}) > 1]
+    # What a recipe has idle is at its default in `recipes`; its own value is told, if it is another one.
+    fields = [name for name in Recipe.model_fields if name != "recipe" and _differ(name, recipes) and _differ(name, own)]
     if images_differ and len({folder for folder, _ in images_of}) == len(images_of):  # then their folders tell them apart
         fields, images_differ = list(dict.fromkeys(["dataset", *fields])), False
     names = [recipe.recipe for recipe in recipes]
     groups = []
     for (recipe, images), members in together.items():
-        differs = {name: getattr(members[0].recipe if name == "dataset" else recipe, name) for name in fields}
+        differs = {name: getattr(members[0].recipe, name) for name in fields}
         if images_differ:
             differs["images"] = images or recipe.dataset
         label = recipe.recipe

@@ -70,6 +70,21 @@ def test_runs_that_differ_in_what_changes_nothing_are_one_group(tmp_path, no_fig
     assert [(group["n"], group["differs"]) for group in content["groups"]] == [(2, {"pad": 4}), (1, {"pad": 2})]
 
 
+def test_what_tells_runs_apart_is_told_as_they_had_it(tiny_recipe, tmp_path, no_figures):
+    """With flips by chance of 0.3 the order of flips changes nothing, and with SGD the rate of Muon."""
+    half = tiny_recipe.replace(epochs=1, flip_order="random", flip_probability=0.5, muon_lr_factor=0.3)
+    others = half.replace(flip_probability=0.3), half.replace(optimizer="sgd")
+    for number, recipe in enumerate((half, *others)):
+        train(recipe, tmp_path / str(number))
+    told = {
+        frozenset(each["differs"].items()) for each in compare([tmp_path / str(number) for number in range(3)])["groups"]
+    }
+    assert told == {
+        frozenset({"optimizer": optimizer, "flip_probability": probability}.items())
+        for optimizer, probability in (("muon", 0.5), ("muon", 0.3), ("sgd", 0.5))
+    }
+
+
 def test_runs_are_of_one_group_by_their_images_and_not_by_the_name_of_a_folder(own_images, tmp_path, no_figures, cli):
     """The folder is moved after the first run, and has other images in its place before the third."""
     recipe = Recipe.build(dataset=str(own_images), epochs=1, batch_size=16, width=4, mean=(0.5,) * 3, std=(0.3,) * 3)
