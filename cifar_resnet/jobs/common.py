@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import html
 import math
 import os
+import re
 import statistics
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
@@ -20,7 +22,7 @@ from ..checkpoint import SCHEMA, Checkpoint, load_checkpoint
 from ..data import datasets, label_errors
 from ..data.loaders import Batch, TensorLoader
 from ..data.splits import Data, Split, fingerprint, same_images
-from ..errors import CifarResnetError, UsageError, shell_word
+from ..errors import CifarResnetError, UsageError, printable, shell_word
 from ..files import writable, write_whole
 from ..look import analysis
 from ..presets import PRESETS
@@ -120,7 +122,12 @@ def rendered(template: str, **values: Any) -> str:
     """A page of `look/`. What an HTML page shows is escaped: class names and all else that a checkpoint holds are text, never HTML."""
     loader, escaped = PackageLoader("cifar_resnet", "look"), template.endswith(".html")
     templates = Environment(loader=loader, autoescape=escaped, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return templates.get_template(template).render(**values)
+    return templates.get_template(template).render(cell=cell, **values)
+
+
+def cell(text: str) -> str:
+    """Text as Markdown shows it, in a cell of a table too: no Markdown, and no HTML."""
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(printable(text), quote=False))
 
 
 def opened(

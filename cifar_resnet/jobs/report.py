@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import os
 import re
@@ -12,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
 from ..arguments import ReportFormat, checked
 from ..checkpoint import load_checkpoint
 from ..data.loaders import batch_sizes
-from ..errors import RunDirectoryError, printable
+from ..errors import RunDirectoryError
 from ..files import check_file, check_writable, left_by_systems, writable, write_whole
 from ..look import analysis, figures, pictures
 from ..look.progress import epoch_line
@@ -80,7 +78,8 @@ def report(
     )
     if format == "markdown":
         return _write_markdown(found, content, shown, values, path)
-    drawn = dict(charts=_charts(found, content), cards=_cards(found, shown))
+    with figures.page_style():
+        drawn = dict(charts=_charts(found, content), cards=_cards(found, shown))
     page = rendered("report.html", **values, wrong=len(wrong), image=partial(_image, found), **drawn)
     writable(path.parent)
     write_whole(path, page.encode(errors="backslashreplace"))
@@ -143,8 +142,7 @@ def _charts(found: Prediction, content: dict[str, Any]) -> dict[str, str]:
 def _svg(figure: Figure) -> str:
     """The figure as an element of a page, its letters as text of the page."""
     figure.patch.set_alpha(0)
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        svg = figures.render(figure, "svg").decode()
+    svg = figures.render(figure, "svg").decode()
     svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg))
 
@@ -178,14 +176,9 @@ def _write_markdown(
         images = found.data.evaluation.images[[each.position for each in doubted]]
         drawn["labels"] = pictures.misclassified(images, doubted, values["labels"], "label")
     layers = analysis.layers(checkpoint.recipe, len(checkpoint.classes))
-    text = rendered("report.md", **values, layers=layers, cell=_cell, epoch_line=epoch_line)
+    text = rendered("report.md", **values, layers=layers, epoch_line=epoch_line)
     writable(folder)
     for name, figure in drawn.items():
         save_figure(figure, folder / f"{name}.png")
     write_whole(folder / "README.md", text.encode(errors="backslashreplace"))
     return folder / "README.md"
-
-
-def _cell(text: str) -> str:
-    """Text as a cell of a table shows it: no Markdown, and no HTML."""
-    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(printable(text), quote=False))

@@ -6,10 +6,13 @@ import io
 import itertools
 import re
 import textwrap
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.artist import Artist
@@ -35,13 +38,21 @@ MOST_CLASSES, ROOMY = 30, 14  # that a picture tells apart; that leave room for 
 FEW = 30  # images of a calibration bin, below which it is marked
 FAINT: dict[str, Any] = dict(facecolor="#cfe3f1", edgecolor=BLUE, hatch="////", linewidth=0)  # bars of such bins
 Size = tuple[float, float]  # in inches
+STYLING = threading.RLock()  # of Matplotlib's settings, which all threads share
+
+
+@contextmanager
+def page_style() -> Iterator[None]:
+    """Matplotlib's own style, whatever a notebook has chosen; in an svg letters stay text."""
+    with STYLING, matplotlib.style.context(["default", {"svg.fonttype": "none"}]):
+        yield
 
 
 def render(figure: Figure, format: str = "png") -> bytes:
     """The figure as a file of this format: png in 256 colours, svg or pdf."""
     lettering.choose_fonts(figure)
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
+    with STYLING, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # which choose_fonts has said
         if format == "png":
             return _in_few_colours(_drawn(figure))
@@ -300,7 +311,7 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], ti
     axis.imshow(cells, interpolation="nearest")
     if not many:
         _write_cells(axis, counts, shares, classes, size is not None)
-    every = -(-len(classes) // MOST_CLASSES)
+    every = -(-len(classes) // _most_names(size))
     names = [lettering.name(name) for name in classes[::every]]
     axis.set_xticks(range(0, len(classes), every), names, rotation=45, ha="right")
     axis.set_yticks(range(0, len(classes), every), names)
@@ -309,6 +320,11 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], ti
         ticks = MaxNLocator(steps=(1, 2, 5, 10))
         figure.colorbar(wrong, ax=axis, label="mistakes, percent of the true class", shrink=0.8, ticks=ticks)
     return figure
+
+
+def _most_names(size: Size | None) -> int:
+    """Of classes, one below the other, in a chart of this size or one that grows with them."""
+    return MOST_CLASSES if size is None else min(MOST_CLASSES, int(4 * size[1]))
 
 
 def _write_cells(axis: Axes, counts: np.ndarray, shares: np.ndarray, classes: Sequence[str], small: bool) -> None:
@@ -333,10 +349,10 @@ def _write_cells(axis: Axes, counts: np.ndarray, shares: np.ndarray, classes: Se
 def class_accuracy(classes: dict[str, dict[str, float]], title: str, size: Size | None = None) -> Figure:
     """The share of each true class that is predicted right, as bars, the worst on top; `classes` as in `evaluation.json`.
 
-    Of more than 30 classes the 30 worst.
+    Of more than 30 classes the 30 worst, or as many as the size has room for.
     """
     judged = [name for name in classes if classes[name]["count"]]
-    names = sorted(reversed(judged), key=lambda name: -classes[name]["recall"])[-MOST_CLASSES:]
+    names = sorted(reversed(judged), key=lambda name: -classes[name]["recall"])[-_most_names(size) :]
     if len(names) < len(judged):
         title += f"\nthe {len(names)} worst of {len(judged):,} classes"
     figure, (axis,) = _figure(size or (7, 0.9 + 0.32 * len(names)))
@@ -393,7 +409,10 @@ def comparison(groups: Sequence[dict[str, Any]], evaluated_on: str) -> Figure:
         spread = f" ± {group['std']:.2f}" if group["std"] is not None else ""
         label = f"{name}: {group['mean']:.2f}{spread} %, n = {group['n']}"
         axis.plot(epochs, by_run.mean(0), color=colour, linestyle=line, label=label, marker=".")
-        axis.fill_between(epochs, by_run.min(0), by_run.max(0), color=colour, alpha=0.15, linewidth=0)
+        range_of = dict(color=colour, alpha=0.15)
+        if len(epochs) == 1:
+            axis.vlines(epochs, by_run.min(0), by_run.max(0), linewidth=6, **range_of)
+        axis.fill_between(epochs, by_run.min(0), by_run.max(0), linewidth=0, **range_of)
     axis.set(xlabel="epoch", ylabel="percent", title=f"{evaluated_on.capitalize()} accuracy by epoch")
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12))

@@ -16,9 +16,8 @@ from run_helpers import StopAfter, content
 from cifar_resnet import Recipe, load_checkpoint, report, train
 from cifar_resnet.data.datasets import with_statistics
 from cifar_resnet.errors import CifarResnetError, UsageError, shell_word
-from cifar_resnet.jobs.common import command_line
+from cifar_resnet.jobs.common import cell, command_line
 from cifar_resnet.jobs.interrupt import Interrupted
-from cifar_resnet.jobs.report import _cell
 
 
 @pytest.fixture(scope="session")
@@ -190,7 +189,7 @@ def test_markdown_holds_the_run_and_its_pictures(tiny_run, tmp_path, cli):
 
 
 def test_a_name_breaks_no_table_of_markdown():
-    assert _cell("a|b\n<i>*x*") == r"a\|b\\n&lt;i&gt;\*x\*"
+    assert cell("a|b\n<i>*x*") == r"a\|b\\n&lt;i&gt;\*x\*"
     with pytest.raises(UsageError, match="--format pdf"):
         report("nowhere", format="pdf")
 

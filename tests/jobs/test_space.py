@@ -230,5 +230,7 @@ def test_what_cannot_be_exported_as_a_space_is_one_line(refused, tiny_run, tmp_p
 @pytest.mark.parametrize(("mistakes", "words"), [(0, "nothing: it made no mistake"), (1, "the 1 surest mistake,"), (300, "the 200 surest mistakes,")])
 def test_its_readme_counts_the_mistakes(tiny_run, mistakes, words):
     checkpoint = load_checkpoint(tiny_run)
-    content = SimpleNamespace(title="digits", notice="")
-    assert words in space_file._readme(checkpoint, checkpoint.recipe, content, mistakes)
+    content = SimpleNamespace(title="my *digits* <b>", notice="")
+    readme = space_file._readme(checkpoint, checkpoint.recipe, content, mistakes)
+    assert words in readme
+    assert "\n# my \\*digits\\* &lt;b&gt;\n" in readme

@@ -1,6 +1,7 @@
 import html
 import io
 import re
+import threading
 from xml.etree import ElementTree
 
 import matplotlib
@@ -47,6 +48,20 @@ def test_pictures_of_many_classes_stay_small(count):
     assert labels == list(classes)[:: count // 30 + (count % 30 > 0)]
     assert [label.get_text() for label in accuracy.axes[0].get_yticklabels()] == [f"class {i}" for i in range(29, -1, -1)]
     assert f"the 30 worst of {count} classes" in accuracy.axes[0].get_title()
+
+
+@pytest.mark.parametrize("count", [2, 15, 16, 20, 30, 31, 200])
+def test_names_in_a_chart_of_a_page_lie_beside_each_other(count):
+    classes = {f"class {i}": {"recall": i / 5, "count": 9} for i in range(count)}
+    size = (4.6, 3.8)
+    for figure in (
+        figures.confusion_matrix(np.eye(count, dtype=int), list(classes), "", size),
+        figures.class_accuracy(classes, "", size),
+    ):
+        figure.draw_without_rendering()
+        heights = sorted(label.get_window_extent().y0 for label in figure.axes[0].get_yticklabels())
+        letters = figure.axes[0].get_yticklabels()[0].get_fontsize() * figure.dpi / 72
+        assert min(np.diff(heights), default=letters) >= letters
 
 
 def test_curves_show_the_history():
@@ -250,6 +265,26 @@ def test_a_png_keeps_the_colours_of_its_lines():
     assert image.size == (7 * 220, 924)
     colours = {colour for _, colour in image.convert("RGB").getcolors()}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (255, 255, 255)} <= colours
+
+
+def test_the_style_of_a_page_is_its_own_and_goes_no_further():
+    """A notebook's style does not show in it, and an svg that another thread draws meanwhile has no letters of the page."""
+    drawn, history = [], [dict(epoch=1, train_loss=1.0, test_loss=2.0, train_accuracy=50.0, test_accuracy=40.0)]
+
+    def picture():
+        return figures.render(figures.curves(history, Recipe()), "svg")
+
+    with matplotlib.style.context("dark_background"):
+        before = dict(matplotlib.rcParams)
+        with figures.page_style():
+            other = threading.Thread(target=lambda: drawn.append(picture()))
+            other.start()
+            of_page = picture()
+        other.join()
+        assert dict(matplotlib.rcParams) == before
+    assert b"<text" in of_page
+    assert not re.search(rb"<text [^>]*fill: #ffffff", of_page)
+    assert b"<text" not in drawn[0]
 
 
 @pytest.mark.parametrize(("format", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
