@@ -131,5 +131,7 @@ def preset(name: str) -> Preset:
     """
     if isinstance(name, str) and name in PRESETS:
         return PRESETS[name]
+    if str(name).endswith(".json"):
+        raise UsageError(f"no recipe {name!r}; a file is given by --recipe-file")
     near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.4) or list(PRESETS)
     raise UsageError(f"no recipe {name!r}; did you mean {', '.join(near)}? `cifar-resnet recipes` lists all")

@@ -157,6 +157,7 @@ USAGE_ERRORS = [
     (("train", "--max-lr", "-0.1"), "--max-lr -0.1"),
     (("train", "--max-lr", "much"), "--max-lr 'much'"),
     (("train", "--recipe", "defualt"), "did you mean default"),
+    (("train", "--recipe", "runs/a/recipe.json"), "a file is given by --recipe-file"),
     (("train", "--dataset", "digits", "--batch-size", "2000"), "--batch-size 2000"),
     (("train", "--dataset", "mnist"), "mnist"),
     (("train", "--dataset", "v\udcf6gel"), "is not UTF-8 here; set PYTHONUTF8=1, or rename it"),

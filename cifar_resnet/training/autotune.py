@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .convolution import CONVOLUTIONS, WEIGHT_GRADIENTS, Conv3x3, Ways, input_gradient, layer_name, possible
+from .model import SEEDING
 
 MIN_FLOP = 1e9  # of a layer, in one direction and step: with less, choosing takes longer than it saves
 MIN_POSITIONS = 4096  # pixels of a timed batch: with fewer, what a call does once would weigh too much
@@ -59,7 +60,7 @@ def flop(layer: Conv3x3, shape: torch.Size) -> float:
 
 def measure(model: nn.Module, size: int, dtype: torch.dtype) -> list[Timing]:
     """Times every way of every layer and direction on a part of a batch of `size`, in turn. torch's random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with SEEDING, torch.random.fork_rng(devices=[]):
         return [timing for layer, shape in layers(model, size) for timing in _measure_layer(layer, shape, dtype)]
 
 

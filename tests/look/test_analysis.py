@@ -120,6 +120,7 @@ def test_a_class_is_found_in_both_spellings_of_an_accent():
     apart = unicodedata.normalize("NFD", "Bär")
     wrong = [analysis.Mistake(0, 0, apart, "ant", 0.9, {})]
     assert analysis.choose(wrong, ("ant", apart), true="Bär") == wrong
+    assert analysis.choose(wrong, ("ant", apart, "Bär"), true="Bär") == []  # which is a class of its own
 
 
 def test_of_many_classes_the_first_are_named():

@@ -6,7 +6,7 @@ import torch
 from cifar_resnet.recipe import Recipe
 from cifar_resnet.training import autotune, convolution, ways
 from cifar_resnet.training.autotune import Timing
-from cifar_resnet.training.model import build_model
+from cifar_resnet.training.model import SEEDING, build_model
 
 
 @pytest.fixture
@@ -35,6 +35,14 @@ def test_measuring_leaves_the_model_and_the_random_state_as_they_were(quick):
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_nobody_draws_from_torchs_random_numbers_while_it_measures(quick, monkeypatch):
+    locked, measure = [], autotune._measure_layer
+    monkeypatch.setattr(autotune, "_measure_layer", lambda *given: locked.append(SEEDING.locked()) or measure(*given))
+    autotune.measure(build_model(Recipe(width=4)).train(), 8, torch.float32)
+    assert locked
+    assert all(locked)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
