@@ -7,6 +7,7 @@ import os
 import time
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -197,8 +198,9 @@ def _check_classes(folder: Path, listings: Sequence[Listing]) -> None:
         if empty := [name for label, name in enumerate(part.classes) if label not in filled]:
             advice = "each class needs at least one, so remove the folder or fill it"
             raise DataError(f"{part.folder}: no image in {some(empty)}; {advice}")
-    names = {name for part in listings for name in part.classes}
-    if twice := [name for name in sorted(names) if any(name != other and _composed(name) == _composed(other) for other in names)]:
+    names = sorted({name for part in listings for name in part.classes})
+    spellings = Counter(map(_composed, names))
+    if twice := [name for name in names if spellings[_composed(name)] > 1]:
         raise DataError(f"{folder}: {printable(twice[0])} is spelt in two ways, an accent being one character or two; rename one")
     problems = [
         f"{there.folder.name} has {some(more)}, which {other.folder.name} has not"

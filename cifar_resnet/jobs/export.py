@@ -110,7 +110,7 @@ def _onnx(loaded: Checkpoint, metadata: dict[str, str], with_preprocessing: bool
     )
     program = torch.onnx.export(exported, (example,), dynamo=True, verbose=False, **names)
     assert program is not None  # as with dynamo
-    for node in program.model.graph.all_nodes():
+    for node in program.model.graph:
         node.metadata_props.clear()  # paths of this machine
     program.model.metadata_props.update(metadata)
     return program.model_proto.SerializeToString()
