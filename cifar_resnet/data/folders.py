@@ -121,7 +121,7 @@ def _is_image(path: Path) -> bool:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return not isinstance(image, ImageFile.StubImageFile)  # of a kind that Pillow knows, and cannot read
-    except Image.DecompressionBombError:  # which who reads it says
+    except Image.DecompressionBombError:  # too large; whoever reads it says so
         return True
     except Exception:  # of whatever kind: it is no image
         return False

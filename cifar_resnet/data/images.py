@@ -176,7 +176,7 @@ def _in_8_bits(found: Decoded, whites: Mapping[str, int], path: Path) -> Image.I
 
 
 def _orientation(image: Image.Image) -> int:
-    """As EXIF counts, of what is left to turn: loading turns a TIFF. 1, as it is, where EXIF cannot be read."""
+    """How EXIF asks to turn the image, 1 to 8. 1 leaves it as it is: so where EXIF cannot be read, and for a TIFF, which loading turns."""
     image.load()
     with suppress(Exception):  # of whatever kind: the pixels are there
         found = int(image.getexif().get(Base.Orientation, 1))
@@ -185,7 +185,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
-    """ImageOps.exif_transpose would write all of EXIF anew, and fail where any tag is odd."""
+    """The image turned as this orientation asks. ImageOps.exif_transpose also writes EXIF anew, and fails where any tag is odd."""
     turn = TURNS[orientation - 1]
     return image.copy() if turn is None else image.transpose(turn)
 

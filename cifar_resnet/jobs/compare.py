@@ -127,7 +127,7 @@ def _groups(together: dict[tuple[Recipe, str], list[Checkpoint]]) -> list[dict[s
     recipes, own = [recipe for recipe, _ in together], [members[0].recipe for members in together.values()]
     images_of = {(members[0].recipe.dataset, images) for (_, images), members in together.items() if images}
     images_differ = len({images for _, images in images_of}) > 1
-    # What a recipe has idle is at its default in `recipes`; its own value is told, if it is another one.
+    # A field that changes nothing has its default in `recipes`, and in `own` the value that the run had, which is shown.
     fields = [name for name in Recipe.model_fields if name != "recipe" and _differ(name, recipes) and _differ(name, own)]
     if images_differ and len({folder for folder, _ in images_of}) == len(images_of):  # then their folders tell them apart
         fields, images_differ = list(dict.fromkeys(["dataset", *fields])), False

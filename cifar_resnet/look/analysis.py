@@ -209,9 +209,9 @@ def ranked_labels(
 
 def _class(option: str, name: str | None, classes: Sequence[str]) -> str | None:
     """The class of this name. A letter and its accent may be one character or two: macOS takes both for one name."""
-    if name is None:
-        return None
-    for each in [name] * (name in classes) + list(classes):  # itself first
+    if name is None or name in classes:
+        return name
+    for each in classes:
         if unicodedata.normalize("NFC", each) == unicodedata.normalize("NFC", name):
             return each
     near = difflib.get_close_matches(name, classes, n=1)

@@ -164,7 +164,8 @@ def turned(image: Image.Image) -> Image.Image:
     image.load()
     with suppress(Exception):
         image.getexif()  # which the image keeps
-    image.info.pop("exif", None)  # else Pillow writes it anew, and fails where any tag is odd
+    for name in ("exif", "Raw profile type exif"):  # else Pillow writes it anew, and fails where any tag is odd
+        image.info.pop(name, None)
     return ImageOps.exif_transpose(image)
 
 

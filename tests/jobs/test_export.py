@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ def test_the_onnx_model_gives_the_same_logits(with_preprocessing, tiny_run, tmp_
     checkpoint = load_checkpoint(tiny_run)
     split = load(checkpoint.recipe).evaluation
     path = export(tiny_run, tmp_path / "m.onnx", with_preprocessing=with_preprocessing)
-    assert str(Path(torch.__file__).parent).encode() not in path.read_bytes()  # nor any other folder of this machine
+    assert b'File "' not in path.read_bytes()  # of a stack trace, with a path of this machine
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     images = next(TensorLoader(split, checkpoint.recipe, torch.device("cpu")).plain(40)).images
     with torch.inference_mode():

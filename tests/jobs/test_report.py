@@ -31,6 +31,7 @@ def test_the_report_holds_the_figures_and_needs_nothing_beside_it(page, tiny_run
     assert "n = 1 run, seed 0" in html
     assert command_line(load_checkpoint(tiny_run).recipe) in Reader(html).text
     assert "<script" not in html
+    assert "<td><bdi>9</bdi></td>" in html  # a name in another direction of writing turns no number beside it around
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', html)) == {"data:"}
     assert len(re.findall("<figure><figcaption>", html)) == len(re.findall("<svg", html)) == 6
     assert len(re.findall(r"image/png;base64,", html)) == 3 * 10 + 1  # and the matrix in its chart
