@@ -152,4 +152,4 @@ def unfinished(tiny_recipe, tmp_path_factory):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Pictures of one byte, as drawing them takes longer than a tiny run."""
-    monkeypatch.setattr("cifar_resnet.look.figures.render", lambda figure, format="png": b".")
+    monkeypatch.setattr("cifar_resnet.look.rendering.render", lambda figure, format="png": b".")

@@ -105,10 +105,10 @@ def spread(accuracies: Sequence[float]) -> dict[str, Any]:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Writes the figure whole, in the format of its suffix, one of `PICTURES`; makes its folder, and gives the path."""
-    from ..look import figures
+    from ..look import rendering
 
     writable(path.parent)
-    write_whole(path, figures.render(figure, path.suffix[1:]))
+    write_whole(path, rendering.render(figure, path.suffix[1:]))
     return path
 
 

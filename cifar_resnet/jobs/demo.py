@@ -26,7 +26,7 @@ from ..data.images import read_image
 from ..data.loaders import EVALUATION_BATCH, Batch, TensorLoader
 from ..data.splits import Data, Split
 from ..errors import CifarResnetError, UsageError
-from ..look import analysis, figures
+from ..look import analysis, figures, rendering
 from ..recipe import Recipe
 from ..runs import LATEST
 from .common import Prediction, by_label, command_line, content_of, data_url, images_of, logits_of, opened, rendered
@@ -222,7 +222,7 @@ class _Shown:
             content=content,
             missing=missing,
             command=command_line(self.recipe),
-            pictures={title: data_url(figures.render(figure, "svg"), "svg") for title, figure in pictures.items()},
+            pictures={title: data_url(rendering.render(figure, "svg"), "svg") for title, figure in pictures.items()},
         )
 
     def look_ahead(self, ended: Sequence[int]) -> None:

@@ -19,7 +19,7 @@ from ..checkpoint import load_checkpoint
 from ..data.loaders import batch_sizes
 from ..errors import RunDirectoryError
 from ..files import check_file, check_writable, left_by_systems, writable, write_whole
-from ..look import analysis, figures, pictures
+from ..look import analysis, figures, pictures, rendering
 from ..look.progress import epoch_line
 from ..look.words import count_of, duration, plural
 from ..runs import LATEST
@@ -78,7 +78,7 @@ def report(
     )
     if format == "markdown":
         return _write_markdown(found, content, shown, values, path)
-    with figures.page_style():
+    with rendering.page_style():
         drawn = dict(charts=_charts(found, content), cards=_cards(found, shown))
     page = rendered("report.html", **values, wrong=len(wrong), image=partial(_image, found), **drawn)
     writable(path.parent)
@@ -142,7 +142,7 @@ def _charts(found: Prediction, content: dict[str, Any]) -> dict[str, str]:
 def _svg(figure: Figure) -> str:
     """The figure as an element of a page, its letters as text of the page."""
     figure.patch.set_alpha(0)
-    svg = figures.render(figure, "svg").decode()
+    svg = rendering.render(figure, "svg").decode()
     svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg))
 
@@ -155,7 +155,7 @@ def _cards(found: Prediction, shown: Sequence[analysis.Mistake]) -> list[dict[st
         axis = figure.add_axes((0, 0, 1, 1))
         axis.axis("off")
         pictures.draw_difference(axis, image, *maps)
-        cards.append({"mistake": mistake, "looked": data_url(figures.render(figure, "png"), "png")})
+        cards.append({"mistake": mistake, "looked": data_url(rendering.render(figure, "png"), "png")})
     return cards
 
 

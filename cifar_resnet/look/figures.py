@@ -2,91 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import re
 import textwrap
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_rgb
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from ..recipe import Recipe
 from ..training import optim
 from ..training.lr_finder import History, Suggestions, Trial, smooth
 from . import lettering
+from .rendering import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, hover
 from .words import plural
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
-DPI = 220
 MOST_CLASSES, ROOMY = 30, 14  # that a picture tells apart; that leave room for two lines in a cell
 FEW = 30  # images of a calibration bin, below which it is marked
 FAINT: dict[str, Any] = dict(facecolor="#cfe3f1", edgecolor=BLUE, hatch="////", linewidth=0)  # bars of such bins
 Size = tuple[float, float]  # in inches
-STYLING = threading.RLock()  # of Matplotlib's settings, which all threads share
-
-
-@contextmanager
-def page_style() -> Iterator[None]:
-    """Matplotlib's own style, whatever a notebook has chosen; in an svg letters stay text."""
-    with STYLING, matplotlib.style.context(["default", {"svg.fonttype": "none"}]):
-        yield
-
-
-def render(figure: Figure, format: str = "png") -> bytes:
-    """The figure as a file of this format: png in 256 colours, svg or pdf."""
-    lettering.choose_fonts(figure)
-    buffer = io.BytesIO()
-    with STYLING, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # which choose_fonts has said
-        if format == "png":
-            return _in_few_colours(_drawn(figure))
-        figure.savefig(buffer, format=format, dpi=DPI)
-    written = buffer.getvalue()
-    return re.sub(rb'<g id="hover: ([^"]*)">', rb"<g><title>\1</title>", written) if format == "svg" else written
-
-
-def _drawn(figure: Figure) -> Image.Image:
-    """The figure in pixels. savefig gives the same pixels, but lays the figure out twice."""
-    before = figure.dpi, figure.canvas
-    try:
-        figure.dpi, canvas = DPI, FigureCanvasAgg(figure)
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    finally:
-        figure.dpi, figure.canvas = before
-
-
-def _in_few_colours(picture: Image.Image) -> bytes:
-    """The picture as a PNG in 256 colours, of which those of lines and letters are exact: a quarter of the size."""
-    exact = np.array([to_rgb(colour) for colour in ("white", "black", *COLOURS)]) * 255
-    some = picture.resize((-(-picture.width // 3), -(-picture.height // 3)), Image.Resampling.NEAREST)  # enough to find colours
-    found: np.ndarray = np.reshape(some.quantize(256 - len(exact)).getpalette() or [], (-1, 3))
-    far = np.abs(found[:, None] - exact).max(2).min(1) > 8  # Pillow does not tell neighbours apart
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(np.concatenate([exact.round(), found[far]]).astype(np.uint8).ravel().tolist())
-    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(buffer := io.BytesIO(), "png")
-    return buffer.getvalue()
-
-
-def _hover(artist: Artist, text: str) -> None:
-    """What an svg shows where the mouse rests on the artist."""
-    artist.set_gid(f"hover: {text}")
 
 
 def _figure(size: Size = (7, 4.2), rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
@@ -123,7 +63,7 @@ def curve(quantity: str, history: Sequence[dict], recipe: Recipe, evaluated_on: 
         for kind, name in (("train", "train"), ("test", evaluated_on)):
             value = row[f"{kind}_{quantity}"]
             point = axis.scatter(row["epoch"], value, s=150, alpha=0)
-            _hover(point, f"epoch {row['epoch']}: {name} {quantity} {form.format(value)}")
+            hover(point, f"epoch {row['epoch']}: {name} {quantity} {form.format(value)}")
     return figure
 
 
@@ -177,7 +117,7 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int, size: Size = (7, 4.2)) -
     peak = int(np.argmax(lr))
     (point,) = axis.plot(epochs[peak], lr[peak], "o", color=RED)
     text = f"{lr[peak]:.4g} at epoch {epochs[peak]:.3g}"
-    _hover(point, text)
+    hover(point, text)
     axis.annotate(text, (epochs[peak], lr[peak]), (8, -2), textcoords="offset points")
     axis.annotate(f"{lr[-1]:.2g}", (epochs[-1], lr[-1]), (-28, 4), textcoords="offset points", ha="right")
     axis.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
@@ -336,7 +276,7 @@ def _write_cells(axis: Axes, counts: np.ndarray, shares: np.ndarray, classes: Se
         text, right = f"{count:,}", row == column
         if small:
             cell = axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, alpha=0))
-            _hover(cell, f"{count:,} of {classes[row]} predicted as {classes[column]}: {shares[row, column]:.1f} %")
+            hover(cell, f"{count:,} of {classes[row]} predicted as {classes[column]}: {shares[row, column]:.1f} %")
         elif len(counts) <= ROOMY:
             text += f"\n{shares[row, column]:.1f} %"
         colour = "white" if not right and shares[row, column] > 0.6 * darkest else "black"
@@ -359,7 +299,7 @@ def class_accuracy(classes: dict[str, dict[str, float]], title: str, size: Size 
     recall = [classes[name]["recall"] for name in names]
     bars = axis.barh(range(len(names)), recall, color=BLUE)
     for bar, name in zip(bars, names, strict=True):
-        _hover(bar, f"{name}: {classes[name]['recall']:.2f} % right")
+        hover(bar, f"{name}: {classes[name]['recall']:.2f} % right")
     axis.bar_label(bars, [f"{value:.1f} %" for value in recall], padding=3)
     axis.set_yticks(range(len(names)), [lettering.name(name) for name in names])
     axis.set(xlim=(0, 116), xticks=range(0, 101, 20), xlabel="percent of the class predicted right", title=lettering.title(title))
@@ -388,8 +328,8 @@ def reliability(content: dict[str, Any], title: str, size: Size = (6.4, 6.2)) ->
     for row, *pair in zip(bins, bars, counts, strict=True):
         if row["count"]:
             text = f"{row['from']:.0f} to {row['to']:.0f} %: {row['count']:,} images, {row['accuracy']:.1f} % right"
-            _hover(pair[0], text)
-            _hover(pair[1], text)
+            hover(pair[0], text)
+            hover(pair[1], text)
         if row["count"] < FEW:
             pair[0].set(**FAINT)
     if any(0 < row["count"] < FEW for row in bins):

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 
 from . import lettering
 from .analysis import Mistake
-from .figures import BLUE, GREEN, GREY, RED
+from .rendering import BLUE, GREEN, GREY, RED
 
 PREDICTED, TRUE = RED, BLUE  # the two classes of a mistake, in every picture
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cifar_resnet import Recipe, compare, load_checkpoint, train
 from cifar_resnet.errors import shell_command
-from cifar_resnet.look import console, figures
+from cifar_resnet.look import console, figures, rendering
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def three_runs(tiny_run, tiny_recipe, tmp_path_factory):
     """Two seeds of the tiny recipe, and one run at another learning rate."""
     folder = tmp_path_factory.mktemp("three")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "render", lambda figure, format="png": b".")  # as `no_figures`
+        patch.setattr(rendering, "render", lambda figure, format="png": b".")  # as `no_figures`
         train(tiny_recipe.replace(seed=1), folder / "seed1")
         train(tiny_recipe.replace(max_lr=0.01), folder / "slow")
     return [tiny_run, folder / "seed1", folder / "slow"]

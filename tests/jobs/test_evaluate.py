@@ -304,7 +304,7 @@ def test_the_figures_are_known_before_the_pictures_are_drawn(tiny_run, tmp_path,
     def fails(figure, format="png"):
         raise MemoryError("no room for a picture")
 
-    monkeypatch.setattr("cifar_resnet.look.figures.render", fails)
+    monkeypatch.setattr("cifar_resnet.look.rendering.render", fails)
     code, out, err = cli("evaluate", tiny_run, "--run-dir", tmp_path)
     assert (code, err) == (1, "cifar-resnet: no room for a picture\n")
     assert "% of 40 images" in out

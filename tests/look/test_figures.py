@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cifar_resnet import Recipe
-from cifar_resnet.look import figures
+from cifar_resnet.look import figures, rendering
 from cifar_resnet.look.analysis import reliability
 from cifar_resnet.training.engine import rates_at
 from cifar_resnet.training.lr_finder import History, Trial, suggest
@@ -242,7 +242,7 @@ def test_a_name_is_text_in_every_picture(name):
     """Matplotlib would read a formula in the first one, and fail when it draws."""
     for figure in drawn_with(name):
         with matplotlib.rc_context({"svg.fonttype": "none"}):
-            svg = figures.render(figure, "svg").decode()
+            svg = rendering.render(figure, "svg").decode()
         assert name in svg or f"{name[:12]}…{name[:7]}" in svg
         shown = re.sub("<title>.*?</title>", "", svg)
         assert name not in shown or len(name) < 80
@@ -250,18 +250,18 @@ def test_a_name_is_text_in_every_picture(name):
 
 def test_values_show_on_hover():
     history = [{"epoch": i, "train_loss": 1.0, "test_loss": 0.5 / i} for i in (1, 2)]
-    svg = figures.render(figures.curve("loss", history, Recipe(), "holdout", (4, 3)), "svg").decode()
+    svg = rendering.render(figures.curve("loss", history, Recipe(), "holdout", (4, 3)), "svg").decode()
     assert re.findall("<title>(.*?)</title>", svg)[:4] == [
         "epoch 1: train loss 1.0000", "epoch 1: holdout loss 0.5000", "epoch 2: train loss 1.0000", "epoch 2: holdout loss 0.2500",
     ]  # fmt: skip
     small = figures.confusion_matrix([[5, 1], [0, 4]], ["<ant>", "bee"], "", (4, 3))
-    titles = [html.unescape(title) for title in re.findall("<title>(.*?)</title>", figures.render(small, "svg").decode())]
+    titles = [html.unescape(title) for title in re.findall("<title>(.*?)</title>", rendering.render(small, "svg").decode())]
     assert "1 of <ant> predicted as bee: 16.7 %" in titles
-    ElementTree.fromstring(figures.render(small, "svg"))
+    ElementTree.fromstring(rendering.render(small, "svg"))
 
 
 def test_a_png_keeps_the_colours_of_its_lines():
-    image = Image.open(io.BytesIO(figures.render(figures.learning_rate(Recipe(), 2))))
+    image = Image.open(io.BytesIO(rendering.render(figures.learning_rate(Recipe(), 2))))
     assert image.size == (7 * 220, 924)
     colours = {colour for _, colour in image.convert("RGB").getcolors()}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (255, 255, 255)} <= colours
@@ -272,11 +272,11 @@ def test_the_style_of_a_page_is_its_own_and_goes_no_further():
     drawn, history = [], [dict(epoch=1, train_loss=1.0, test_loss=2.0, train_accuracy=50.0, test_accuracy=40.0)]
 
     def picture():
-        return figures.render(figures.curves(history, Recipe()), "svg")
+        return rendering.render(figures.curves(history, Recipe()), "svg")
 
     with matplotlib.style.context("dark_background"):
         before = dict(matplotlib.rcParams)
-        with figures.page_style():
+        with rendering.page_style():
             other = threading.Thread(target=lambda: drawn.append(picture()))
             other.start()
             of_page = picture()
@@ -289,4 +289,4 @@ def test_the_style_of_a_page_is_its_own_and_goes_no_further():
 
 @pytest.mark.parametrize(("format", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_a_figure_is_rendered_in_the_format_asked_for(format, begins):
-    assert figures.render(figures.learning_rate(Recipe(), 2), format).startswith(begins)
+    assert rendering.render(figures.learning_rate(Recipe(), 2), format).startswith(begins)

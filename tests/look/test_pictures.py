@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
-from cifar_resnet.look import figures, pictures
+from cifar_resnet.look import pictures, rendering
 from cifar_resnet.look.analysis import Mistake
 
 
@@ -38,8 +39,8 @@ def test_grad_cam_shows_what_tells_the_classes_apart():
     assert texts(plain) == ["dog, 89.0 %", "true: cat"]
     assert np.array_equal(plain.images[0].get_array(), images(3)[1])
     tint = looked.images[1].get_array()
-    assert np.allclose(tint[0, 0, :3], figures.to_rgb(pictures.PREDICTED))
-    assert np.allclose(tint[31, 0, :3], figures.to_rgb(pictures.TRUE))
+    assert np.allclose(tint[0, 0, :3], to_rgb(pictures.PREDICTED))
+    assert np.allclose(tint[31, 0, :3], to_rgb(pictures.TRUE))
     assert tint[0, 0, 3] == 2 * tint[31, 0, 3] > 0
     same = pictures.grad_cam(images(1), predicted[:1], predicted[:1], mistakes(1), "t")
     assert (same.axes[1].images[1].get_array()[..., 3] == 0).all()
@@ -84,4 +85,4 @@ def test_samples_are_framed():
     figure = pictures.samples(rows[:, 0], rows[:, 1:], ["$a$", "x" * 80], "t")
     assert all(spine.get_visible() for axis in figure.axes for spine in axis.spines.values())
     assert [axis.get_ylabel() for axis in figure.axes[::3]] == [r"\$a\$", "x" * 12 + "…" + "x" * 11]
-    assert figures.render(figure).startswith(b"\x89PNG")
+    assert rendering.render(figure).startswith(b"\x89PNG")
